@@ -1,0 +1,37 @@
+"""The mathematics: noise schedules, step schedules, solvers, guidance, and the diffusers scheduler."""
+
+from .guidance import guide, rescale_guidance
+from .noise_schedule import NoiseSchedule, make_betas, min_snr_weight, rescale_zero_terminal_snr
+from .prediction import PREDICTION_TYPES, from_denoised, to_denoised
+from .sampling import sample
+from .solvers import DEFAULT_SOLVER, SOLVERS
+from .step_schedules import DEFAULT_SPACING, SPACINGS, ZTSNRWarning, step_schedule
+
+__all__ = [
+    "DEFAULT_SOLVER",
+    "DEFAULT_SPACING",
+    "PREDICTION_TYPES",
+    "SOLVERS",
+    "SPACINGS",
+    "NoiseSchedule",
+    "ZTSNRScheduler",
+    "ZTSNRWarning",
+    "from_denoised",
+    "guide",
+    "make_betas",
+    "min_snr_weight",
+    "rescale_guidance",
+    "rescale_zero_terminal_snr",
+    "sample",
+    "step_schedule",
+    "to_denoised",
+]
+
+
+def __getattr__(name: str):
+    # the one name that needs diffusers: loaded on first use, so that ComfyUI can do without it
+    if name == "ZTSNRScheduler":
+        from .diffusers_scheduler import ZTSNRScheduler
+
+        return ZTSNRScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

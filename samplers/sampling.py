@@ -1,0 +1,121 @@
+"""The sampling loop: joins a model, a schedule of sigmas and a solver."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, SOLVERS, Evaluations
+
+Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def sample(
+    denoise: Denoise,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor | Sequence[float],
+    solver: str = DEFAULT_SOLVER,
+    *,
+    eta: float = 1.0,
+    generator: Generators = None,
+    callback: Callable[[int, float, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Turn noise into a picture.
+
+    Args:
+        denoise: ``denoise(x_vp, sigma) -> x0``: the model, on the variance-preserving state x = alpha x0 + s eps
+            (B, C, H, W) float32 at noise level sigma, a float that is inf in the first step.
+        noise: (B, C, H, W) the state at sigmas[0]: unit Gaussian noise at infinity; for image to image,
+            alpha * picture + s * noise.
+        sigmas: (steps + 1,) from ``step_schedule``: decreasing, the first may be inf, the last may be 0.
+        solver: one of ``SOLVERS``.
+        eta: share of fresh noise of the stochastic solvers; 0 makes them follow the deterministic flow.
+        generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
+        callback: called after every evaluation with (evaluation number, sigma, x, x0); it must not read the device
+            if the loop is to stay free of synchronisation.
+
+    Returns:
+        (B, C, H, W) float32 state at sigmas[-1], the picture if that is 0.
+
+    Raises:
+        ValueError: unknown solver, bad sigmas, NaN noise, or a model that returns another shape or device.
+    """
+    sigmas = check_sigmas(sigmas)
+    if not noise.is_floating_point():
+        raise ValueError(f"noise must be a floating-point tensor, not {noise.dtype}")
+    if noise.isnan().any():
+        raise ValueError("noise holds NaN")
+    solve = start_solver(solver, noise.float(), sigmas, eta, generator)
+    x, sigma = next(solve)
+    for evaluation in range(2 * len(sigmas)):
+        x0 = denoise(x, sigma)
+        check_denoised(x0, x)
+        if callback is not None:
+            callback(evaluation, sigma, x, x0)
+        try:
+            x, sigma = solve.send((x, x0.float()))
+        except StopIteration as finished:
+            return finished.value
+    raise AssertionError("a solver evaluates the model at most twice a step")
+
+
+def start_solver(
+    solver: str, x: torch.Tensor, sigmas: Sequence[float], eta: float = 1.0, generator: Generators = None
+) -> Evaluations:
+    """A solver at its first question; see ``solvers`` for the protocol."""
+    if solver not in SOLVER_FUNCTIONS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta must be a finite number >= 0, not {eta}")
+    if isinstance(generator, Sequence) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+    return SOLVER_FUNCTIONS[solver](x, tuple(sigmas), eta, lambda: randn_like(x, generator))
+
+
+def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
+    """The noise level of every network evaluation: once a step, or twice for two-evaluation solvers.
+
+    They depend on the schedule alone, so a run on a single zero asks for the same ones.
+    """
+    zero = torch.zeros(1, 1)
+    solve = start_solver(solver, zero, sigmas, eta)
+    visited = [next(solve)[1]]
+    while True:
+        try:
+            visited.append(solve.send((zero, zero))[1])
+        except StopIteration:
+            return visited
+
+
+def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Unit Gaussian noise like x (B, ...) on its device, drawn where the generator lives, per sample for a list."""
+    if isinstance(generator, Sequence):
+        return torch.cat([randn_like(row, g) for row, g in zip(x.split(1), generator, strict=True)])
+    device = x.device if generator is None else generator.device
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    return noise.to(x.device, non_blocking=True)
+
+
+def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
+    """Sigmas as floats, or a sentence that says what is wrong with them."""
+    values = tuple(float(s) for s in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas))
+    if len(values) < 2:
+        raise ValueError(f"sigmas need at least a beginning and an end, not {len(values)} value(s)")
+    if any(math.isnan(s) for s in values):
+        raise ValueError("sigmas hold NaN")
+    if any(math.isinf(s) for s in values[1:]):
+        raise ValueError("infinity may stand first in sigmas and nowhere else")
+    if any(after >= before for before, after in zip(values, values[1:], strict=False)):
+        raise ValueError("sigmas must decrease from each step to the next")
+    if values[-1] < 0:
+        raise ValueError("sigmas must not be negative")
+    return values
+
+
+def check_denoised(x0: torch.Tensor, x: torch.Tensor) -> None:
+    """The model must answer for the state it was asked about."""
+    if x0.shape != x.shape:
+        raise ValueError(f"the model returned shape {tuple(x0.shape)} for a state of shape {tuple(x.shape)}")
+    if x0.device != x.device:
+        raise ValueError(f"the model returned a tensor on {x0.device} for a state on {x.device}")

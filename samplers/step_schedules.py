@@ -1,0 +1,212 @@
+"""Which noise levels a sampler visits, and in how many steps.
+
+Under a zero-terminal schedule a step schedule begins at infinity, the only noise level at which the model has been
+taught that it knows nothing of the picture, and ends at 0.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .noise_schedule import NoiseSchedule
+from .spectral import spectral_sigmas
+
+DEFAULT_SPACING = "spectral"
+DEFAULT_RHO = {"karras": 7.0, "polyexponential": 1.0}
+
+# Align Your Steps (Sabour et al., arXiv 2404.14507): the ten steps its authors publish for SDXL, as timesteps.
+_AYS_TIMESTEPS = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0)
+
+
+class ZTSNRWarning(UserWarning):
+    """This will run, and will not do what you want."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Spacings in timesteps: (last_timestep T, steps) -> (steps,) timesteps, descending.
+
+
+def _trailing(last: int, steps: int) -> np.ndarray:
+    """T, T - (T+1)/steps, ...: Lin et al. (arXiv 2305.08891), section 3.3, without its rounding."""
+    return np.linspace(last, max((last + 1) / steps - 1, 0), steps) if steps > 1 else np.array([last], dtype=float)
+
+
+def _linspace(last: int, steps: int) -> np.ndarray:
+    """From T to 0, both included."""
+    return np.linspace(last, 0, steps) if steps > 1 else np.array([last], dtype=float)
+
+
+def _leading(last: int, steps: int) -> np.ndarray:
+    """What SDXL ships with: multiples of (T+1)//steps, plus one.  It stops well short of T."""
+    stride = (last + 1) // steps if steps <= last + 1 else last / (steps - 1)
+    offset = min(1, last - stride * (steps - 1))
+    return (np.arange(steps) * stride + offset)[::-1].astype(float)
+
+
+def _beta(last: int, steps: int) -> np.ndarray:
+    """Quantiles of the Beta(0.6, 0.6) distribution (Lee et al., arXiv 2407.12173): dense at both ends of T."""
+    # With t = sin^2(x) the density sin^0.2(x) cos^0.2(x) has no poles, and a fine midpoint rule integrates it.
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    cumulative = np.concatenate([[0], np.cumsum((np.sin(middles) * np.cos(middles)) ** 0.2)])
+    quantiles = 1 - np.arange(steps) / steps
+    return last * np.sin(np.interp(quantiles, cumulative / cumulative[-1], edges)) ** 2
+
+
+def _ays(last: int, steps: int) -> np.ndarray:
+    """Align Your Steps, taken over by timestep and stretched to ``steps`` log-linearly in the noise it was made for."""
+    original = NoiseSchedule.sdxl(zero_terminal_snr=False)
+    log_sigmas = np.log([original.sigma(float(t)) for t in _AYS_TIMESTEPS])
+    position = np.linspace(0, len(log_sigmas) - 1, steps + 1)[:-1]
+    sigmas = np.exp(np.interp(position, np.arange(len(log_sigmas)), log_sigmas))
+    return original.timestep(torch.from_numpy(sigmas)).numpy() * (last / original.last_timestep)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Spacings of a finite range: (steps, sigma_min, sigma_max, rho) -> (steps,) sigmas, descending, both ends included.
+
+
+def _karras(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    """Karras et al. (arXiv 2206.00364), eq. 5."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return np.linspace(high, low, steps) ** rho
+
+
+def _exponential(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    """Even in log sigma."""
+    return np.geomspace(sigma_max, sigma_min, steps)
+
+
+def _polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    """k-diffusion's: log sigma falls as a power of the remaining share of steps; rho = 1 is ``exponential``."""
+    return sigma_min * (sigma_max / sigma_min) ** (np.linspace(1, 0, steps) ** rho)
+
+
+def _kl_optimal(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    """Even in the angle atan(sigma) (Align Your Steps, arXiv 2404.14507, section 3.1: optimal for a unit Gaussian)."""
+    return np.tan(np.linspace(math.atan(sigma_max), math.atan(sigma_min), steps))
+
+
+_TIMESTEP_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "leading": _leading,
+    "beta": _beta,
+    "ays": _ays,
+}
+_RANGE_SPACINGS: dict[str, Callable[[int, float, float, float], np.ndarray]] = {
+    "karras": _karras,
+    "exponential": _exponential,
+    "polyexponential": _polyexponential,
+    "kl_optimal": _kl_optimal,
+}
+SPACINGS = (DEFAULT_SPACING, *_TIMESTEP_SPACINGS, *_RANGE_SPACINGS)
+
+
+def step_schedule(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str = DEFAULT_SPACING,
+    *,
+    latent_size: tuple[int, int] | None = None,
+    sigma_start: float | None = None,
+    rho: float | None = None,
+    denoise: float = 1.0,
+) -> torch.Tensor:
+    """The sigmas of a sampling run.
+
+    Args:
+        schedule: the noise schedule of the model.
+        steps: number of steps, at least 1; it need not divide 1000.
+        spacing: one of ``SPACINGS``.  ``trailing``, ``linspace``, ``leading``, ``beta`` and ``ays`` choose timesteps;
+            ``karras``, ``exponential``, ``polyexponential``, ``kl_optimal`` and ``spectral`` choose sigmas.
+        latent_size: (height, width) of the latent.  The spacings that choose sigmas need it under a zero-terminal
+            schedule, unless sigma_start is given: the mean of a canvas of N values is hidden from the network only by
+            noise above about sqrt(N), so that is where their finite sigmas start.
+        sigma_start: first finite sigma of those spacings; by default sqrt(height * width), and for ``spectral`` more.
+        rho: exponent of ``karras`` (7) and ``polyexponential`` (1).
+        denoise: image-to-image strength in (0, 1]: the last ``steps`` of the steps / denoise that the whole way takes.
+            Below 1 the noisiest step is always dropped, so that the result never starts at infinity.
+
+    Returns:
+        (steps + 1,) float64 on the CPU, decreasing; begins with inf (zero-terminal schedule, denoise = 1), ends with 0.
+
+    Raises:
+        ValueError: arguments out of range, an unknown spacing, a missing latent_size.
+
+    Warns:
+        ZTSNRWarning: the spacing never visits the last timestep of a zero-terminal schedule.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise must lie in (0, 1], not {denoise}; with nothing to denoise there is nothing to run")
+    if rho is not None and spacing not in DEFAULT_RHO:
+        raise ValueError(f"rho belongs to {' and '.join(DEFAULT_RHO)}, not to spacing {spacing!r}")
+    if rho is not None and not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"rho must be a positive number, not {rho}")
+
+    whole = steps if denoise == 1 else max(math.ceil(steps / denoise - 1e-9), steps + 1)
+    if spacing in _TIMESTEP_SPACINGS:
+        if sigma_start is not None:
+            raise ValueError(f"spacing {spacing!r} chooses timesteps and takes no sigma_start")
+        timesteps = torch.from_numpy(_TIMESTEP_SPACINGS[spacing](schedule.last_timestep, whole))
+        sigmas = schedule.sigma(timesteps).numpy()
+        if schedule.zero_terminal_snr and denoise == 1 and not math.isinf(sigmas[0]):
+            warnings.warn(
+                f"spacing {spacing!r} starts at t = {timesteps[0]:.0f} and never runs t = {schedule.last_timestep}, the "
+                "only step that a zero-terminal model learned to start from: expect greyish pictures; use trailing",
+                ZTSNRWarning,
+                stacklevel=2,
+            )
+    else:
+        sigmas = _sigmas_of_range(schedule, whole, spacing, latent_size, sigma_start, rho)
+    return torch.from_numpy(np.concatenate([sigmas, [0.0]])[-(steps + 1) :])
+
+
+def _sigmas_of_range(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str,
+    latent_size: tuple[int, int] | None,
+    sigma_start: float | None,
+    rho: float | None,
+) -> np.ndarray:
+    """(steps,) sigmas: infinity and then the range, or the whole range of a schedule without infinity."""
+    infinite = schedule.zero_terminal_snr
+    if infinite and steps == 1:
+        return np.array([math.inf])
+    canvas = _canvas_length(latent_size) if latent_size is not None else None
+    if sigma_start is not None and not (schedule.sigma_min < sigma_start <= schedule.sigma_max < sigma_start * math.inf):
+        raise ValueError(
+            f"sigma_start must be finite and lie in ({schedule.sigma_min:.4g}, {schedule.sigma_max:.4g}], not {sigma_start}"
+        )
+    if infinite and sigma_start is None and canvas is None:
+        raise ValueError(
+            f"spacing {spacing!r} needs latent_size=(height, width), because the noise that hides a canvas's mean grows "
+            "with its size; or give sigma_start"
+        )
+    finite_steps = steps - 1 if infinite else steps
+    if spacing == "spectral":
+        sigmas = spectral_sigmas(finite_steps, canvas, sigma_start, schedule.sigma_min, schedule.sigma_max)
+    else:
+        start = sigma_start or (canvas if infinite else schedule.sigma_max)
+        exponent = rho if rho is not None else DEFAULT_RHO.get(spacing, 1.0)
+        sigmas = _RANGE_SPACINGS[spacing](finite_steps, schedule.sigma_min, start, exponent)
+    return np.concatenate([[math.inf], sigmas]) if infinite else sigmas
+
+
+def _canvas_length(latent_size: tuple[int, int]) -> float:
+    """sqrt(height * width) of a latent: the noise level whose mean over the canvas has the size of one pixel value."""
+    try:
+        height, width = (int(side) for side in latent_size)
+    except (TypeError, ValueError):
+        raise ValueError(f"latent_size must be (height, width) in latent pixels, not {latent_size!r}") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"latent_size must be at least 1 x 1, not {height} x {width}")
+    return math.sqrt(height * width)
