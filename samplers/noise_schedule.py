@@ -81,7 +81,7 @@ class NoiseSchedule:
             )
         if alphas_cumprod.isnan().any():
             raise ValueError("alphas_cumprod holds NaN")
-        if not (0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()):
+        if not (alphas_cumprod[-1] >= 0 and alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease strictly within [0, 1): each timestep adds noise")
         self.alphas_cumprod = alphas_cumprod
         # atan(1 / sigma) at every timestep: falls with t, exactly 0 at a zero-terminal end
@@ -101,7 +101,9 @@ class NoiseSchedule:
         if betas.isnan().any():
             raise ValueError("betas hold NaN")
         if not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must lie in (0, 1]: each is the share of variance that a timestep replaces by noise")
+            raise ValueError(
+                "betas must lie in (0, 1]: each is the share of variance that a timestep replaces by noise"
+            )
         if (betas[:-1] == 1).any():
             raise ValueError("only the last beta may be 1: after it nothing of the picture is left to add noise to")
         if zero_terminal_snr:

@@ -26,7 +26,7 @@ def check_prediction_type(prediction_type: str, zero_terminal_snr: bool) -> None
     if prediction_type == "epsilon" and zero_terminal_snr:
         raise ValueError(
             "an epsilon model cannot start from infinite sigma: its input there is the very noise it is asked for, so "
-            "the answer says nothing about the picture; use a v-prediction model or the schedule without zero terminal SNR"
+            "the answer says nothing about the picture; use a v-prediction model or a schedule with some signal"
         )
 
 

@@ -1,5 +1,6 @@
 """The sampling loop: joins a model, a schedule of sigmas and a solver."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -106,7 +107,7 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
         raise ValueError("sigmas hold NaN")
     if any(math.isinf(s) for s in values[1:]):
         raise ValueError("infinity may stand first in sigmas and nowhere else")
-    if any(after >= before for before, after in zip(values, values[1:], strict=False)):
+    if any(after >= before for before, after in itertools.pairwise(values)):
         raise ValueError("sigmas must decrease from each step to the next")
     if values[-1] < 0:
         raise ValueError("sigmas must not be negative")

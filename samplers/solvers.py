@@ -10,13 +10,8 @@ scheduler, a ComfyUI sampler) only answers questions, so every door takes exactl
     eta     how much of the removed noise a stochastic solver replaces by fresh noise; 0 is the deterministic flow
     noise   function without arguments: a fresh unit Gaussian like x
 
-The exact flow in these coordinates (docs/mathematics.md) is, with u = 1/sigma = alpha/s,
-
-    x(b) = s_b/s_a x(a) + s_b * integral of x0 du from u_a to u_b
-
-and nothing in it is singular at sigma = infinity (u = 0, s = 1).  Deterministic multistep solvers replace x0 by a
-polynomial through its last values, so one step is a linear combination with weights that depend on the sigmas alone.
-They are computed once, in float64, before the first network call.
+Infinity is an ordinary point of all of them: x is the noise itself there, and no rule divides by alpha or multiplies by
+sigma.  Deterministic multistep solvers are tables of weights (``multistep``); the others are written out below.
 """
 
 import itertools
@@ -27,139 +22,26 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .multistep import (
+    Weights,
+    angle,
+    gauss_legendre,
+    integral_weights,
+    inverse_sigmas,
+    lagrange,
+    log_sigma,
+    noise_ratios,
+    predict_and_correct,
+    predictor,
+)
 from .prediction import alpha_s
+from .spectral import spectral_weights
 
 Sigmas = tuple[float, ...]
 Evaluations = Generator[tuple[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor], torch.Tensor]
-Coordinate = Callable[[np.ndarray], np.ndarray]
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Interpolation of x0 and its exact integral.  Noise levels are given as u = 1/sigma: 0 at infinity, inf at sigma = 0.
-
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(20)
-
-
-def angle(u: np.ndarray) -> np.ndarray:
-    """phi = atan(sigma): pi/2 at infinity, 0 at sigma = 0."""
-    return np.arctan2(1, u)
-
-
-def log_sigma(u: np.ndarray) -> np.ndarray:
-    """log sigma, minus half the logSNR: infinite at both ends."""
-    with np.errstate(divide="ignore"):
-        return -np.log(u)
-
-
-def bounded_log_sigma(largest: np.ndarray, smallest: np.ndarray) -> Coordinate:
-    """log sigma between the largest and smallest finite sigma of a schedule, levelling off beyond them.
-
-    sqrt(sigma^2 + smallest^2) / (1 + sigma/largest), in logarithm.  It is analytic in 1/sigma at infinity and in
-    sigma^2 at 0, as x0 itself is there, so both ends are ordinary points about one step away from their neighbours.
-    """
-
-    def coordinate(u: np.ndarray) -> np.ndarray:
-        at_zero = np.isinf(u)
-        u = np.where(at_zero, 1.0, u)
-        return np.where(at_zero, np.log(smallest), 0.5 * np.log1p((smallest * u) ** 2) - np.log(u + 1 / largest))
-
-    return coordinate
-
-
-def lagrange(nodes: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Lagrange polynomials of nodes (..., k) at z (..., m): (..., k, m)."""
-    k = nodes.shape[-1]
-    basis = []
-    for j in range(k):
-        others = [m for m in range(k) if m != j]
-        factors = [(z - nodes[..., m, None]) / (nodes[..., j, None] - nodes[..., m, None]) for m in others]
-        basis.append(math.prod(factors, start=np.ones_like(z)))
-    return np.stack(basis, axis=-2)
-
-
-def integral_weights(nodes: np.ndarray, start: np.ndarray, end: np.ndarray, coordinate: Coordinate) -> np.ndarray:
-    """Weights of x0 at the nodes in a step: s_end times the integral of their Lagrange polynomials over u.
-
-    The polynomials are in ``coordinate``; the integral is Gauss-Legendre in asinh(u), which is u near infinity and log u
-    near sigma = 0.  At sigma = 0 the integral's limit is the polynomial's value there.
-
-    Args:
-        nodes: (..., k) u of the known x0.
-        start, end: (...) u of the step's ends, start < end.  Leading dimensions run over schedules.
-
-    Returns:
-        (..., k)
-    """
-    if np.isinf(end).all():
-        return lagrange(coordinate(nodes), coordinate(end[..., None]))[..., 0]
-    low, high = np.arcsinh(start)[..., None], np.arcsinh(end)[..., None]
-    v = low + (high - low) * (_NODES + 1) / 2
-    polynomials = lagrange(coordinate(nodes), coordinate(np.sinh(v)))
-    integral = (polynomials * (np.cosh(v) * _NODE_WEIGHTS * (high - low) / 2)[..., None, :]).sum(-1)
-    return integral / np.sqrt(1 + end**2)[..., None]
-
-
-def inverse_sigmas(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """u = 1/sigma."""
-    with np.errstate(divide="ignore"):
-        return 1 / np.asarray(sigmas, dtype=np.float64)
-
-
-def noise_ratios(sigmas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """s_{i+1} / s_i of every step, (..., N)."""
-    u = inverse_sigmas(sigmas)
-    s = np.where(np.isinf(u), 0, 1 / np.sqrt(1 + np.where(np.isinf(u), 0, u) ** 2))
-    return s[..., 1:] / s[..., :-1]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Deterministic multistep solvers: a table of weights each.
-
-Weights = list[np.ndarray]  # one a step, newest x0 first
-
-
-def predictor(u: np.ndarray, order: int, coordinate: Coordinate, first: int = 0) -> Weights:
-    """Adams-Bashforth: step i extrapolates x0 from its last ``order`` values; values before ``first`` are not used.
-
-    Args:
-        u: (..., N + 1)
-    """
-    steps = u.shape[-1] - 1
-    weights = []
-    for i in range(steps):
-        oldest = max(i - order + 1, min(first, i), 0)
-        nodes = u[..., oldest : i + 1][..., ::-1]
-        weights.append(integral_weights(nodes, u[..., i], u[..., i + 1], coordinate))
-    return weights
-
-
-def corrector(u: np.ndarray, order: int, coordinate: Coordinate) -> Weights:
-    """Adams-Moulton: step i once more, now that x0 at its end is known; one entry less than the predictor."""
-    steps = u.shape[-1] - 1
-    weights = []
-    for i in range(steps - 1):
-        nodes = u[..., max(i - order + 2, 0) : i + 2][..., ::-1]
-        weights.append(integral_weights(nodes, u[..., i], u[..., i + 1], coordinate))
-    return weights
-
-
-def _pad(weights: np.ndarray, before: int, length: int) -> np.ndarray:
-    after = length - before - weights.shape[-1]
-    return np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(before, after)])
-
-
-def predict_and_correct(ratios: np.ndarray, predict: Weights, correct: Weights) -> Weights:
-    """Fold the correction of each step into the next one.
-
-    Predicted and corrected state differ by (correct - predict) . x0 alone, so "correct x, then predict from it" is one
-    linear combination: the corrector costs neither a network call nor a pass over the latent, and a state that was
-    edited between two steps keeps its edit.
-    """
-    fused = [predict[0]]
-    for i in range(1, len(predict)):
-        length = max(predict[i].shape[-1], correct[i - 1].shape[-1], predict[i - 1].shape[-1] + 1)
-        correction = _pad(correct[i - 1], 0, length) - _pad(predict[i - 1], 1, length)
-        fused.append(ratios[..., i, None] * correction + _pad(predict[i], 0, length))
-    return fused
 
 
 def euler_weights(sigmas: Sequence[float]) -> Weights:
@@ -170,23 +52,6 @@ def euler_weights(sigmas: Sequence[float]) -> Weights:
 def angle_weights(sigmas: Sequence[float]) -> Weights:
     """Second order, x0 linear in the angle phi = atan(sigma); infinity and 0 are ordinary points of it."""
     return predictor(inverse_sigmas(sigmas), 2, angle)
-
-
-def adams_weights(sigmas: Sequence[float] | np.ndarray, order: int = 3) -> Weights:
-    """Adams predictor-corrector, x0 a parabola in the bounded log sigma: the default solver.
-
-    Args:
-        sigmas: (..., N + 1), the first may be inf and the last 0.
-    """
-    u = inverse_sigmas(sigmas)
-    inner = np.where((u > 0) & np.isfinite(u), u, np.nan)
-    if np.isnan(inner).all():
-        return predictor(u, 1, angle)
-    largest, smallest = 1 / np.nanmin(inner, axis=-1)[..., None], 1 / np.nanmax(inner, axis=-1)[..., None]
-    coordinate = bounded_log_sigma(largest, smallest)
-    return predict_and_correct(
-        noise_ratios(sigmas), predictor(u, order, coordinate), corrector(u, order, coordinate)
-    )
 
 
 def _log_step(sigmas: Sequence[float], i: int) -> float:
@@ -264,7 +129,7 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
         history = []
         for sigma, (ratio, weights) in zip(sigmas, multistep_table(rule, sigmas), strict=False):
             x, x0 = yield x, sigma
-            history = [x0, *history[:3]]
+            history = [x0, *history[: len(weights) - 1]]
             x = _combine(ratio, x, weights, history)
         return x
 
@@ -306,12 +171,9 @@ def _deis_table(sigmas: Sigmas) -> tuple[tuple[float, ...], ...]:
         if math.isinf(sigmas[i]):
             table.append(())
             continue
-        # integral of eps dsigma from sigma_i down to sigma_{i+1}; Gauss-Legendre in asinh(sigma)
-        low, high = math.asinh(sigmas[i]), math.asinh(sigmas[i + 1])
-        v = low + (high - low) * (_NODES + 1) / 2
+        sigma, dsigma = gauss_legendre(sigmas[i], sigmas[i + 1])  # integral of eps dsigma over the step
         nodes = np.array(mirrored[max(i - 2, 0) : i + 1][::-1])
-        polynomials = lagrange(nodes, math.pi / 2 - np.arctan(np.sinh(v)))
-        integral = (polynomials * (np.cosh(v) * _NODE_WEIGHTS * (high - low) / 2)).sum(-1)
+        integral = lagrange(nodes, math.pi / 2 - np.arctan(sigma)) @ dsigma
         table.append(tuple(float(w) for w in integral * alpha_s(sigmas[i + 1])[0]))
     return tuple(table)
 
@@ -375,7 +237,7 @@ def heun(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.
 
 
 def dpmpp_2s_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
-    """DPM-Solver++(2S) (arXiv 2211.01095, Alg. 1) with ancestral noise; eta = 0 is the solver itself (two evaluations)."""
+    """DPM-Solver++(2S) (arXiv 2211.01095, Alg. 1) with ancestral noise, bare at eta = 0 (two evaluations)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x, x0 = yield x, sigma
         if sigma_next == 0:
@@ -469,7 +331,7 @@ def _sde_step(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
-    "adams": _multistep(adams_weights),
+    "spectral": _multistep(spectral_weights),
     "angle": _multistep(angle_weights),
     "euler": _multistep(euler_weights),
     "heun": heun,
@@ -485,5 +347,5 @@ SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
     "lcm": lcm,
 }
 SOLVERS = tuple(SOLVER_FUNCTIONS)
-DEFAULT_SOLVER = "adams"
+DEFAULT_SOLVER = "spectral"
 TWO_EVALUATION_SOLVERS = ("heun", "dpmpp_2s_ancestral", "dpmpp_sde")

@@ -159,8 +159,8 @@ def step_schedule(
         sigmas = schedule.sigma(timesteps).numpy()
         if schedule.zero_terminal_snr and denoise == 1 and not math.isinf(sigmas[0]):
             warnings.warn(
-                f"spacing {spacing!r} starts at t = {timesteps[0]:.0f} and never runs t = {schedule.last_timestep}, the "
-                "only step that a zero-terminal model learned to start from: expect greyish pictures; use trailing",
+                f"spacing {spacing!r} starts at t = {timesteps[0]:.0f} and never runs t = {schedule.last_timestep}, "
+                "the only step that a zero-terminal model learned to start from: expect greyish pictures; use trailing",
                 ZTSNRWarning,
                 stacklevel=2,
             )
@@ -182,18 +182,21 @@ def _sigmas_of_range(
     if infinite and steps == 1:
         return np.array([math.inf])
     canvas = _canvas_length(latent_size) if latent_size is not None else None
-    if sigma_start is not None and not (schedule.sigma_min < sigma_start <= schedule.sigma_max < sigma_start * math.inf):
+    if sigma_start is not None and not (
+        schedule.sigma_min < sigma_start < math.inf and sigma_start <= schedule.sigma_max
+    ):
         raise ValueError(
-            f"sigma_start must be finite and lie in ({schedule.sigma_min:.4g}, {schedule.sigma_max:.4g}], not {sigma_start}"
+            f"sigma_start must be finite and in ({schedule.sigma_min:.4g}, {schedule.sigma_max:.4g}], not {sigma_start}"
         )
     if infinite and sigma_start is None and canvas is None:
         raise ValueError(
-            f"spacing {spacing!r} needs latent_size=(height, width), because the noise that hides a canvas's mean grows "
-            "with its size; or give sigma_start"
+            f"spacing {spacing!r} needs latent_size=(height, width), because the noise that hides a canvas's mean "
+            "grows with its size; or give sigma_start"
         )
     finite_steps = steps - 1 if infinite else steps
     if spacing == "spectral":
-        sigmas = spectral_sigmas(finite_steps, canvas, sigma_start, schedule.sigma_min, schedule.sigma_max)
+        start = sigma_start or (None if infinite else schedule.sigma_max)
+        sigmas = np.array(spectral_sigmas(finite_steps, canvas, start, schedule.sigma_min))
     else:
         start = sigma_start or (canvas if infinite else schedule.sigma_max)
         exponent = rho if rho is not None else DEFAULT_RHO.get(spacing, 1.0)

@@ -1,0 +1,377 @@
+"""The diffusers door: one scheduler class that drives every solver and step schedule of this package.
+
+It keeps no arithmetic of its own.  ``set_timesteps`` asks ``step_schedule`` for the noise levels, ``step`` hands the
+network's answer to the solver's generator, so a pipeline takes exactly the steps that ``sample`` takes.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+
+from .noise_schedule import NoiseSchedule
+from .prediction import check_prediction_type, to_denoised
+from .sampling import Generators, check_sigmas, evaluation_sigmas, randn_like, start_solver
+from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, TWO_EVALUATION_SOLVERS
+from .step_schedules import DEFAULT_SPACING, SPACINGS, step_schedule
+
+# What a noise schedule and a network are in every diffusers config.
+_MODEL_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+# Means nothing here.  Other classes read it when they take over our config, and their own defaults are wrong for latent
+# models: a spacing that never runs t = T, x0 clipped to [-1, 1], PNDM's Runge-Kutta warm-up.
+_FOR_OTHER_CLASSES = {
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
+
+
+@dataclass
+class ZTSNRSchedulerOutput(BaseOutput):
+    """What ``ZTSNRScheduler.step`` returns.
+
+    Attributes:
+        prev_sample: (B, C, H, W) the state to ask the network about next; after the last step, the picture.
+        pred_original_sample: (B, C, H, W) float32, the denoised picture x0 this network evaluation stands for.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
+    """Exact zero-terminal-SNR sampling in diffusers pipelines, with any solver and spacing of this package.
+
+    The state is variance-preserving, x = alpha x0 + s eps with alpha^2 + s^2 = 1: the network's input needs no scaling,
+    ``init_noise_sigma`` is 1, and the first state, at sigma = infinity, is the noise itself.  Between steps it is
+    float32 whatever the network's dtype; ``scale_model_input`` gives the network the dtype its latents had at the start
+    of the run, and so does the last step to the decoder.  (A run that the pipeline cuts short, by ``denoising_end`` or
+    an interrupt, ends in float32.)  Timesteps are float32 and fractional, t(sigma) without rounding.
+
+    ``from_config`` takes over betas, number of timesteps, prediction type and zero-SNR flag of any other scheduler:
+    ``pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)``; what the config does not say is that other
+    class's default.  Keywords win: add ``prediction_type="v_prediction", rescale_betas_zero_snr=True`` where a
+    zero-terminal model was published with a plain config.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the betas the network was trained with;
+            see ``make_betas``.  trained_betas (T + 1,), if given, is used as it is.
+        prediction_type: ``v_prediction``, ``epsilon`` or ``sample``.
+        rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv 2305.08891, Algorithm 1).
+        solver: one of ``SOLVERS``.
+        spacing: one of ``SPACINGS``.
+        latent_size: (height, width) of the latents, by default those of a 1024 x 1024 picture.  Pipelines choose the
+            steps before they know the canvas, so it is configured: some spacings start where the noise hides the mean
+            of a canvas of this size.  ``set_timesteps`` takes it too.
+        eta: share of fresh noise of the stochastic solvers; 0 makes them deterministic.
+
+    Raises:
+        ValueError: an unknown name, invalid betas or eta, epsilon under zero terminal SNR.
+    """
+
+    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]  # noqa: RUF012
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | torch.Tensor | None = None,
+        prediction_type: str = "v_prediction",
+        rescale_betas_zero_snr: bool = True,
+        solver: str = DEFAULT_SOLVER,
+        spacing: str = DEFAULT_SPACING,
+        latent_size: tuple[int, int] = (128, 128),
+        eta: float = 1.0,
+    ):
+        if trained_betas is not None:
+            trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
+            self.register_to_config(trained_betas=trained_betas, num_train_timesteps=len(trained_betas))
+        # Values that equal our defaults are forgotten when another class reads our config, unless they count as given.
+        forgettable = set(self.config.get("_use_default_values", ())).difference(_MODEL_KEYS)
+        self.register_to_config(**_FOR_OTHER_CLASSES, _use_default_values=sorted(forgettable))
+
+        self.schedule = NoiseSchedule.from_config(self.config)
+        self.alphas_cumprod = self.schedule.alphas_cumprod.float()
+        check_prediction_type(prediction_type, self.schedule.zero_terminal_snr)
+        if spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        start_solver(solver, torch.zeros(1), (1.0, 0.0), eta)  # refuses an unknown solver and a wrong eta
+
+        self.order = 2 if solver in TWO_EVALUATION_SOLVERS else 1  # network evaluations a step
+        self.timesteps: torch.Tensor | None = None  # (evaluations,) float32 on the pipeline's device
+        self.sigmas: torch.Tensor | None = None  # (steps + 1,) float64 on the CPU
+        self.num_inference_steps: int | None = None
+        self._begin_run(None)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Configuration
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs):
+        """A scheduler from the config of this or any other variance-preserving diffusers scheduler; keywords win.
+
+        The solver's and spacing's settings of other classes are not taken over, their description of the model is.
+
+        Raises:
+            ValueError: the config of a scheduler without betas (flow matching, EDM), or one this class refuses.
+        """
+        if isinstance(config, Mapping) and config.get("_class_name", cls.__name__) != cls.__name__:
+            config = _describe_model(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a running generator can be neither copied nor pickled: a copy begins anew, without history, at the same step
+        return self.__dict__ | {"_run": None, "_generator": None}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Before the loop
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Choose the steps of a run, from exactly one of their number, their timesteps or their sigmas.
+
+        Sets ``sigmas``, the (steps + 1,) float64 noise levels on the CPU, and ``timesteps``, one float32 entry a
+        network evaluation: ``steps`` of them, or 2 steps - 1 for the solvers that evaluate twice a step.
+
+        Args:
+            num_inference_steps: number of steps; their levels follow the config's spacing.
+            device: where ``timesteps`` goes.
+            timesteps: (steps,) decreasing, fractional or whole.
+            sigmas: (steps,) or (steps + 1,) decreasing, the first may be inf; a final 0 is appended if missing.
+            latent_size: (height, width) of this run's latents, instead of the config's.
+
+        Raises:
+            ValueError: none or several of the three, levels that do not decrease or that the schedule does not have.
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
+        if timesteps is not None:
+            levels = self.schedule.sigma(self._check_timesteps(timesteps)).tolist()
+        elif sigmas is not None:
+            levels = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
+        else:
+            size = latent_size if latent_size is not None else self.config.latent_size
+            levels = step_schedule(self.schedule, num_inference_steps, self.config.spacing, latent_size=size).tolist()
+        levels = check_sigmas(levels if levels and levels[-1] == 0 else [*levels, 0.0])
+        if math.isinf(levels[0]) and not self.schedule.zero_terminal_snr:
+            raise ValueError(
+                f"sigmas begin at infinity, but this schedule ends at {self.schedule.sigma_max:.4g}: start there, or "
+                "set rescale_betas_zero_snr=True if the model was trained with zero terminal SNR"
+            )
+        evaluations = evaluation_sigmas(self.config.solver, levels, self.config.eta)
+        self.timesteps = self.schedule.timestep(torch.tensor(evaluations, dtype=torch.float64)).float().to(device)
+        self.sigmas = torch.tensor(levels, dtype=torch.float64)
+        self.num_inference_steps = len(levels) - 1
+        self._begin_run(None)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin the run at ``timesteps[begin_index]``: image to image, inpainting, the second half of a split run."""
+        self._begin_run(begin_index)
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the pipeline said the run begins, or None."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Index in ``timesteps`` of the next network evaluation; None before the first."""
+        return self._step_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """Position of a timestep in ``timesteps``; of two equal ones the second, with which a step begins.
+
+        Reads the device: ``step`` asks once a run at most, and never if ``set_begin_index`` was called.
+        """
+        found = (self.timesteps.cpu() == float(timestep)).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep {float(timestep):g} is not among the timesteps of this run")
+        return int(found[-1])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The network's input: the state as it is, in the network's dtype.
+
+        That is the dtype of the first sample seen after ``set_timesteps``: pipelines draw their latents in it.
+        """
+        self._network_dtype = self._network_dtype or sample.dtype
+        return sample.to(self._network_dtype)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> ZTSNRSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Take the network's answer about ``sample`` and move on to the next state.
+
+        Nothing here reads the device, except the very first ``timestep`` of a run whose begin index was not set.
+
+        Args:
+            model_output: (B, C, H, W) what the network answered, guidance included, in any floating dtype.
+            timestep: the timestep it was asked about; the scheduler counts steps itself and needs it only to begin.
+            sample: (B, C, H, W) the state it was asked about; it may have been edited since the last step.
+            generator: source of the noise of stochastic solvers; a list gives each sample its own.
+            return_dict: return a ``ZTSNRSchedulerOutput`` rather than a tuple of the same two tensors.
+
+        Raises:
+            ValueError: called before ``set_timesteps`` or after the last step, or with tensors that do not match.
+        """
+        if self.timesteps is None:
+            raise ValueError("call set_timesteps before step: the steps are not chosen yet")
+        if self._step_index == len(self.timesteps):
+            raise ValueError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
+        _check_answer(model_output, sample)
+        if isinstance(generator, Sequence) and len(generator) != len(sample):
+            raise ValueError(f"{len(generator)} generators for a batch of {len(sample)}: give one a sample, or one")
+        self._network_dtype = self._network_dtype or sample.dtype
+        self._generator = generator
+        x = sample.float()
+        if self._run is None:
+            self._start(x, timestep)
+
+        x0 = to_denoised(model_output, x, self._sigma, self.config.prediction_type)
+        try:
+            prev_sample, self._sigma = self._run.send((x, x0))
+        except StopIteration as finished:
+            prev_sample, self._run = finished.value.to(self._network_dtype), None
+        self._step_index += 1
+        if not return_dict:
+            return prev_sample, x0
+        return ZTSNRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The forward process
+
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha x0 + s eps; at a zero-terminal t = T exactly the noise.
+
+        Args:
+            original: (B, C, H, W) pictures x0.
+            noise: (B, C, H, W) unit Gaussian eps.
+            timesteps: () or (1,) for all or (B,), fractional or whole.
+
+        Returns:
+            (B, C, H, W) in the dtype of ``original``; the sum is taken in float32 at least.
+        """
+        alpha, s = self._alpha_s(timesteps, original)
+        return (alpha * original + s * noise).to(original.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = alpha eps - s x0, the target of v-prediction; at a zero-terminal t = T exactly -x0.
+
+        Shapes and dtypes as in ``add_noise``, ``sample`` being the picture x0 (arXiv 2202.00512).
+        """
+        alpha, s = self._alpha_s(timesteps, sample)
+        return (alpha * noise - s * sample).to(sample.dtype)
+
+    def _alpha_s(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha(t) and s(t) shaped (B or 1, 1, ...), on the device of ``like``."""
+        timesteps = torch.as_tensor(timesteps).reshape(-1)
+        if len(timesteps) not in (1, len(like)):
+            raise ValueError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
+        if timesteps.device.type == "mps":
+            timesteps = timesteps.cpu()  # Metal has no float64
+        u = 1 / self.schedule.sigma(timesteps).reshape(-1, *[1] * (like.ndim - 1))  # exactly 0 at sigma = inf
+        s = (1 + u**2).rsqrt()
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return tuple(c.to(dtype).to(like.device, non_blocking=True) for c in (u * s, s))
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _begin_run(self, begin_index: int | None) -> None:
+        self._begin_index = begin_index
+        self._step_index = None
+        self._run = None  # the solver's generator, from the first step to the last
+        self._sigma = None  # noise level of the state that the network is asked about
+        self._generator = None
+        self._network_dtype = None
+
+    def _start(self, x: torch.Tensor, timestep: float | torch.Tensor) -> None:
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        step, middle = divmod(self._step_index, self.order)
+        if middle or not 0 <= step < self.num_inference_steps:
+            raise ValueError(
+                f"a run cannot begin at index {self._step_index}: with {self.num_inference_steps} steps of solver "
+                f"{self.config.solver!r} they begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
+            )
+        levels = tuple(self.sigmas[step:].tolist())
+
+        def noise() -> torch.Tensor:
+            return randn_like(x, self._generator)  # the generator of the step that asks
+
+        self._run = SOLVER_FUNCTIONS[self.config.solver](x, levels, self.config.eta, noise)
+        _, self._sigma = next(self._run)
+
+    def _check_timesteps(self, timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+        last = self.schedule.last_timestep
+        if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
+            raise ValueError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
+        return timesteps
+
+
+def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Another scheduler's config, with what its class left unsaid about the model put into words."""
+    name = config["_class_name"]
+    scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    defaults = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
+        signature = inspect.signature(scheduler_class.__init__).parameters
+        if "beta_schedule" not in signature:
+            raise ValueError(
+                f"{name} has no betas: its models are not variance-preserving, and this is no scheduler of theirs"
+            )
+        defaults |= {key: signature[key].default for key in _MODEL_KEYS if key in signature}
+    # defaults are dropped when a config changes class; those of the model must not be
+    forgettable = [key for key in config.get("_use_default_values", ()) if key not in _MODEL_KEYS]
+    told = {key: value for key, value in config.items() if key != "timestep_spacing"}
+    return {**defaults, **told, "_use_default_values": forgettable}
+
+
+def _check_answer(model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+        raise ValueError(
+            f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance as "
+            "well, which no solver here uses; pass the first half of the channels"
+        )
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}; they must agree"
+        )
+    if model_output.device != sample.device:
+        raise ValueError(f"the network's answer is on {model_output.device}, the sample on {sample.device}")
