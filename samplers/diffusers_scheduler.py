@@ -70,6 +70,9 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
     class's default.  Keywords win: add ``prediction_type="v_prediction", rescale_betas_zero_snr=True`` where a
     zero-terminal model was published with a plain config.
 
+    A run split by ``denoising_end`` and ``denoising_start`` equals the whole one for solvers without memory.  Multistep
+    solvers begin their history anew in the second half, and with two evaluations a step diffusers cuts inside a step.
+
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the betas the network was trained with;
             see ``make_betas``.  trained_betas (T + 1,), if given, is used as it is.
@@ -136,7 +139,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the config of a scheduler without betas (flow matching, EDM), or one this class refuses.
         """
-        if isinstance(config, Mapping) and config.get("_class_name", cls.__name__) != cls.__name__:
+        if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__:
             config = _describe_model(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -346,21 +349,23 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Another scheduler's config, with what its class left unsaid about the model put into words."""
-    name = config["_class_name"]
+    """Another scheduler's config, with what it leaves unsaid about the model put into words."""
+    name = config.get("_class_name")  # absent from the config of a scheduler that was constructed, not loaded
     scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     defaults = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
         signature = inspect.signature(scheduler_class.__init__).parameters
-        if "beta_schedule" not in signature:
-            raise ValueError(
-                f"{name} has no betas: its models are not variance-preserving, and this is no scheduler of theirs"
-            )
         defaults |= {key: signature[key].default for key in _MODEL_KEYS if key in signature}
-    # defaults are dropped when a config changes class; those of the model must not be
+    # values that equal a class's defaults are forgotten when a config changes class; those of the model must not be
     forgettable = [key for key in config.get("_use_default_values", ()) if key not in _MODEL_KEYS]
-    told = {key: value for key, value in config.items() if key != "timestep_spacing"}
-    return {**defaults, **told, "_use_default_values": forgettable}
+    said = {key: value for key, value in config.items() if key != "timestep_spacing"}
+    model = {**defaults, **said, "_use_default_values": forgettable}
+    if model.get("beta_schedule") is None and model.get("trained_betas") is None:
+        raise ValueError(
+            f"the config of {name or 'that scheduler'} has no betas: ZTSNRScheduler is for variance-preserving models, "
+            "not for flow matching or EDM"
+        )
+    return model
 
 
 def _check_answer(model_output: torch.Tensor, sample: torch.Tensor) -> None:
@@ -371,7 +376,7 @@ def _check_answer(model_output: torch.Tensor, sample: torch.Tensor) -> None:
         )
     if model_output.shape != sample.shape:
         raise ValueError(
-            f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}; they must agree"
+            f"the network returned shape {tuple(model_output.shape)} for a state of shape {tuple(sample.shape)}"
         )
     if model_output.device != sample.device:
-        raise ValueError(f"the network's answer is on {model_output.device}, the sample on {sample.device}")
+        raise ValueError(f"the network's answer is on {model_output.device}, the state on {sample.device}")

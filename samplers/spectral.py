@@ -22,6 +22,7 @@ from .multistep import Weights, inverse_sigmas, noise_ratios, predict_and_correc
 
 MEMORY = 4  # x0 values that a step looks at
 RIDGE = 7e-5  # share of the change of x0 that no Gaussian mode explains: keeps the weights moderate
+SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which that share shrinks
 MODE_RANGE = (1.25, 0.4)  # modes fitted: from this times the smallest finite sigma to this times the largest
 SMALLEST_MODE = 0.1  # the spacing serves modes from here to the canvas length
 START = 4.0  # first finite sigma over the canvas length: there brightness is still undecided (90/10 test)
@@ -68,20 +69,22 @@ def _fit(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.ndarra
         (..., k)
     """
     if np.isinf(end).all():
-        state, change, held = modes, modes, np.ones(end.shape)
+        state, gain, held = modes, modes, np.ones(end.shape)
     else:
         s = 1 / np.hypot(1, end)
         state = s[..., None] * np.hypot(1, modes * end[..., None])
-        change = state - s[..., None] * np.hypot(1, modes * start[..., None])
+        gain = state - s[..., None] * np.hypot(1, modes * start[..., None])
         held = s * (end - start)
     x0 = _mode_x0(modes[..., None, :], nodes[..., None])
     # the sum of the weights is ``held``, so only the differences to the newest x0 are free
     design = (x0[..., 1:, :] - x0[..., :1, :]) / state[..., None, :]
-    target = (change - held[..., None] * x0[..., 0, :]) / state
+    target = (gain - held[..., None] * x0[..., 0, :]) / state
     normal = design @ design.swapaxes(-1, -2)
-    mean_square = np.trace(normal, axis1=-2, axis2=-1)[..., None, None] / max(normal.shape[-1], 1)
-    ridge = RIDGE * mean_square * np.eye(normal.shape[-1])
-    free = np.linalg.solve(normal + ridge, design @ target[..., None])[..., 0]
+    mean_square = np.trace(normal, axis1=-2, axis2=-1) / max(normal.shape[-1], 1)
+    change = held**2 * mean_square * np.log(modes[..., 1] / modes[..., 0])
+    ridge = RIDGE * mean_square * np.minimum(1, change / SHORT_STEP)  # shrinking, it leaves the second order intact
+    normal = normal + ridge[..., None, None] * np.eye(normal.shape[-1])
+    free = np.linalg.solve(normal, design @ target[..., None])[..., 0]
     return np.concatenate([held[..., None] - free.sum(-1, keepdims=True), free], axis=-1)
 
 
@@ -144,6 +147,8 @@ def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma
     candidates = np.geomspace(first[wide_enough], last[wide_enough], steps, axis=-1)
     if steps == 1:
         candidates = np.geomspace(sigma_min, starts[0], 48)[:, None]
+    if len(candidates) == 1:
+        return tuple(candidates[0].tolist())
     ends = np.ones((len(candidates), 1))
     sigmas = np.concatenate([ends * math.inf, candidates, ends * 0], axis=-1)
     modes = np.geomspace(SMALLEST_MODE, max(canvas, 2 * SMALLEST_MODE), 48)

@@ -62,7 +62,9 @@ def _ays(last: int, steps: int) -> np.ndarray:
     log_sigmas = np.log([original.sigma(float(t)) for t in _AYS_TIMESTEPS])
     position = np.linspace(0, len(log_sigmas) - 1, steps + 1)[:-1]
     sigmas = np.exp(np.interp(position, np.arange(len(log_sigmas)), log_sigmas))
-    return original.timestep(torch.from_numpy(sigmas)).numpy() * (last / original.last_timestep)
+    timesteps = original.timestep(torch.from_numpy(sigmas)).numpy() * (last / original.last_timestep)
+    timesteps[0] = last  # not a rounding error short of it: there lies infinity
+    return timesteps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

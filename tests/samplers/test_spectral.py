@@ -1,0 +1,110 @@
+"""The default solver and spacing: their closed forms, and what they are chosen for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ztsnr.samplers import NoiseSchedule, sample, step_schedule
+from ztsnr.samplers.multistep import angle as angle_coordinate
+from ztsnr.samplers.multistep import integral_weights, inverse_sigmas, noise_ratios, predictor
+from ztsnr.samplers.prediction import alpha_s
+from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, euler_weights, unipc_weights
+from ztsnr.samplers.spectral import mode_errors, spectral_weights
+
+ZERO = NoiseSchedule.sdxl()
+
+
+def worst_mode(steps, side, weights=spectral_weights, spacing="spectral"):
+    sigmas = step_schedule(ZERO, steps, spacing, latent_size=(side, side)).numpy()
+    return np.abs(mode_errors(sigmas, weights(sigmas), np.geomspace(0.1, side, 80))).max()
+
+
+@pytest.mark.parametrize(
+    ("solver", "weights"),
+    [
+        ("spectral", spectral_weights),
+        ("angle", angle_weights),
+        ("euler", euler_weights),
+        ("dpmpp_2m", dpmpp_2m_weights),
+        ("unipc", unipc_weights),
+    ],
+)
+def test_mode_errors_are_what_the_loop_does(solver, weights):
+    modes = np.geomspace(0.05, 200, 32)
+    sigmas = step_schedule(ZERO, 13, latent_size=(64, 64)).numpy()
+    a = torch.from_numpy(modes).float().reshape(1, 1, 1, -1)
+
+    def denoise(x, sigma):
+        alpha, s = alpha_s(sigma)
+        return x * (alpha * a**2 / (alpha**2 * a**2 + s**2))
+
+    picture = sample(denoise, torch.ones(1, 1, 1, len(modes)), sigmas, solver)
+    expected = mode_errors(sigmas, weights(sigmas), modes)
+    assert np.allclose((picture / a - 1).flatten(), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 128, 256])
+def test_every_mode_within_two_percent_at_20_steps(side):
+    assert worst_mode(20, side) < 0.02
+    assert worst_mode(28, side) < 0.01
+
+
+def test_ten_steps_beat_twenty_of_the_others():
+    others = [
+        worst_mode(20, 128, weights, spacing)
+        for weights in (dpmpp_2m_weights, unipc_weights, euler_weights)
+        for spacing in ("trailing", "karras", "exponential", "beta")
+    ]
+    assert worst_mode(10, 128) < min(others)
+
+
+def test_weights_do_not_depend_on_the_unit_of_sigma():
+    """Only ratios of sigmas matter where signal and noise scale drop out: the weights over s_end."""
+    sigmas = np.array([math.inf, 50, 11, 3, 0.6, 0.1])
+
+    def per_noise(sigmas):
+        u = inverse_sigmas(sigmas)
+        s = 1 / np.hypot(1, u[1:])
+        return [
+            w / s_end / (end - start)
+            for w, s_end, start, end in zip(spectral_weights(sigmas), s, u[:-1], u[1:], strict=True)
+        ]
+
+    for ours, scaled in zip(per_noise(sigmas)[:1], per_noise(7 * sigmas)[:1], strict=True):
+        assert np.allclose(ours, scaled)
+
+
+def test_batched_weights_equal_single_ones():
+    schedules = np.stack([step_schedule(ZERO, 9, latent_size=(n, n)).numpy() for n in (8, 64, 200)])
+    batch = spectral_weights(schedules)
+    for row, sigmas in enumerate(schedules):
+        for together, alone in zip(batch, spectral_weights(sigmas), strict=True):
+            assert np.allclose(together[row], alone, rtol=1e-9, atol=1e-12)
+
+
+def test_integral_weights_are_exact_integrals():
+    """A polynomial in the angle is integrated exactly; against a fine rectangle rule in u."""
+    nodes = np.array([0.4, 0.1, 0.0])
+    start, end = 0.4, 1.3
+    weights = integral_weights(nodes, start, end, angle_coordinate)
+    u = np.linspace(start, end, 200_001)
+    middles = (u[1:] + u[:-1]) / 2
+    for power in range(3):
+        exact = (np.arctan2(1, middles) ** power).mean() * (end - start) / math.hypot(1, end)
+        assert weights @ np.arctan2(1, nodes) ** power == pytest.approx(exact, rel=1e-9)
+
+
+def test_predictor_of_order_one_is_ddim():
+    sigmas = [math.inf, 30.0, 2.0, 0.3, 0.0]
+    for i, weights in enumerate(predictor(inverse_sigmas(sigmas), 1, angle_coordinate)):
+        (alpha, s), (alpha_next, s_next) = alpha_s(sigmas[i]), alpha_s(sigmas[i + 1])
+        assert weights[0] == pytest.approx(alpha_next - alpha * s_next / s)
+        assert noise_ratios(sigmas)[i] == pytest.approx(s_next / s)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "beta"])
+def test_other_spacings_suit_the_solver_too(spacing):
+    """It must not blow up on schedules it was not made with: no worse than first order there."""
+    assert worst_mode(20, 64, spacing=spacing) <= worst_mode(20, 64, euler_weights, spacing)
