@@ -75,7 +75,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the betas the network was trained with;
-            see ``make_betas``.  trained_betas (T + 1,), if given, is used as it is.
+            see ``make_betas``.  trained_betas (T + 1,), if given, stands for all of the others.
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv 2305.08891, Algorithm 1).
         solver: one of ``SOLVERS``.
@@ -83,7 +83,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         latent_size: (height, width) of the latents, by default those of a 1024 x 1024 picture.  Pipelines choose the
             steps before they know the canvas, so it is configured: some spacings start where the noise hides the mean
             of a canvas of this size.  ``set_timesteps`` takes it too.
-        eta: share of fresh noise of the stochastic solvers; 0 makes them deterministic.
+        eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` deterministic.
 
     Raises:
         ValueError: an unknown name, invalid betas or eta, epsilon under zero terminal SNR.

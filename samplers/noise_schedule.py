@@ -161,7 +161,7 @@ class NoiseSchedule:
         if not isinstance(t, torch.Tensor):
             return self.sigma(torch.tensor(t, dtype=torch.float64)).item()
         t = t.double().clamp(0, self.last_timestep)
-        angles = self._angles.to(t.device)
+        angles = self._angles.to(t.device, non_blocking=True)
         below = t.long().clamp(max=self.last_timestep - 1)
         angle = torch.lerp(angles[below], angles[below + 1], t - below)
         return angle.cos() / angle.sin()
@@ -178,7 +178,7 @@ class NoiseSchedule:
         if not isinstance(sigma, torch.Tensor):
             return self.timestep(torch.tensor(sigma, dtype=torch.float64)).item()
         angle = torch.atan(1 / sigma.double())
-        angles = self._angles.to(sigma.device)
+        angles = self._angles.to(sigma.device, non_blocking=True)
         above = torch.searchsorted(-angles, -angle.contiguous()).clamp(1, self.last_timestep)
         start, end = angles[above - 1], angles[above]
         return (above - 1 + (angle - start) / (end - start)).clamp(0, self.last_timestep)

@@ -31,7 +31,7 @@ def sample(
             alpha * picture + s * noise.
         sigmas: (steps + 1,) from ``step_schedule``: decreasing, the first may be inf, the last may be 0.
         solver: one of ``SOLVERS``.
-        eta: share of fresh noise of the stochastic solvers; 0 makes them follow the deterministic flow.
+        eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` follow the deterministic flow.
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
         callback: called after every evaluation with (evaluation number, sigma, x, x0); it must not read the device
             if the loop is to stay free of synchronisation.
@@ -80,7 +80,7 @@ def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) ->
     They depend on the schedule alone, so a run on a single zero asks for the same ones.
     """
     zero = torch.zeros(1, 1)
-    solve = start_solver(solver, zero, sigmas, eta)
+    solve = start_solver(solver, zero, sigmas, eta, torch.Generator())  # one of its own: the global one stays untouched
     visited = [next(solve)[1]]
     while True:
         try:

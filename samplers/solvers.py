@@ -35,7 +35,7 @@ from .multistep import (
     predictor,
 )
 from .prediction import alpha_s
-from .spectral import spectral_weights
+from .spectral import CAUTION, CAUTIOUS_MEMORY, MEMORY, spectral_table
 
 Sigmas = tuple[float, ...]
 Evaluations = Generator[tuple[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -136,6 +136,63 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
     solver.__name__ = rule.__name__.removesuffix("_weights")
     solver.__doc__ = rule.__doc__
     return solver
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The default solver.
+
+
+def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+    """Predictor-corrector in the span of Gaussian modes (``spectral``), bold where x0 moves as modes do, else cautious.
+
+    Four values of x0 are worth more than two as long as they foretell the next one.  Under strong guidance, or while
+    the picture decides between two modes, they do not, and long memory amplifies the surprise.  So each sample measures
+    it: surprise = |x0 - expected x0| / |x0 - last x0|, and mixes the weights of both memories accordingly.
+    """
+    steps = _spectral_steps(sigmas, x.dtype, x.device)
+    stride = x[0].numel() // 4096 | 1  # the surprise is a ratio of norms: some thousand values tell it
+    history, glimpses = [], []
+    boldness = last_boldness = x.new_ones(len(x), 1)
+    for sigma, (ratio, expect, bold, cautious, bold_before, cautious_before) in zip(sigmas, steps, strict=False):
+        x, x0 = yield x, sigma
+        history = [x0, *history[:MEMORY]]
+        glimpses = [x0.flatten(1)[:, ::stride], *glimpses[: MEMORY - 1]]
+        if len(expect) > 1:
+            expected = _combine(expect[0], glimpses[1], expect[1:], glimpses[2:])
+            surprise = torch.linalg.vector_norm(glimpses[0] - expected, dim=1, keepdim=True)
+            change = torch.linalg.vector_norm(glimpses[0] - glimpses[1], dim=1, keepdim=True)
+            low, high = CAUTION
+            boldness = ((high * change - surprise) / ((high - low) * change + 1e-30)).clamp(0, 1)
+        weights = torch.lerp(cautious, bold, boldness) - torch.lerp(cautious_before, bold_before, last_boldness)
+        last_boldness = boldness
+        x = ratio * x
+        for weight, past in zip(weights.unbind(1), history, strict=False):
+            x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
+    return x
+
+
+def _spectral_steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> list[tuple]:
+    """What each step needs, on the device: ratio, expectation, and weights (k,) to be mixed.
+
+    The weights are those of "correct the last step, then predict": the prediction to be taken back was mixed with the
+    boldness of the step before, hence the two tables of each memory.
+    """
+    ratios, bolds, cautions = noise_ratios(sigmas), *(_spectral_table(sigmas, m) for m in (MEMORY, CAUTIOUS_MEMORY))
+    tables = np.zeros((len(ratios), 4, MEMORY + 1))
+    for i, ratio in enumerate(ratios):
+        for row, table in enumerate((bolds, cautions)):
+            tables[i, row, : len(table.predict[i])] = table.predict[i]
+            if i > 0:
+                tables[i, row, : len(table.correct[i - 1])] += ratio * table.correct[i - 1]
+                tables[i, 2 + row, 1 : 1 + len(table.predict[i - 1])] = ratio * table.predict[i - 1]
+    on_device = torch.from_numpy(tables).to(dtype).to(device, non_blocking=True)
+    return [
+        (float(ratio), expect.tolist(), *table.unbind(0))
+        for ratio, expect, table in zip(ratios, bolds.expect, on_device, strict=True)
+    ]
+
+
+_spectral_table = lru_cache(maxsize=64)(spectral_table)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +388,7 @@ def _sde_step(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
-    "spectral": _multistep(spectral_weights),
+    "spectral": spectral,
     "angle": _multistep(angle_weights),
     "euler": _multistep(euler_weights),
     "heun": heun,

@@ -11,7 +11,7 @@ from ztsnr.samplers.multistep import angle as angle_coordinate
 from ztsnr.samplers.multistep import integral_weights, inverse_sigmas, noise_ratios, predictor
 from ztsnr.samplers.prediction import alpha_s
 from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, euler_weights, unipc_weights
-from ztsnr.samplers.spectral import mode_errors, spectral_weights
+from ztsnr.samplers.spectral import CAUTIOUS_MEMORY, mode_errors, spectral_weights
 
 ZERO = NoiseSchedule.sdxl()
 
@@ -19,6 +19,19 @@ ZERO = NoiseSchedule.sdxl()
 def worst_mode(steps, side, weights=spectral_weights, spacing="spectral"):
     sigmas = step_schedule(ZERO, steps, spacing, latent_size=(side, side)).numpy()
     return np.abs(mode_errors(sigmas, weights(sigmas), np.geomspace(0.1, side, 80))).max()
+
+
+def run_modes(steps, side, solver, modes):
+    """Relative errors of Gaussian modes, all of them in one latent, through the loop."""
+    a = torch.from_numpy(modes).float().reshape(1, 1, 1, -1)
+
+    def denoise(x, sigma):
+        alpha, s = alpha_s(sigma)
+        return x * (alpha * a**2 / (alpha**2 * a**2 + s**2))
+
+    sigmas = step_schedule(ZERO, steps, latent_size=(side, side))
+    picture = sample(denoise, torch.ones(1, 1, 1, len(modes)), sigmas, solver)
+    return (picture / a - 1).flatten().numpy(), sigmas.numpy()
 
 
 @pytest.mark.parametrize(
@@ -31,24 +44,27 @@ def worst_mode(steps, side, weights=spectral_weights, spacing="spectral"):
         ("unipc", unipc_weights),
     ],
 )
-def test_mode_errors_are_what_the_loop_does(solver, weights):
+def test_mode_errors_are_what_the_loop_does(solver, weights, monkeypatch):
+    monkeypatch.setattr("ztsnr.samplers.solvers.CAUTION", (1e9, 2e9))  # bold whatever happens: the linear solver
     modes = np.geomspace(0.05, 200, 32)
-    sigmas = step_schedule(ZERO, 13, latent_size=(64, 64)).numpy()
-    a = torch.from_numpy(modes).float().reshape(1, 1, 1, -1)
+    errors, sigmas = run_modes(13, 64, solver, modes)
+    assert np.allclose(errors, mode_errors(sigmas, weights(sigmas), modes), atol=2e-5)
 
-    def denoise(x, sigma):
-        alpha, s = alpha_s(sigma)
-        return x * (alpha * a**2 / (alpha**2 * a**2 + s**2))
 
-    picture = sample(denoise, torch.ones(1, 1, 1, len(modes)), sigmas, solver)
-    expected = mode_errors(sigmas, weights(sigmas), modes)
-    assert np.allclose((picture / a - 1).flatten(), expected, atol=2e-5)
+def test_always_cautious_is_the_short_memory(monkeypatch):
+    monkeypatch.setattr("ztsnr.samplers.solvers.CAUTION", (-2.0, -1.0))
+    modes = np.geomspace(0.05, 200, 32)
+    errors, sigmas = run_modes(13, 64, "spectral", modes)
+    # the first steps are taken before there is anything to expect, and with no more than two values anyway
+    assert np.allclose(errors, mode_errors(sigmas, spectral_weights(sigmas, CAUTIOUS_MEMORY), modes), atol=2e-5)
 
 
 @pytest.mark.parametrize("side", [8, 32, 64, 128, 256])
 def test_every_mode_within_two_percent_at_20_steps(side):
     assert worst_mode(20, side) < 0.02
     assert worst_mode(28, side) < 0.01
+    modes = np.geomspace(0.1, side, 80)
+    assert np.abs(run_modes(20, side, "spectral", modes)[0]).max() < 0.02
 
 
 def test_ten_steps_beat_twenty_of_the_others():
@@ -58,6 +74,41 @@ def test_ten_steps_beat_twenty_of_the_others():
         for spacing in ("trailing", "karras", "exponential", "beta")
     ]
     assert worst_mode(10, 128) < min(others)
+
+
+class Mixture:
+    """Posterior mean of equally likely isotropic Gaussians, guided toward the first of them."""
+
+    def __init__(self, guidance):
+        self.means = torch.randn(6, 48, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        self.guidance = guidance
+
+    def __call__(self, x, sigma):
+        alpha, s = alpha_s(sigma)
+        flat, variance = x.double().flatten(1), alpha**2 * 0.1**2 + s**2
+        distances = (flat[:, None] - alpha * self.means).square().sum(-1)
+        gain = alpha * 0.1**2 / variance
+        posterior = torch.softmax(-distances / (2 * variance), 1) @ self.means * (1 - gain * alpha) + gain * flat
+        alone = self.means[0] * (1 - gain * alpha) + gain * flat
+        return (posterior + self.guidance * (alone - posterior)).reshape(x.shape).to(x)
+
+
+def test_strong_guidance_does_not_blow_up(monkeypatch):
+    """Long memory amplifies what it did not foresee; the solver notices and shortens it."""
+    noise = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(6))
+    model = Mixture(guidance=6.0)
+    exact = sample(model, noise, step_schedule(ZERO, 600, "exponential", sigma_start=100.0), "angle")
+
+    def error(solver, steps):
+        picture = sample(model, noise, step_schedule(ZERO, steps, latent_size=(4, 4)), solver)
+        return (picture - exact).square().mean().sqrt().item()
+
+    measured = {steps: error("spectral", steps) for steps in (8, 10, 14)}
+    for steps in (10, 14):
+        assert measured[steps] < error("unipc", steps)
+    monkeypatch.setattr("ztsnr.samplers.solvers.CAUTION", (1e9, 2e9))
+    for steps in (8, 10):
+        assert error("spectral", steps) > 10 * measured[steps]
 
 
 def test_weights_do_not_depend_on_the_unit_of_sigma():

@@ -1,0 +1,275 @@
+"""The command line: what a newcomer types, and what a newcomer mistypes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import ztsnr
+from ztsnr.cli import main
+from ztsnr.diagnostics import demo
+
+
+def ztsnr_command(*arguments) -> tuple[int, str]:
+    """Exit code and everything printed; a crash that click did not turn into a sentence is raised."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def save(path: Path, pixels: np.ndarray, **kwargs) -> None:
+    Image.fromarray(pixels).save(path, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version():
+    assert ztsnr_command("--version") == (0, f"ztsnr, version {ztsnr.__version__}\n")
+    code, text = ztsnr_command("--help")
+    assert code == 0
+    assert "demo" in text
+    code, text = ztsnr_command("demo", "--help")
+    assert code == 0
+    assert "--images" in text
+
+
+def test_help_loads_nothing_heavy():
+    heavy = "torch", "diffusers", "matplotlib", "numpy", "PIL"
+    program = (
+        "import sys; from click.testing import CliRunner; from ztsnr.cli import main\n"
+        "assert CliRunner().invoke(main, ['demo', '--help']).exit_code == 0\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_demo(tmp_path):
+    code, text = ztsnr_command("demo", "--out", tmp_path / "new" / "folder", "--size", 16, "--steps", 8)
+    assert code == 0
+    folder = tmp_path / "new" / "folder"
+    assert sorted(file.name for file in folder.iterdir()) == ["contact_sheet.png", "denoised_mean.png", "results.json"]
+    for name in ("contact_sheet.png", "denoised_mean.png", "results.json"):
+        assert str(folder / name) in text
+    for name in ("contact_sheet.png", "denoised_mean.png"):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 600
+            assert np.asarray(image).std() > 10
+
+    report = json.loads((folder / "results.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    for name in rows:
+        assert name in text
+    assert [row["start_sigma"] for row in report["rows"][:3]] == ["infinity", "infinity", 4096.0]
+    assert rows["finite start 14.6"]["start_sigma"] == pytest.approx(14.6146, abs=1e-3)
+    for name in ("exact infinity", "exact infinity, Euler"):
+        assert max(abs(error) for error in rows[name]["brightness_error"].values()) < 1e-3
+    for name in ("finite start 14.6", "SDXL's leading steps"):
+        errors = rows[name]["brightness_error"]
+        assert errors["solid black"] > 5
+        assert errors["solid white"] == pytest.approx(-errors["solid black"], abs=1e-3)
+    assert abs(rows["exact infinity"]["mean_leak"]) < 1
+    assert rows["exact infinity"]["right_picture"]["photograph"] > 0.9
+
+
+def test_demo_repeats_itself(tmp_path):
+    reports = []
+    for folder in ("a", "b"):
+        assert ztsnr_command("demo", "--out", tmp_path / folder, "--size", 16, "--steps", 2, "--seed", 7)[0] == 0
+        reports.append((tmp_path / folder / "results.json").read_text())
+    assert reports[0] == reports[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The numbers are measured, and are what theory says
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return demo.make_rows()
+
+
+def run_black(row: demo.Row, steps: int, size: int = 16) -> tuple[float, float]:
+    """Brightness error and mean leak, in levels, of solid black."""
+    prompt = demo.make_prompts(torch.zeros(1, 3, size, size), size)[0]
+    noise = torch.randn(prompt.seeds, 3, size, size, generator=torch.Generator().manual_seed(1))
+    run = demo.sample_with_scheduler(row, prompt.model, noise, steps)
+    result = demo.measure([prompt], [run], noise, [prompt.model.exact(noise)])
+    return result["brightness_error"]["solid black"], result["mean_leak"]
+
+
+def test_finite_start_has_the_error_of_its_limit(rows):
+    for row in rows[3:]:
+        error, leak = run_black(row, steps=500)
+        sigma = float(row.scheduler.sigmas[0])
+        noise = sigma / 16  # what is left of the noise in an average over 16 x 16 values
+        share = demo.EXPOSURE / math.hypot(demo.EXPOSURE, noise)
+        # from x = noise * z on: an average a has become m + share * (a - m)
+        assert error == pytest.approx(share / demo.LEVEL, rel=0.03)
+        assert leak == pytest.approx((share * noise - demo.EXPOSURE) / demo.LEVEL, abs=0.5)
+
+
+def test_exact_infinity_has_no_error_whatever_the_steps(rows):
+    for row in rows[:2]:
+        for steps in (1, 3, 7, 30):
+            assert abs(run_black(row, steps)[0]) < 1e-3
+
+
+def test_the_network_is_told_the_noise_level_the_scheduler_means(rows):
+    for row in rows:
+        row.scheduler.set_timesteps(20)
+        for t, sigma in zip(row.scheduler.timesteps, row.scheduler.sigmas, strict=False):
+            known = row.schedule.sigma(float(t))
+            # the trained network calls t = 999 infinity; diffusers makes 4096 of it
+            assert known == pytest.approx(float(sigma), rel=2e-3) or (math.isinf(known) and sigma >= 4096)
+
+
+def test_intercept_and_slope():
+    z = torch.randn(5, 3)
+    intercept, slope = demo.intercept_and_slope(3 - 2 * z, z)
+    assert (intercept, slope) == pytest.approx((3, -2), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_library_photographs_are_there_without_a_download():
+    photographs = demo.library_photographs(16)
+    assert len(photographs) >= 4
+    assert photographs.shape[1:] == (3, 16, 16)
+    assert photographs.min() >= -1
+    assert photographs.max() <= 1
+
+
+def test_open_picture(tmp_path):
+    halves = np.zeros((40, 40, 3), np.uint8)
+    halves[:, :20] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise for display
+    save(tmp_path / "turned.png", halves, exif=exif)
+    turned = demo.open_picture(tmp_path / "turned.png", 8)
+    assert turned[:, :2].min() > 0.9  # the left half is now the upper one
+    assert turned[:, 6:].max() < -0.9
+
+    save(tmp_path / "clear.png", np.full((9, 9, 4), (255, 0, 0, 0), np.uint8))
+    assert demo.open_picture(tmp_path / "clear.png", 8).min() > 0.99
+
+    save(tmp_path / "deep.png", np.full((9, 9), 32896, np.uint16))
+    assert demo.open_picture(tmp_path / "deep.png", 8).abs().max() < 0.01
+
+    Image.new("CMYK", (30, 9)).save(tmp_path / "cmyk.jpg")
+    assert demo.open_picture(tmp_path / "cmyk.jpg", 8).min() > 0.9
+
+    Image.new("P", (9, 9), 0).save(tmp_path / "palette.gif")
+    assert demo.open_picture(tmp_path / "palette.gif", 8).shape == (3, 8, 8)
+
+
+def test_own_pictures_and_a_bad_one(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        save(pictures / f"{i}.png", np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8))
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "caption.txt").write_text("a caption")
+    (pictures / "folder.png").mkdir()
+    code, text = ztsnr_command("demo", "--images", pictures, "--out", tmp_path / "out", "--size", 16, "--steps", 1)
+    assert code == 0
+    assert "Skipped broken.png" in text
+    assert "caption.txt" not in text
+    assert "folder.png" not in text
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["photographs"] == 3
+
+
+def test_one_own_picture_has_a_known_brightness(tmp_path):
+    save(tmp_path / "one.png", np.full((20, 20, 3), 60, np.uint8))
+    code, _ = ztsnr_command("demo", "--images", tmp_path, "--out", tmp_path / "out", "--size", 16, "--steps", 1)
+    assert code == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]
+    assert abs(row["brightness_error"]["photograph"]) < 1e-3
+
+
+def test_many_pictures_are_cut_to_the_first(tmp_path):
+    for i in range(demo.MOST_PICTURES + 2):
+        save(tmp_path / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
+    said = []
+    pictures = demo.load_pictures(tmp_path, 16, said.append)
+    assert len(pictures) == demo.MOST_PICTURES
+    assert len(said) == 1
+    assert pictures[-1].mean().item() == pytest.approx((demo.MOST_PICTURES - 1) / 127.5 - 1, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes end in one sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", 0], "'--steps': 0 is not in the range"),
+        (["--steps", "many"], "'many' is not a valid integer"),
+        (["--size", 5], "'--size': 5 is not in the range"),
+        (["--size", 100_000], "'--size': 100000 is not in the range"),
+        (["--seed", -1], "'--seed': -1 is not in the range"),
+        (["--images", "missing"], "'--images': Directory 'missing' does not exist"),
+        (["--images", __file__], "is a file"),
+        (["--out", __file__], "is a file"),
+        (["--out", Path(__file__) / "below"], "Cannot write into"),
+    ],
+)
+def test_mistakes(arguments, sentence):
+    code, text = ztsnr_command("demo", *arguments)
+    assert code == 2
+    assert sentence in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_no_usable_picture(tmp_path, content):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    if content:
+        (pictures / "bad.jpg").write_bytes(content)
+    code, text = ztsnr_command("demo", "--images", pictures, "--out", tmp_path / "out")
+    assert code == 2
+    assert text.strip().splitlines()[-1].startswith(f"Error: {pictures} holds no picture that can be read")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    code, text = ztsnr_command("demo", "--out", tmp_path / "out")
+    tmp_path.chmod(0o700)
+    assert code == 2
+    assert "Cannot write into" in text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    demo.write_atomically(file, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        demo.write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
