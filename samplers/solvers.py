@@ -17,6 +17,7 @@ sigma.  Deterministic multistep solvers are tables of weights (``multistep``); t
 import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -143,56 +144,77 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
 
 
 def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
-    """Predictor-corrector in the span of Gaussian modes (``spectral``), bold where x0 moves as modes do, else cautious.
+    """Predictor-corrector in the span of Gaussian modes (``spectral``), bold where two memories agree, else cautious.
 
-    Four values of x0 are worth more than two as long as they foretell the next one.  Under strong guidance, or while
-    the picture decides between two modes, they do not, and long memory amplifies the surprise.  So each sample measures
-    it: surprise = |x0 - expected x0| / |x0 - last x0|, and mixes the weights of both memories accordingly.
+    Weights for four values of x0 are the most accurate while x0 moves as modes do.  Under strong guidance, or while the
+    picture decides between two modes, it jumps, and a long memory amplifies the jump.  So each sample compares the
+    steps that both memories would take, and mixes their weights by how far apart these are for the change of x0 there
+    is.
     """
-    steps = _spectral_steps(sigmas, x.dtype, x.device)
-    stride = x[0].numel() // 4096 | 1  # the surprise is a ratio of norms: some thousand values tell it
+    stride = x[0].numel() // 4096 | 1  # the comparison is one of norms: some thousand values tell it
     history, glimpses = [], []
     boldness = last_boldness = x.new_ones(len(x), 1)
-    for sigma, (ratio, expect, bold, cautious, bold_before, cautious_before) in zip(sigmas, steps, strict=False):
+    for sigma, step in zip(sigmas, _spectral_steps(sigmas, x.dtype, x.device), strict=False):
         x, x0 = yield x, sigma
         history = [x0, *history[:MEMORY]]
-        glimpses = [x0.flatten(1)[:, ::stride], *glimpses[: MEMORY - 1]]
-        if len(expect) > 1:
-            expected = _combine(expect[0], glimpses[1], expect[1:], glimpses[2:])
-            surprise = torch.linalg.vector_norm(glimpses[0] - expected, dim=1, keepdim=True)
-            change = torch.linalg.vector_norm(glimpses[0] - glimpses[1], dim=1, keepdim=True)
+        glimpses = [x0.flatten(1)[:, ::stride].contiguous(), *glimpses[:MEMORY]]
+        if len(history) > CAUTIOUS_MEMORY:
+            apart = _norm(_combine(step.difference[0], glimpses[0], step.difference[1:], glimpses[1:]))
+            change = _norm(glimpses[0] - glimpses[1]) * step.held
             low, high = CAUTION
-            boldness = ((high * change - surprise) / ((high - low) * change + 1e-30)).clamp(0, 1)
-        weights = torch.lerp(cautious, bold, boldness) - torch.lerp(cautious_before, bold_before, last_boldness)
+            boldness = ((high * change - apart) / ((high - low) * change + 1e-30)).clamp(0, 1)
+        weights = torch.lerp(step.cautious, step.bold, boldness)
+        weights = weights - torch.lerp(step.cautious_before, step.bold_before, last_boldness)
         last_boldness = boldness
-        x = ratio * x
+        x = step.ratio * x
         for weight, past in zip(weights.unbind(1), history, strict=False):
             x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
     return x
 
 
-def _spectral_steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> list[tuple]:
-    """What each step needs, on the device: ratio, expectation, and weights (k,) to be mixed.
+@dataclass(frozen=True)
+class _SpectralStep:
+    """Floats, and weights of x0 (k,) on the device, newest first.
 
-    The weights are those of "correct the last step, then predict": the prediction to be taken back was mixed with the
-    boldness of the step before, hence the two tables of each memory.
+    ``bold`` and ``cautious`` are "correct the last step, then predict this one" without the prediction to be taken
+    back, which was mixed by the boldness of the step before: ``bold_before`` and ``cautious_before``.
     """
-    ratios, bolds, cautions = noise_ratios(sigmas), *(_spectral_table(sigmas, m) for m in (MEMORY, CAUTIOUS_MEMORY))
-    tables = np.zeros((len(ratios), 4, MEMORY + 1))
-    for i, ratio in enumerate(ratios):
-        for row, table in enumerate((bolds, cautions)):
-            tables[i, row, : len(table.predict[i])] = table.predict[i]
-            if i > 0:
-                tables[i, row, : len(table.correct[i - 1])] += ratio * table.correct[i - 1]
-                tables[i, 2 + row, 1 : 1 + len(table.predict[i - 1])] = ratio * table.predict[i - 1]
+
+    ratio: float
+    held: float
+    difference: list[float]
+    bold: torch.Tensor
+    cautious: torch.Tensor
+    bold_before: torch.Tensor
+    cautious_before: torch.Tensor
+
+
+def _spectral_steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> list[_SpectralStep]:
+    ratios, tables = _spectral_weights(sigmas)
     on_device = torch.from_numpy(tables).to(dtype).to(device, non_blocking=True)
     return [
-        (float(ratio), expect.tolist(), *table.unbind(0))
-        for ratio, expect, table in zip(ratios, bolds.expect, on_device, strict=True)
+        _SpectralStep(float(ratios[i]), _held(sigmas, i), (tables[i, 0] - tables[i, 1]).tolist(), *on_device[i])
+        for i in range(len(ratios))
     ]
 
 
-_spectral_table = lru_cache(maxsize=64)(spectral_table)
+@lru_cache(maxsize=64)
+def _spectral_weights(sigmas: Sigmas) -> tuple[np.ndarray, np.ndarray]:
+    """s_{i+1}/s_i (N,), and the four rows of weights of every step (N, 4, MEMORY + 1)."""
+    ratios = noise_ratios(sigmas)
+    tables = np.zeros((len(ratios), 4, MEMORY + 1))
+    for row, memory in enumerate((MEMORY, CAUTIOUS_MEMORY)):
+        predict, correct = spectral_table(sigmas, memory)
+        for i, ratio in enumerate(ratios):
+            tables[i, row, : len(predict[i])] = predict[i]
+            if i > 0:
+                tables[i, row, : len(correct[i - 1])] += ratio * correct[i - 1]
+                tables[i, 2 + row, 1 : 1 + len(predict[i - 1])] = ratio * predict[i - 1]
+    return ratios, tables
+
+
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

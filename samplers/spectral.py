@@ -14,7 +14,6 @@ derivation, and what else was tried.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,66 +22,49 @@ from .multistep import Weights, inverse_sigmas, noise_ratios, predict_and_correc
 
 MEMORY = 4  # x0 values that a step looks at where they foretell the next one,
 CAUTIOUS_MEMORY = 2  # and where they do not
-CAUTION = (0.4, 0.8)  # surprise, relative to the change of x0, up to which the first holds and from which the second
+CAUTION = (0.5, 1.0)  # disagreement of both up to which the first is used, and from which the second
 RIDGE = 7e-5  # share of the change of x0 that no Gaussian mode explains: keeps the weights moderate
 SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which that share shrinks
 MODE_RANGE = (1.25, 0.4)  # modes fitted: from this times the smallest finite sigma to this times the largest
 SMALLEST_MODE = 0.1  # the spacing serves modes from here to the canvas length
-START = 4.0  # first finite sigma over the canvas length: there brightness is still undecided (90/10 test)
+START = 3.0  # first finite sigma over the canvas length: there brightness is still undecided (90/10 test)
 
 
-@dataclass(frozen=True)
-class SpectralTable:
-    """Weights of x0 in every step, newest first: arrays (..., k), leading dimensions run over schedules.
-
-    Attributes:
-        predict: N of them, from the state at the beginning of the step and what is known there.
-        correct: N - 1, the step once more when x0 at its end is known too.
-        expect: N, for x0 itself at the beginning of the step, from the values before it; empty in the first.
-    """
-
-    predict: Weights
-    correct: Weights
-    expect: Weights
-
-
-def spectral_table(sigmas: Sequence[float] | np.ndarray, memory: int) -> SpectralTable:
-    """Interpolation of the last ``memory`` values of x0 in the span of Gaussian modes.
+def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY) -> Weights:
+    """Predictor-corrector through the last x0, interpolated in the span of Gaussian modes: a linear multistep solver.
 
     Args:
-        sigmas: (..., N + 1), the first may be inf and the last 0.
+        sigmas: (..., N + 1), the first may be inf and the last 0; leading dimensions run over schedules.
+        memory: how many x0 a step looks at.
+
+    Returns:
+        N arrays (..., k), weights of x0, newest first.
     """
+    return predict_and_correct(noise_ratios(sigmas), *spectral_table(sigmas, memory))
+
+
+def spectral_table(sigmas: Sequence[float] | np.ndarray, memory: int) -> tuple[Weights, Weights]:
+    """Weights of x0 in each of the N steps, and in all but the last once more when x0 at their end is known too."""
     u = inverse_sigmas(sigmas)
     steps = u.shape[-1] - 1
     inner = np.where((u > 0) & np.isfinite(u), u, np.nan)
     if np.isnan(inner).all():  # from infinity to 0 at once
-        return SpectralTable([np.ones((*u.shape[:-1], 1))], [], [np.ones((*u.shape[:-1], 0))])
+        return [np.ones((*u.shape[:-1], 1))], []
     low, high = MODE_RANGE[0] / np.nanmax(inner, axis=-1), MODE_RANGE[1] / np.nanmin(inner, axis=-1)
     modes = np.geomspace(low, np.maximum(high, 2 * low), 64, axis=-1)
 
-    def known(newest: int, count: int) -> np.ndarray:
-        return u[..., max(newest - count + 1, 0) : newest + 1][..., ::-1]
+    def fitted(step: int, newest: int) -> np.ndarray:
+        nodes = u[..., max(newest - memory + 1, 0) : newest + 1][..., ::-1]
+        return _fit(modes, nodes, u[..., step], u[..., step + 1])
 
-    def step(i: int, newest: int) -> np.ndarray:
-        return _fit_step(modes, known(newest, memory), u[..., i], u[..., i + 1])
-
-    return SpectralTable(
-        predict=[step(i, newest=i) for i in range(steps)],
-        correct=[step(i, newest=i + 1) for i in range(steps - 1)],
-        expect=[_fit_value(modes, known(i - 1, memory - 1), u[..., i]) for i in range(steps)],
-    )
+    return [fitted(i, newest=i) for i in range(steps)], [fitted(i, newest=i + 1) for i in range(steps - 1)]
 
 
-def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY) -> Weights:
-    """The table as one linear multistep solver: what ``spectral`` does where x0 moves as modes do."""
-    table = spectral_table(sigmas, memory)
-    return predict_and_correct(noise_ratios(sigmas), table.predict, table.correct)
+def _fit(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Weights of x0 at the nodes that best carry all modes from start to end.
 
-
-def _fit_step(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Weights of x0 at the nodes that carry the modes from start to end: least squares of the relative error.
-
-    A constant x0 is carried exactly, so the mean of a picture has no bias whatever the steps are.
+    Least squares of the relative error over log a, under the constraint that a constant x0 is carried exactly (so the
+    mean of a picture has no bias whatever the steps are), with a small ridge.
 
     Args:
         modes: (..., M) standard deviations, evenly spaced in their logarithm.
@@ -93,38 +75,23 @@ def _fit_step(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.n
         (..., k)
     """
     if np.isinf(end).all():
-        return _fit_value(modes, nodes, end)
-    s = 1 / np.hypot(1, end)
-    state = s[..., None] * np.hypot(1, modes * end[..., None])
-    gain = state - s[..., None] * np.hypot(1, modes * start[..., None])
-    return _least_squares(modes, nodes, gain, state, total=s * (end - start))
-
-
-def _fit_value(modes: np.ndarray, nodes: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Weights of x0 at the nodes for x0 at another u; shapes as in ``_fit_step``."""
-    if np.isinf(at).all():  # sigma = 0: the state is the picture
-        return _least_squares(modes, nodes, modes, modes, total=np.ones(at.shape))
-    state = np.hypot(1, modes * at[..., None]) / np.hypot(1, at)[..., None]
-    return _least_squares(modes, nodes, _mode_x0(modes, at[..., None]), state, total=np.ones(at.shape))
-
-
-def _least_squares(
-    modes: np.ndarray, nodes: np.ndarray, wanted: np.ndarray, state: np.ndarray, total: np.ndarray
-) -> np.ndarray:
-    """Weights (..., k) with sum ``total`` that turn x0 at the nodes into ``wanted``, relative to ``state`` (..., M)."""
-    if nodes.shape[-1] == 0:
-        return nodes
+        state, gain, held = modes, modes, np.ones(end.shape)
+    else:
+        s = 1 / np.hypot(1, end)
+        state = s[..., None] * np.hypot(1, modes * end[..., None])
+        gain = state - s[..., None] * np.hypot(1, modes * start[..., None])
+        held = s * (end - start)
     x0 = _mode_x0(modes[..., None, :], nodes[..., None])
-    # the sum is given, so only the differences to the newest x0 are free
+    # the sum of the weights is ``held``, so only the differences to the newest x0 are free
     design = (x0[..., 1:, :] - x0[..., :1, :]) / state[..., None, :]
-    target = (wanted - total[..., None] * x0[..., 0, :]) / state
+    target = (gain - held[..., None] * x0[..., 0, :]) / state
     normal = design @ design.swapaxes(-1, -2)
     mean_square = np.trace(normal, axis1=-2, axis2=-1) / max(normal.shape[-1], 1)
-    change = total**2 * mean_square * np.log(modes[..., 1] / modes[..., 0])
+    change = held**2 * mean_square * np.log(modes[..., 1] / modes[..., 0])
     ridge = RIDGE * mean_square * np.minimum(1, change / SHORT_STEP)  # shrinking, it leaves the second order intact
     normal = normal + ridge[..., None, None] * np.eye(normal.shape[-1])
     free = np.linalg.solve(normal, design @ target[..., None])[..., 0]
-    return np.concatenate([total[..., None] - free.sum(-1, keepdims=True), free], axis=-1)
+    return np.concatenate([held[..., None] - free.sum(-1, keepdims=True), free], axis=-1)
 
 
 def _mode_x0(modes: np.ndarray, u: np.ndarray) -> np.ndarray:
