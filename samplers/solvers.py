@@ -51,8 +51,18 @@ def euler_weights(sigmas: Sequence[float]) -> Weights:
 
 
 def angle_weights(sigmas: Sequence[float]) -> Weights:
-    """Second order, x0 linear in the angle phi = atan(sigma); infinity and 0 are ordinary points of it."""
-    return predictor(inverse_sigmas(sigmas), 2, angle)
+    """Second order, x0 linear in the angle phi = atan(sigma); infinity and 0 are ordinary points of it.
+
+    A slope is carried no further than it was measured: where a step is longer in the angle than the one before, the
+    part of it that is beyond that length sees a constant x0.
+    """
+    u = inverse_sigmas(sigmas)
+    lengths = -np.diff(angle(u))
+    weights = predictor(u, 2, angle)
+    for i in range(1, len(weights)):
+        slope = weights[i][1] * min(1, lengths[i - 1] / lengths[i])
+        weights[i] = np.array([weights[i].sum() - slope, slope])
+    return weights
 
 
 def _log_step(sigmas: Sequence[float], i: int) -> float:
@@ -222,37 +232,34 @@ def _norm(rows: torch.Tensor) -> torch.Tensor:
 
 
 def deis(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
-    """DEIS (Zhang and Chen, arXiv 2204.13902), tAB of order 3: eps a polynomial in the angle, integrated over sigma.
+    """DEIS (Zhang and Chen, arXiv 2204.13902), order 3: eps a polynomial in log sigma, integrated over sigma.
 
-    Dividing the flow by alpha instead of s gives x(b) = alpha_b/alpha_a x(a) + alpha_b * integral of eps dsigma, whose
-    weights are those of x0 with signal and noise exchanged, that is with 1/u for u.
+    Dividing the flow by alpha instead of s gives x(b) = alpha_b/alpha_a x(a) + alpha_b * integral of eps dsigma.  The
+    steps from infinity and to 0, where log sigma has no end, are DDIM's.
     """
-    table = _deis_table(sigmas)
     history = []
-    for i, weights in enumerate(table):
+    for i, weights in enumerate(_deis_table(sigmas)):
         x, x0 = yield x, sigmas[i]
-        alpha, s = alpha_s(sigmas[i])
-        alpha_next, s_next = alpha_s(sigmas[i + 1])
-        eps = torch.add(x, x0, alpha=-alpha).div_(s)
-        history = [eps, *history[:2]]
-        if alpha == 0:  # the step from infinity is DDIM's: eps is the state itself
-            x = torch.add(alpha_next * x0, eps, alpha=s_next)
-        else:
-            x = _combine(alpha_next / alpha, x, weights, history)
+        if not weights:
+            x = _ddim(x, x0, sigmas[i], sigmas[i + 1])
+            continue
+        (alpha, s), (alpha_next, _) = alpha_s(sigmas[i]), alpha_s(sigmas[i + 1])
+        history = [torch.add(x, x0, alpha=-alpha).div_(s), *history[:2]]
+        x = _combine(alpha_next / alpha, x, weights, history)
     return x
 
 
 @lru_cache(maxsize=64)
 def _deis_table(sigmas: Sigmas) -> tuple[tuple[float, ...], ...]:
-    mirrored = [math.pi / 2 - math.atan(sigma) for sigma in sigmas]
+    """Weights of eps, newest first; none where a step begins at infinity or ends at 0."""
     table = []
     for i in range(len(sigmas) - 1):
-        if math.isinf(sigmas[i]):
+        if math.isinf(_log_step(sigmas, i)):
             table.append(())
             continue
-        sigma, dsigma = gauss_legendre(sigmas[i], sigmas[i + 1])  # integral of eps dsigma over the step
-        nodes = np.array(mirrored[max(i - 2, 0) : i + 1][::-1])
-        integral = lagrange(nodes, math.pi / 2 - np.arctan(sigma)) @ dsigma
+        nodes = np.log([sigma for sigma in sigmas[max(i - 2, 0) : i + 1][::-1] if math.isfinite(sigma)])
+        sigma, dsigma = gauss_legendre(sigmas[i], sigmas[i + 1])
+        integral = lagrange(nodes, np.log(sigma)) @ dsigma
         table.append(tuple(float(w) for w in integral * alpha_s(sigmas[i + 1])[0]))
     return tuple(table)
 
