@@ -48,7 +48,7 @@ def to_denoised(
     alpha, s = alpha_s(sigma)
     model_output = model_output.to(x.dtype)
     if prediction_type == "v_prediction":
-        return torch.add(alpha * x, model_output, alpha=-s)
+        return (alpha * x).add_(model_output, alpha=-s)
     if prediction_type == "sample":
         return model_output
     check_prediction_type(prediction_type, zero_terminal_snr=math.isinf(sigma))

@@ -161,20 +161,21 @@ def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], to
     steps that both memories would take, and mixes their weights by how far apart these are for the change of x0 there
     is.
     """
-    stride = x[0].numel() // 4096 | 1  # the comparison is one of norms: some thousand values tell it
+    every = (
+        x[0].numel() // 4096 | 1
+    )  # the comparison is one of norms: some thousand values, whole rows of them, tell it
     history, glimpses = [], []
     boldness = last_boldness = x.new_ones(len(x), 1)
     for sigma, step in zip(sigmas, _spectral_steps(sigmas, x.dtype, x.device), strict=False):
         x, x0 = yield x, sigma
         history = [x0, *history[:MEMORY]]
-        glimpses = [x0.flatten(1)[:, ::stride].contiguous(), *glimpses[:MEMORY]]
+        glimpses = [x0.reshape(len(x0), -1, x0.shape[-1])[:, ::every].flatten(1), *glimpses[:MEMORY]]
         if len(history) > CAUTIOUS_MEMORY:
             apart = _norm(_combine(step.difference[0], glimpses[0], step.difference[1:], glimpses[1:]))
             change = _norm(glimpses[0] - glimpses[1]) * step.held
             low, high = CAUTION
-            boldness = ((high * change - apart) / ((high - low) * change + 1e-30)).clamp(0, 1)
-        weights = torch.lerp(step.cautious, step.bold, boldness)
-        weights = weights - torch.lerp(step.cautious_before, step.bold_before, last_boldness)
+            boldness = ((high * change - apart) / ((high - low) * change + 1e-30)).clamp_(0, 1)
+        weights = torch.addcmul(step.cautious, step.bolder, boldness).addcmul_(step.bolder_before, last_boldness)
         last_boldness = boldness
         x = step.ratio * x
         for weight, past in zip(weights.unbind(1), history, strict=False):
@@ -184,43 +185,45 @@ def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], to
 
 @dataclass(frozen=True)
 class _SpectralStep:
-    """Floats, and weights of x0 (k,) on the device, newest first.
+    """Floats, and weights of x0 on the device, newest first.
 
-    ``bold`` and ``cautious`` are "correct the last step, then predict this one" without the prediction to be taken
-    back, which was mixed by the boldness of the step before: ``bold_before`` and ``cautious_before``.
+    The weights of a step are "correct the last one, then predict": ``cautious`` + boldness * ``bolder`` + boldness of
+    the last step * ``bolder_before``; the last because a correction takes back what was then predicted.
     """
 
     ratio: float
     held: float
-    difference: list[float]
-    bold: torch.Tensor
+    difference: list[float]  # bolder, on the host
     cautious: torch.Tensor
-    bold_before: torch.Tensor
-    cautious_before: torch.Tensor
+    bolder: torch.Tensor
+    bolder_before: torch.Tensor
 
 
 def _spectral_steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> list[_SpectralStep]:
-    ratios, tables = _spectral_weights(sigmas)
+    floats, tables = _spectral_tables(sigmas)
     on_device = torch.from_numpy(tables).to(dtype).to(device, non_blocking=True)
-    return [
-        _SpectralStep(float(ratios[i]), _held(sigmas, i), (tables[i, 0] - tables[i, 1]).tolist(), *on_device[i])
-        for i in range(len(ratios))
-    ]
+    return [_SpectralStep(*step, *rows) for step, rows in zip(floats, on_device.unbind(0), strict=True)]
 
 
 @lru_cache(maxsize=64)
-def _spectral_weights(sigmas: Sigmas) -> tuple[np.ndarray, np.ndarray]:
-    """s_{i+1}/s_i (N,), and the four rows of weights of every step (N, 4, MEMORY + 1)."""
+def _spectral_tables(sigmas: Sigmas) -> tuple[list[tuple[float, float, list[float]]], np.ndarray]:
+    """Of each step the floats of ``_SpectralStep``, and its three rows of weights (N, 3, MEMORY + 1)."""
     ratios = noise_ratios(sigmas)
-    tables = np.zeros((len(ratios), 4, MEMORY + 1))
-    for row, memory in enumerate((MEMORY, CAUTIOUS_MEMORY)):
+
+    def fused(memory: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of each step, and those of the last prediction that its correction takes back, (N, MEMORY + 1)."""
         predict, correct = spectral_table(sigmas, memory)
+        weights, before = np.zeros((2, len(ratios), MEMORY + 1))
         for i, ratio in enumerate(ratios):
-            tables[i, row, : len(predict[i])] = predict[i]
+            weights[i, : len(predict[i])] = predict[i]
             if i > 0:
-                tables[i, row, : len(correct[i - 1])] += ratio * correct[i - 1]
-                tables[i, 2 + row, 1 : 1 + len(predict[i - 1])] = ratio * predict[i - 1]
-    return ratios, tables
+                weights[i, : len(correct[i - 1])] += ratio * correct[i - 1]
+                before[i, 1 : 1 + len(predict[i - 1])] = ratio * predict[i - 1]
+        return weights, before
+
+    (bold, bold_before), (cautious, cautious_before) = fused(MEMORY), fused(CAUTIOUS_MEMORY)
+    floats = [(float(ratios[i]), _held(sigmas, i), (bold - cautious)[i].tolist()) for i in range(len(ratios))]
+    return floats, np.stack([cautious - cautious_before, bold - cautious, cautious_before - bold_before], axis=1)
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
