@@ -29,7 +29,9 @@ def main() -> None:
     help="Folder for the contact sheet, the plot and the numbers.",
 )
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
-@click.option("--size", type=click.IntRange(16, 256), default=64, show_default=True, help="Height and width in pixels.")
+@click.option(
+    "--size", type=click.IntRange(16, 256), default=128, show_default=True, help="Height and width in pixels."
+)
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Seed of the first picture.")
 def demo(images: Path | None, out: Path, steps: int, size: int, seed: int) -> None:
     """See what a sampler's first step does to a picture; needs no model.

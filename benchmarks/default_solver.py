@@ -1,9 +1,9 @@
 """Why the default solver and spacing are what they are: everything that was tried, in one table.
 
-A multistep solver is an interpolation of x0 through its last values, a number of values, and a corrector or none.  All
-candidates are run on three kinds of models: Gaussian modes from 0.1 to the canvas length (128), the mixtures of
-``sampler_accuracy`` on an 8 x 8 canvas, and the same mixtures under guidance 5.  The seeds are others than those that
-``sampler_accuracy`` reports.
+A multistep solver is an interpolation of x0 through its last values, a number of values, and a corrector or none; the
+default one chooses the number by itself.  All candidates are run on three kinds of models: Gaussian modes from 0.1 to
+the canvas length (128), the mixtures of ``sampler_accuracy`` on an 8 x 8 canvas, and the same mixtures under guidance
+5.  The seeds are others than those that ``sampler_accuracy`` reports.
 
     python benchmarks/default_solver.py
 """
@@ -17,7 +17,7 @@ import click
 import numpy as np
 import torch
 from comfyui_peer import IdealNetwork
-from sampler_accuracy import RESULTS, machine, markdown, mixture_problem, write_section
+from sampler_accuracy import CANVAS, RESULTS, machine, markdown, mixture_problem, modes_problem, write_section
 from tqdm import tqdm
 
 from ztsnr.samplers import NoiseSchedule, step_schedule
@@ -31,12 +31,11 @@ from ztsnr.samplers.multistep import (
     predict_and_correct,
     predictor,
 )
-from ztsnr.samplers.solvers import dpmpp_2m_weights, unipc_weights
+from ztsnr.samplers.sampling import start_solver
+from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, unipc_weights
 from ztsnr.samplers.spectral import mode_errors, spectral_weights
 
 SEEDS = (1, 2, 3)
-CANVAS = 128
-MODES = np.geomspace(0.1, CANVAS, 80)
 SCHEDULE = NoiseSchedule.sdxl()
 Rule = Callable[[np.ndarray], Weights]
 
@@ -82,15 +81,19 @@ def tuned_to_modes(rule: Rule, steps: int, side: int) -> np.ndarray:
     return sigmas(least_squares(errors, np.concatenate([start[:1], np.log(-np.diff(start))]), max_nfev=30).x)
 
 
+DEFAULT = "span of modes, 4 or 2 values, corrected (`spectral`)"
 SOLVERS: dict[str, Rule] = {
-    "span of modes, 4 values, corrected (`spectral`)": spectral_weights,
+    DEFAULT: spectral_weights,  # of which ``solve`` runs the real thing
+    "span of modes, 4 values, corrected": spectral_weights,
     "span of modes, 3 values, corrected": partial(spectral_weights, memory=3),
+    "span of modes, 2 values, corrected": partial(spectral_weights, memory=2),
     "polynomial in log sigma, 4 values, corrected": partial(polynomial, order=4),
     "polynomial in log sigma, 3 values, corrected": partial(polynomial, order=3),
     "polynomial in log sigma, 2 values, corrected": partial(polynomial, order=2),
     "polynomial in log sigma, 3 values": partial(polynomial, order=3, correct=False),
     "polynomial in the angle, 3 values, corrected": partial(polynomial, order=3, coordinate=angle),
-    "polynomial in the angle, 2 values (`angle`)": partial(polynomial, order=2, coordinate=angle, correct=False),
+    "polynomial in the angle, 2 values": partial(polynomial, order=2, coordinate=angle, correct=False),
+    "the same, its slope carried no further than measured (`angle`)": angle_weights,
     "UniPC, order 2 (`unipc`)": unipc_weights,
     "DPM-Solver++ 2M (`dpmpp_2m`)": dpmpp_2m_weights,
 }
@@ -106,10 +109,18 @@ SPACINGS: dict[str, Callable[[Rule, int, int], np.ndarray]] = {
 }
 
 
-def solve(rule: Rule, sigmas: np.ndarray, denoise: Callable, noise: torch.Tensor) -> torch.Tensor:
-    """Run a table of weights in float64; ``denoise`` and ``noise`` as for ``ztsnr.samplers.sample``."""
+def solve(solver: str, sigmas: np.ndarray, denoise: Callable, noise: torch.Tensor) -> torch.Tensor:
+    """Run a table of weights, or the default solver, in float64; ``denoise`` and ``noise`` as for ``sample``."""
+    if solver == DEFAULT:
+        run = start_solver("spectral", noise, sigmas.tolist())
+        x, sigma = next(run)
+        try:
+            while True:
+                x, sigma = run.send((x, denoise(x, sigma)))
+        except StopIteration as finished:
+            return finished.value
     x, history = noise, []
-    for sigma, ratio, weights in zip(sigmas, noise_ratios(sigmas), rule(sigmas), strict=False):
+    for sigma, ratio, weights in zip(sigmas, noise_ratios(sigmas), SOLVERS[solver](sigmas), strict=False):
         history = [denoise(x, float(sigma)), *history[:7]]
         x = ratio * x + sum(w * x0 for w, x0 in zip(weights.tolist(), history, strict=False))
     return x
@@ -122,18 +133,21 @@ def rows(steps: int, samples: int) -> list[list[str]]:
     }
     table = []
     combinations = [(solver, "even in log sigma (`spectral`)") for solver in SOLVERS]
-    combinations += [(next(iter(SOLVERS)), spacing) for spacing in list(SPACINGS)[1:]]
+    combinations += [(DEFAULT, spacing) for spacing in list(SPACINGS)[1:]]
     combinations += [("DPM-Solver++ 2M (`dpmpp_2m`)", "free sigmas tuned to the modes")]
     for solver, spacing in tqdm(combinations, leave=False, desc=f"{steps} steps"):
         rule = SOLVERS[solver]
-        sigmas = SPACINGS[spacing](rule, steps, CANVAS)
-        row = [solver, spacing, f"{np.abs(mode_errors(sigmas, rule(sigmas), MODES)).max():.1%}"]
+        modes = modes_problem([steps])
+        picture = solve(
+            solver, SPACINGS[spacing](rule, steps, CANVAS), IdealNetwork(modes.arrays).denoise, modes.noise.double()
+        )
+        row = [solver, spacing, *(f"{error:.1%}" for error in modes.score(picture).values())]
         sigmas = SPACINGS[spacing](rule, steps, 8)
         for guidance in problems:
             errors = []
             for problem in problems[guidance]:
                 denoise = IdealNetwork(problem.arrays).denoise
-                picture = solve(rule, sigmas, denoise, problem.noise.double())
+                picture = solve(solver, sigmas, denoise, problem.noise.double())
                 errors += problem.score(picture).values()
             row.append(f"{np.mean(errors):.4f}")
         table.append(row)

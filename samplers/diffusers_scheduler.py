@@ -380,3 +380,9 @@ def _check_answer(model_output: torch.Tensor, sample: torch.Tensor) -> None:
         )
     if model_output.device != sample.device:
         raise ValueError(f"the network's answer is on {model_output.device}, the state on {sample.device}")
+
+
+def stock_euler(**config: Any) -> diffusers.EulerDiscreteScheduler:
+    """diffusers' own Euler scheduler for a Stable Diffusion v-prediction model: what to compare with."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return diffusers.EulerDiscreteScheduler(**betas, prediction_type="v_prediction", **config)

@@ -39,6 +39,7 @@ from .prediction import alpha_s
 from .spectral import CAUTION, CAUTIOUS_MEMORY, MEMORY, spectral_table
 
 Sigmas = tuple[float, ...]
+Noise = Callable[[], torch.Tensor]
 Evaluations = Generator[tuple[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,11 +137,13 @@ def _combine(ratio: float, x: torch.Tensor, weights: Sequence[float], history: S
 
 
 def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
-    def solver(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+    def solver(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+        table = multistep_table(rule, sigmas)
+        memory = max(len(weights) for _, weights in table)
         history = []
-        for sigma, (ratio, weights) in zip(sigmas, multistep_table(rule, sigmas), strict=False):
+        for sigma, (ratio, weights) in zip(sigmas, table, strict=False):
             x, x0 = yield x, sigma
-            history = [x0, *history[: len(weights) - 1]]
+            history = [x0, *history[: memory - 1]]
             x = _combine(ratio, x, weights, history)
         return x
 
@@ -153,7 +156,7 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
 # The default solver.
 
 
-def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """Predictor-corrector in the span of Gaussian modes (``spectral``), bold where two memories agree, else cautious.
 
     Weights for four values of x0 are the most accurate while x0 moves as modes do.  Under strong guidance, or while the
@@ -161,9 +164,8 @@ def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], to
     steps that both memories would take, and mixes their weights by how far apart these are for the change of x0 there
     is.
     """
-    every = (
-        x[0].numel() // 4096 | 1
-    )  # the comparison is one of norms: some thousand values, whole rows of them, tell it
+    # the comparison is one of norms: every so-many-th row, some thousand values, tells it
+    every = x[0].numel() // 4096 | 1
     history, glimpses = [], []
     boldness = last_boldness = x.new_ones(len(x), 1)
     for sigma, step in zip(sigmas, _spectral_steps(sigmas, x.dtype, x.device), strict=False):
@@ -234,7 +236,7 @@ def _norm(rows: torch.Tensor) -> torch.Tensor:
 # Other solvers.
 
 
-def deis(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def deis(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """DEIS (Zhang and Chen, arXiv 2204.13902), order 3: eps a polynomial in log sigma, integrated over sigma.
 
     Dividing the flow by alpha instead of s gives x(b) = alpha_b/alpha_a x(a) + alpha_b * integral of eps dsigma.  The
@@ -289,7 +291,7 @@ def _add_noise(x: torch.Tensor, start: float, end: float, fresh: torch.Tensor) -
     return torch.add((alpha_end / alpha) * x, fresh, alpha=alpha_end * math.sqrt(end**2 - start**2))
 
 
-def euler_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def euler_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """DDIM down to less noise than asked for, then fresh noise up to it; eta = 1 is DDPM (arXiv 2010.02502, eq. 16)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x, x0 = yield x, sigma
@@ -301,7 +303,7 @@ def euler_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable
     return x
 
 
-def lcm(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def lcm(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """Multistep consistency sampling (Song et al., arXiv 2303.01469, Alg. 1): denoise, add all the noise anew."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x, x0 = yield x, sigma
@@ -309,7 +311,7 @@ def lcm(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.T
     return x
 
 
-def heun(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def heun(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """Euler, a second look at the end, and the step again with x0 linear in the angle between both (two evaluations).
 
     Heun's method as in Karras et al. (arXiv 2206.00364, Alg. 1), in the angle instead of sigma.
@@ -325,7 +327,7 @@ def heun(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.
     return x
 
 
-def dpmpp_2s_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def dpmpp_2s_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """DPM-Solver++(2S) (arXiv 2211.01095, Alg. 1) with ancestral noise, bare at eta = 0 (two evaluations)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x, x0 = yield x, sigma
@@ -341,7 +343,7 @@ def dpmpp_2s_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Calla
     return x
 
 
-def dpmpp_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def dpmpp_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """DPM-Solver++ SDE, single step with r = 1/2 (arXiv 2211.01095, as in k-diffusion; two evaluations).
 
     The noise of the whole step is that of its first half, carried on, plus that of its second half: both halves see one
@@ -368,7 +370,7 @@ def dpmpp_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], t
     return x
 
 
-def dpmpp_2m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def dpmpp_2m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix; k-diffusion's midpoint form)."""
     x0_last = None
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
@@ -380,7 +382,7 @@ def dpmpp_2m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[]
     return x
 
 
-def dpmpp_3m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[], torch.Tensor]) -> Evaluations:
+def dpmpp_3m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
     """SDE-DPM-Solver++(3M) of k-diffusion: exponential integrator of third order in log sigma."""
     history = []
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
@@ -406,11 +408,11 @@ def dpmpp_3m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Callable[[]
 
 
 def _sde_step(
-    x: torch.Tensor, x0: torch.Tensor, sigma: float, sigma_next: float, eta: float, noise: Callable[[], torch.Tensor]
+    x: torch.Tensor, x0: torch.Tensor, sigma: float, sigma_next: float, eta: float, noise: Noise
 ) -> torch.Tensor:
     """Exact step of the reverse SDE with x0 held; eta = 0 is the flow, eta = 1 the reverse of the forward process."""
     if sigma_next == 0:
-        return x0.clone()
+        return x0
     ratio = sigma_next / sigma
     (_, s), (alpha_next, s_next) = alpha_s(sigma), alpha_s(sigma_next)
     x = torch.add((s_next / s * ratio**eta) * x, x0, alpha=alpha_next * (1 - ratio ** (1 + eta)))
