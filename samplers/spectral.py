@@ -27,7 +27,8 @@ RIDGE = 7e-5  # share of the change of x0 that no Gaussian mode explains: keeps 
 SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which that share shrinks
 MODE_RANGE = (1.25, 0.4)  # modes fitted: from this times the smallest finite sigma to this times the largest
 SMALLEST_MODE = 0.1  # the spacing serves modes from here to the canvas length
-START = 3.0  # first finite sigma over the canvas length: there brightness is still undecided (90/10 test)
+START = 5.0  # first finite sigma over the canvas length: there brightness is undecided, under guidance as well
+STEPS_PER_START = 3  # of which fewer steps span less: one canvas length for so many
 
 
 def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY) -> Weights:
@@ -131,8 +132,9 @@ def mode_errors(sigmas: np.ndarray, weights: Weights, modes: np.ndarray) -> np.n
 def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma_min: float) -> tuple[float, ...]:
     """Finite sigmas of the spectral spacing: even in log sigma, with ends that minimise the worst mode error.
 
-    The first sigma is START times the canvas length, the last one is searched for.  Fewer than eight steps cannot span
-    that range: then a nearer start is searched for too.  Past a hundred the end no longer matters and is sigma_min.
+    The first sigma is START times the canvas length, or less where there are fewer steps to span the range; the last
+    one is searched for, and below eight steps a nearer first one too.  Past fifty steps the end no longer matters
+    and is sigma_min.
 
     Args:
         steps: how many, at least 1; infinity before and 0 behind them are not counted.
@@ -144,11 +146,12 @@ def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma
     Returns:
         (steps,) descending.
     """
-    canvas = start / START if canvas is None else canvas
-    starts = np.array([START * canvas if start is None else start])
+    reach = min(START, steps / STEPS_PER_START)
+    canvas = start / reach if canvas is None else canvas
+    starts = np.array([reach * canvas if start is None else start])
     if start is None and steps < 8:
         starts = starts * 2.0 ** -np.arange(8)
-    first, last = np.meshgrid(starts, np.geomspace(sigma_min, 0.25, 12) if steps < 100 else [sigma_min])
+    first, last = np.meshgrid(starts, np.geomspace(sigma_min, 0.25, 12) if steps < 50 else [sigma_min])
     wide_enough = first > 2 * last
     candidates = np.geomspace(first[wide_enough], last[wide_enough], steps, axis=-1)
     if steps == 1:

@@ -134,7 +134,8 @@ def test_finite_range_starts_where_the_canvas_asks():
 def test_spectral_is_even_in_log_sigma_between_its_ends():
     sigmas = step_schedule(ZERO, 20, latent_size=(128, 128))[1:-1].log()
     assert torch.allclose(sigmas.diff(), sigmas.diff()[0])
-    assert sigmas[0].exp() == pytest.approx(3 * 128)
+    assert sigmas[0].exp() == pytest.approx(5 * 128)
+    assert step_schedule(ZERO, 10, latent_size=(128, 128))[1] == pytest.approx(3 * 128)  # fewer steps span less
     assert step_schedule(ZERO, 20, sigma_start=100.0)[1] == pytest.approx(100)
     assert step_schedule(PLAIN, 20)[0] == pytest.approx(PLAIN.sigma_max)
 
