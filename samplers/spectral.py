@@ -20,9 +20,9 @@ import numpy as np
 
 from .multistep import Weights, inverse_sigmas, noise_ratios, predict_and_correct
 
-MEMORY = 4  # x0 values that a step looks at where they foretell the next one,
-CAUTIOUS_MEMORY = 2  # and where they do not
-CAUTION = (0.5, 1.0)  # disagreement of both up to which the first is used, and from which the second
+MEMORY = 4  # x0 values that a step looks at while x0 moves smoothly,
+CAUTIOUS_MEMORY = 2  # and where it jumps:
+CAUTION = (0.5, 1.0)  # the disagreement of both up to which the first is used, and that from which the second is
 RIDGE = 7e-5  # share of the change of x0 that no Gaussian mode explains: keeps the weights moderate
 SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which that share shrinks
 MODE_RANGE = (1.25, 0.4)  # modes fitted: from this times the smallest finite sigma to this times the largest
@@ -89,7 +89,8 @@ def _fit(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.ndarra
     normal = design @ design.swapaxes(-1, -2)
     mean_square = np.trace(normal, axis1=-2, axis2=-1) / max(normal.shape[-1], 1)
     change = held**2 * mean_square * np.log(modes[..., 1] / modes[..., 0])
-    ridge = RIDGE * mean_square * np.minimum(1, change / SHORT_STEP)  # shrinking, it leaves the second order intact
+    # shrinking with the step, the ridge leaves the second order intact; what remains keeps the matrix regular
+    ridge = mean_square * (RIDGE * np.minimum(1, change / SHORT_STEP) + 1e-12)
     normal = normal + ridge[..., None, None] * np.eye(normal.shape[-1])
     free = np.linalg.solve(normal, design @ target[..., None])[..., 0]
     return np.concatenate([held[..., None] - free.sum(-1, keepdims=True), free], axis=-1)
@@ -150,10 +151,10 @@ def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma
     canvas = start / reach if canvas is None else canvas
     starts = np.array([reach * canvas if start is None else start])
     if start is None and steps < 8:
-        starts = starts * 2.0 ** -np.arange(8)
+        starts = np.maximum(starts * 2.0 ** -np.arange(8), 2 * sigma_min)
     first, last = np.meshgrid(starts, np.geomspace(sigma_min, 0.25, 12) if steps < 50 else [sigma_min])
-    wide_enough = first > 2 * last
-    candidates = np.geomspace(first[wide_enough], last[wide_enough], steps, axis=-1)
+    last = np.maximum(np.minimum(last, first / 2), sigma_min)
+    candidates = np.geomspace(first.ravel(), last.ravel(), steps, axis=-1)
     if steps == 1:
         candidates = np.geomspace(sigma_min, starts[0], 48)[:, None]
     if len(candidates) == 1:

@@ -29,7 +29,7 @@ def quietly(*args, **kwargs):
     steps=st.one_of(st.integers(1, 60), st.integers(61, 1500)),
     spacing=st.sampled_from(SPACINGS),
     schedule=st.sampled_from([PLAIN, ZERO, COSINE, ZERO.shifted(2), ZERO.shifted(0.5)]),
-    side=st.integers(4, 512),
+    side=st.integers(1, 512),
     denoise=st.one_of(st.just(1.0), st.floats(0.2, 1, exclude_max=True)),
 )
 def test_every_schedule_is_sound(steps, spacing, schedule, side, denoise):
@@ -47,6 +47,25 @@ def test_every_schedule_is_sound(steps, spacing, schedule, side, denoise):
     else:
         assert sigmas[0].isfinite()
     assert sigmas[-2] >= schedule.sigma_min * (1 - 1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    steps=st.integers(1, 60),
+    spacing=st.sampled_from(["spectral", "karras", "exponential", "polyexponential", "kl_optimal"]),
+    schedule=st.sampled_from([ZERO, COSINE]),
+    sigma_start=st.floats(0.03, 1e6),
+)
+def test_every_start_is_sound(steps, spacing, schedule, sigma_start):
+    sigma_start = max(sigma_start, 1.01 * schedule.sigma_min)
+    sigmas = step_schedule(schedule, steps, spacing, sigma_start=sigma_start)
+    assert math.isinf(sigmas[0])
+    assert (sigmas[1:].diff() < 0).all()
+    if steps > 2:
+        assert sigmas[1] == pytest.approx(sigma_start)
+    assert sigmas[-1] == 0
+    picture = sample(lambda x, sigma: torch.tanh(x), torch.randn(1, 1, 2, 2), sigmas)
+    assert picture.isfinite().all()
 
 
 @settings(deadline=None, max_examples=60)
