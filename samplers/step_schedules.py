@@ -15,6 +15,7 @@ from .noise_schedule import NoiseSchedule
 from .spectral import spectral_sigmas
 
 DEFAULT_SPACING = "spectral"
+MOST_STEPS = 100_000  # of a whole schedule: beyond any use, and short of filling the memory
 DEFAULT_RHO = {"karras": 7.0, "polyexponential": 1.0}
 
 # Align Your Steps (Sabour et al., arXiv 2404.14507): the ten steps its authors publish for SDXL, as timesteps.
@@ -154,6 +155,8 @@ def step_schedule(
         raise ValueError(f"rho must be a positive number, not {rho}")
 
     whole = steps if denoise == 1 else max(math.ceil(steps / denoise - 1e-9), steps + 1)
+    if whole > MOST_STEPS:
+        raise ValueError(f"{steps} steps at denoise {denoise} are the end of {whole} steps, more than {MOST_STEPS}")
     if spacing in _TIMESTEP_SPACINGS:
         if sigma_start is not None:
             raise ValueError(f"spacing {spacing!r} chooses timesteps and takes no sigma_start")

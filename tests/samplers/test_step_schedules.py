@@ -202,6 +202,8 @@ def test_denoise_drops_the_head(steps, denoise, whole):
         ({"spacing": "karras", "sigma_start": 9.0, "rho": 0.0}, "positive"),
         ({"spacing": "trailing", "denoise": 0}, "denoise"),
         ({"spacing": "trailing", "denoise": 1.5}, "denoise"),
+        ({"spacing": "trailing", "denoise": 1e-9}, "more than 100000"),
+        ({"spacing": "trailing", "steps": 10**9}, "more than 100000"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message):
