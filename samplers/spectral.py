@@ -134,7 +134,7 @@ def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma
     """Finite sigmas of the spectral spacing: even in log sigma, with ends that minimise the worst mode error.
 
     The first sigma is START times the canvas length, or less where there are fewer steps to span the range; the last
-    one is searched for, and below eight steps a nearer first one too.  Past fifty steps the end no longer matters
+    one is searched for, and below eight steps a nearer first one too.  Past forty steps the end no longer matters
     and is sigma_min.
 
     Args:
@@ -152,7 +152,7 @@ def spectral_sigmas(steps: int, canvas: float | None, start: float | None, sigma
     starts = np.array([reach * canvas if start is None else start])
     if start is None and steps < 8:
         starts = np.maximum(starts * 2.0 ** -np.arange(8), 2 * sigma_min)
-    first, last = np.meshgrid(starts, np.geomspace(sigma_min, 0.25, 12) if steps < 50 else [sigma_min])
+    first, last = np.meshgrid(starts, np.geomspace(sigma_min, 0.25, 12) if steps < 40 else [sigma_min])
     last = np.maximum(np.minimum(last, first / 2), sigma_min)
     candidates = np.geomspace(first.ravel(), last.ravel(), steps, axis=-1)
     if steps == 1:
