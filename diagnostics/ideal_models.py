@@ -18,8 +18,7 @@ import torch
 
 from ..samplers import NoiseSchedule, from_denoised
 from ..samplers.prediction import alpha_s
-
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+from ..samplers.sampling import Denoise
 
 
 def v_network(denoise: Denoise, schedule: NoiseSchedule) -> Callable[..., torch.Tensor]:

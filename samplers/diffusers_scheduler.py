@@ -19,7 +19,15 @@ from diffusers.utils import BaseOutput
 
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
-from .sampling import Generators, check_sigmas, evaluation_sigmas, randn_like, start_solver
+from .sampling import (
+    Generators,
+    check_answer,
+    check_generators,
+    check_sigmas,
+    evaluation_sigmas,
+    randn_like,
+    start_solver,
+)
 from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, TWO_EVALUATION_SOLVERS
 from .step_schedules import DEFAULT_SPACING, SPACINGS, step_schedule
 
@@ -256,9 +264,13 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("call set_timesteps before step: the steps are not chosen yet")
         if self._step_index == len(self.timesteps):
             raise ValueError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
-        _check_answer(model_output, sample)
-        if isinstance(generator, Sequence) and len(generator) != len(sample):
-            raise ValueError(f"{len(generator)} generators for a batch of {len(sample)}: give one a sample, or one")
+        if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+            raise ValueError(
+                f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance "
+                "as well, which no solver here uses; pass the first half of the channels"
+            )
+        check_answer(model_output, sample)
+        check_generators(generator, sample)
         self._network_dtype = self._network_dtype or sample.dtype
         self._generator = generator
         x = sample.float()
@@ -366,20 +378,6 @@ def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
             "not for flow matching or EDM"
         )
     return model
-
-
-def _check_answer(model_output: torch.Tensor, sample: torch.Tensor) -> None:
-    if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
-        raise ValueError(
-            f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance as "
-            "well, which no solver here uses; pass the first half of the channels"
-        )
-    if model_output.shape != sample.shape:
-        raise ValueError(
-            f"the network returned shape {tuple(model_output.shape)} for a state of shape {tuple(sample.shape)}"
-        )
-    if model_output.device != sample.device:
-        raise ValueError(f"the network's answer is on {model_output.device}, the state on {sample.device}")
 
 
 def stock_euler(**config: Any) -> diffusers.EulerDiscreteScheduler:

@@ -47,18 +47,27 @@ def sample(
         raise ValueError(f"noise must be a floating-point tensor, not {noise.dtype}")
     if noise.isnan().any():
         raise ValueError("noise holds NaN")
-    solve = start_solver(solver, noise.float(), sigmas, eta, generator)
-    x, sigma = next(solve)
-    for evaluation in range(2 * len(sigmas)):
+    evaluations = itertools.count()
+
+    def answer(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x0 = denoise(x, sigma)
-        check_denoised(x0, x)
+        check_answer(x0, x)
         if callback is not None:
-            callback(evaluation, sigma, x, x0)
+            callback(next(evaluations), sigma, x, x0)
+        return x0.float()
+
+    return drive(start_solver(solver, noise.float(), sigmas, eta, generator), answer)
+
+
+def drive(solve: Evaluations, denoise: Denoise) -> torch.Tensor:
+    """Answer a solver's questions until it is done, in whatever precision it was started; its last state."""
+    x, sigma = next(solve)
+    while True:
+        x0 = denoise(x, sigma)
         try:
-            x, sigma = solve.send((x, x0.float()))
+            x, sigma = solve.send((x, x0))
         except StopIteration as finished:
             return finished.value
-    raise AssertionError("a solver evaluates the model at most twice a step")
 
 
 def start_solver(
@@ -69,8 +78,7 @@ def start_solver(
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, not {eta}")
-    if isinstance(generator, Sequence) and len(generator) != len(x):
-        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+    check_generators(generator, x)
     return SOLVER_FUNCTIONS[solver](x, tuple(sigmas), eta, lambda: randn_like(x, generator))
 
 
@@ -79,14 +87,15 @@ def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) ->
 
     They depend on the schedule alone, so a run on a single zero asks for the same ones.
     """
-    zero = torch.zeros(1, 1)
-    solve = start_solver(solver, zero, sigmas, eta, torch.Generator())  # one of its own: the global one stays untouched
-    visited = [next(solve)[1]]
-    while True:
-        try:
-            visited.append(solve.send((zero, zero))[1])
-        except StopIteration:
-            return visited
+    zero, visited = torch.zeros(1, 1), []
+
+    def answer(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        visited.append(sigma)
+        return zero
+
+    # a generator of its own, so that the global one stays untouched
+    drive(start_solver(solver, zero, sigmas, eta, torch.Generator()), answer)
+    return visited
 
 
 def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:
@@ -114,9 +123,15 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def check_denoised(x0: torch.Tensor, x: torch.Tensor) -> None:
+def check_generators(generator: Generators, x: torch.Tensor) -> None:
+    """A list of generators holds one a sample."""
+    if isinstance(generator, Sequence) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+
+
+def check_answer(answer: torch.Tensor, x: torch.Tensor) -> None:
     """The model must answer for the state it was asked about."""
-    if x0.shape != x.shape:
-        raise ValueError(f"the model returned shape {tuple(x0.shape)} for a state of shape {tuple(x.shape)}")
-    if x0.device != x.device:
-        raise ValueError(f"the model returned a tensor on {x0.device} for a state on {x.device}")
+    if answer.shape != x.shape:
+        raise ValueError(f"the network returned shape {tuple(answer.shape)} for a state of shape {tuple(x.shape)}")
+    if answer.device != x.device:
+        raise ValueError(f"the network's answer is on {answer.device}, the state on {x.device}")

@@ -71,28 +71,29 @@ def _log_step(sigmas: Sequence[float], i: int) -> float:
     return math.inf if math.isinf(sigmas[i]) or sigmas[i + 1] == 0 else math.log(sigmas[i] / sigmas[i + 1])
 
 
-def _held(sigmas: Sequence[float], i: int) -> float:
-    """Weight of an x0 held over step i: alpha_{i+1} - alpha_i s_{i+1}/s_i."""
-    (alpha, s), (alpha_next, s_next) = alpha_s(sigmas[i]), alpha_s(sigmas[i + 1])
+def _slope(sigmas: Sequence[float], i: int) -> float:
+    """h / (2 h_last) of DPM-Solver++(2M): 0 across infinity, and first order in steps to 0 and at the start."""
+    return _log_step(sigmas, i) / (2 * _log_step(sigmas, i - 1)) if i > 0 and sigmas[i + 1] > 0 else 0.0
+
+
+def _held(sigma: float, sigma_next: float) -> float:
+    """Weight of an x0 held over a step: alpha_next - alpha s_next/s."""
+    (alpha, s), (alpha_next, s_next) = alpha_s(sigma), alpha_s(sigma_next)
     return alpha_next - alpha * s_next / s
 
 
 def dpmpp_2m_weights(sigmas: Sequence[float]) -> Weights:
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), first order where the log step is infinite, as usual."""
-    weights = []
-    for i in range(len(sigmas) - 1):
-        slope = 0.0
-        if i > 0 and sigmas[i + 1] > 0:
-            slope = _log_step(sigmas, i) / (2 * _log_step(sigmas, i - 1))  # h / (2 h_last): 0 across infinity
-        weights.append(_held(sigmas, i) * np.array([1 + slope, -slope]))
-    return weights
+    slopes = [_slope(sigmas, i) for i in range(len(sigmas) - 1)]
+    steps = itertools.pairwise(sigmas)
+    return [_held(*step) * np.array([1 + slope, -slope]) for step, slope in zip(steps, slopes, strict=True)]
 
 
 def res_multistep_weights(sigmas: Sequence[float]) -> Weights:
     """RES multistep (Zhang et al., arXiv 2308.02157): x0 linear in log sigma, integrated exactly."""
     positive = sigmas if sigmas[-1] > 0 else sigmas[:-1]
     weights = predictor(inverse_sigmas(positive), 2, log_sigma, first=1 if math.isinf(sigmas[0]) else 0)
-    return weights if positive is sigmas else [*weights, np.array([_held(sigmas, len(sigmas) - 2)])]
+    return weights if positive is sigmas else [*weights, np.array([_held(*sigmas[-2:])])]
 
 
 def unipc_weights(sigmas: Sequence[float]) -> Weights:
@@ -103,13 +104,12 @@ def unipc_weights(sigmas: Sequence[float]) -> Weights:
     """
     predict, correct = [], []
     for i in range(len(sigmas) - 1):
-        held, h = _held(sigmas, i), _log_step(sigmas, i)
-        h_last = _log_step(sigmas, i - 1) if i > 0 else math.inf
-        slope = 0.0 if math.isinf(h) else h / (2 * h_last)
+        held, h, slope = _held(sigmas[i], sigmas[i + 1]), _log_step(sigmas, i), _slope(sigmas, i)
         predict.append(held * np.array([1 + slope, -slope]))
         if i == 0 or math.isinf(h):
             correct.append(held * np.array([0.5, 0.5]))
             continue
+        h_last = _log_step(sigmas, i - 1)
         b = -math.expm1(-h)
         phi_2 = 1 - b / h
         phi_3 = 0.5 - phi_2 / h
@@ -224,7 +224,9 @@ def _spectral_tables(sigmas: Sigmas) -> tuple[list[tuple[float, float, list[floa
         return weights, before
 
     (bold, bold_before), (cautious, cautious_before) = fused(MEMORY), fused(CAUTIOUS_MEMORY)
-    floats = [(float(ratios[i]), _held(sigmas, i), (bold - cautious)[i].tolist()) for i in range(len(ratios))]
+    floats = [
+        (float(ratios[i]), _held(sigmas[i], sigmas[i + 1]), (bold - cautious)[i].tolist()) for i in range(len(ratios))
+    ]
     return floats, np.stack([cautious - cautious_before, bold - cautious, cautious_before - bold_before], axis=1)
 
 
@@ -276,8 +278,8 @@ def _middle(start: float, end: float) -> float:
 
 def _ddim(x: torch.Tensor, x0: torch.Tensor, start: float, end: float) -> torch.Tensor:
     """x at noise level ``end`` when x0 is held over the step."""
-    (alpha, s), (alpha_end, s_end) = alpha_s(start), alpha_s(end)
-    return torch.add((s_end / s) * x, x0, alpha=alpha_end - alpha * s_end / s)
+    ratio = alpha_s(end)[1] / alpha_s(start)[1]
+    return torch.add(ratio * x, x0, alpha=_held(start, end))
 
 
 def _fresh_share(sigma: float, sigma_next: float, eta: float) -> float:
@@ -375,7 +377,7 @@ def dpmpp_2m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> E
     x0_last = None
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         x, x0 = yield x, sigma
-        slope = _log_step(sigmas, i) / (2 * _log_step(sigmas, i - 1)) if i > 0 and sigma_next > 0 else 0.0
+        slope = _slope(sigmas, i)
         target = torch.lerp(x0, x0_last, -slope) if slope else x0
         x = _sde_step(x, target, sigma, sigma_next, eta, noise)
         x0_last = x0

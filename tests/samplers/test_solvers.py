@@ -7,31 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import SOLVERS
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.sampling import evaluation_sigmas, sample, start_solver
+from ztsnr.samplers.sampling import drive, evaluation_sigmas, sample, start_solver
 from ztsnr.samplers.solvers import TWO_EVALUATION_SOLVERS
 
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
+GAUSSIAN = GaussianModes(std=STDS)
 STOCHASTIC = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm")
 FIRST_ORDER = ("euler", "euler_ancestral")
 
 
-def gaussian(x, sigma):
-    """Posterior mean of independent Gaussians of standard deviations STDS."""
-    alpha, s = alpha_s(sigma)
-    return x * (alpha * STDS**2 / (alpha**2 * STDS**2 + s**2)).to(x)
-
-
 def run(solver, x, sigmas, denoise, eta=0.0, generator=None):
     """``sample`` in the dtype of x: the float32 of the product would hide high orders."""
-    solve = start_solver(solver, x, sigmas, eta, generator)
-    x, sigma = next(solve)
-    while True:
-        try:
-            x, sigma = solve.send((x, denoise(x, sigma)))
-        except StopIteration as finished:
-            return finished.value
+    return drive(start_solver(solver, x, sigmas, eta, generator), denoise)
 
 
 def even_in_angle(steps, end):
@@ -47,7 +37,7 @@ def test_order_of_convergence_from_infinity(solver):
         exact = (alpha**2 * STDS**2 + s**2).sqrt()
         errors = []
         for steps in (128, 256, 512):
-            x = run(solver, torch.ones(1, 3, 1, 1, dtype=torch.float64), even_in_angle(steps, end), gaussian)
+            x = run(solver, torch.ones(1, 3, 1, 1, dtype=torch.float64), even_in_angle(steps, end), GAUSSIAN)
             errors.append((x / exact - 1).abs().max().item())
         orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
         assert errors[-1] < 5e-3
@@ -62,7 +52,7 @@ def test_stochastic_solvers_reach_the_right_distribution(solver, eta):
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(40_000, 3, 1, 1, dtype=torch.float64, generator=generator)
     steps = 500 if solver in FIRST_ORDER else 120
-    picture = run(solver, noise, [math.inf, *np.geomspace(60, 0.02, steps), 0.0], gaussian, eta, generator)
+    picture = run(solver, noise, [math.inf, *np.geomspace(60, 0.02, steps), 0.0], GAUSSIAN, eta, generator)
     assert torch.allclose(picture.std(0), STDS[0], rtol=0.025)
     assert torch.allclose(picture.mean(0) / STDS[0], torch.zeros(3, 1, 1, dtype=torch.float64), atol=0.02)
 

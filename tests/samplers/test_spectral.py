@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ztsnr.diagnostics import reference_flow
-from ztsnr.samplers import NoiseSchedule, sample, step_schedule
+from ztsnr.diagnostics import GaussianMixture, GaussianModes, reference_flow
+from ztsnr.samplers import NoiseSchedule, guide, sample, step_schedule
 from ztsnr.samplers.multistep import angle as angle_coordinate
 from ztsnr.samplers.multistep import integral_weights, inverse_sigmas, noise_ratios, predictor
 from ztsnr.samplers.prediction import alpha_s
@@ -24,14 +24,9 @@ def worst_mode(steps, side, weights=spectral_weights, spacing="spectral"):
 
 def run_modes(steps, side, solver, modes):
     """Relative errors of Gaussian modes, all of them in one latent, through the loop."""
-    a = torch.from_numpy(modes).float().reshape(1, 1, 1, -1)
-
-    def denoise(x, sigma):
-        alpha, s = alpha_s(sigma)
-        return x * (alpha * a**2 / (alpha**2 * a**2 + s**2))
-
+    a = torch.from_numpy(modes).reshape(1, 1, 1, -1)
     sigmas = step_schedule(ZERO, steps, latent_size=(side, side))
-    picture = sample(denoise, torch.ones(1, 1, 1, len(modes)), sigmas, solver)
+    picture = sample(GaussianModes(std=a), torch.ones(1, 1, 1, len(modes)), sigmas, solver)
     return (picture / a - 1).flatten().numpy(), sigmas.numpy()
 
 
@@ -77,27 +72,15 @@ def test_ten_steps_beat_twenty_of_the_others():
     assert worst_mode(10, 128) < min(others)
 
 
-class Mixture:
-    """Posterior mean of equally likely isotropic Gaussians, guided toward the first of them."""
-
-    def __init__(self, guidance):
-        self.means = torch.randn(6, 48, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        self.guidance = guidance
-
-    def __call__(self, x, sigma):
-        alpha, s = alpha_s(sigma)
-        flat, variance = x.double().flatten(1), alpha**2 * 0.1**2 + s**2
-        distances = (flat[:, None] - alpha * self.means).square().sum(-1)
-        gain = alpha * 0.1**2 / variance
-        posterior = torch.softmax(-distances / (2 * variance), 1) @ self.means * (1 - gain * alpha) + gain * flat
-        alone = self.means[0] * (1 - gain * alpha) + gain * flat
-        return (posterior + self.guidance * (alone - posterior)).reshape(x.shape).to(x)
-
-
 def test_guidance_does_not_blow_up(monkeypatch):
     """Long memory amplifies what it did not foresee; the solver notices and shortens it."""
     noise = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(6))
-    model = Mixture(guidance=4.0)
+    means = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    everything, prompt = GaussianMixture(means), GaussianMixture(means[:1])
+
+    def model(x, sigma):
+        return guide(prompt(x, sigma), everything(x, sigma), 4.0)
+
     exact = reference_flow(model, noise.double(), 1000)
 
     def error(solver, steps):
