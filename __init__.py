@@ -1,3 +1,12 @@
 """comfyui-ztsnr: exact zero-terminal-SNR sampling for v-prediction diffusion models."""
 
 __version__ = "0.1.0"
+
+WEB_DIRECTORY = "./web"  # help pages of the nodes
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls when it loads this folder from custom_nodes."""
+    from .nodes import ZTSNRExtension
+
+    return ZTSNRExtension()

@@ -92,9 +92,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             steps before they know the canvas, so it is configured: some spacings start where the noise hides the mean
             of a canvas of this size.  ``set_timesteps`` takes it too.
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` deterministic.
+        s_noise: standard deviation of that fresh noise, 1 by the theory.
 
     Raises:
-        ValueError: an unknown name, invalid betas or eta, epsilon under zero terminal SNR.
+        ValueError: an unknown name, invalid betas, eta or s_noise, epsilon under zero terminal SNR.
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]  # noqa: RUF012
@@ -114,6 +115,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         spacing: str = DEFAULT_SPACING,
         latent_size: tuple[int, int] = (128, 128),
         eta: float = 1.0,
+        s_noise: float = 1.0,
     ):
         if trained_betas is not None:
             trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
@@ -127,7 +129,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         check_prediction_type(prediction_type, self.schedule.zero_terminal_snr)
         if spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
-        start_solver(solver, torch.zeros(1), (1.0, 0.0), eta)  # refuses an unknown solver and a wrong eta
+        # refuses an unknown solver, a wrong eta or s_noise
+        start_solver(solver, torch.zeros(1), (1.0, 0.0), eta, s_noise=s_noise)
 
         self.order = 2 if solver in TWO_EVALUATION_SOLVERS else 1  # network evaluations a step
         self.timesteps: torch.Tensor | None = None  # (evaluations,) float32 on the pipeline's device
@@ -347,7 +350,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         levels = tuple(self.sigmas[step:].tolist())
 
         def noise() -> torch.Tensor:
-            return randn_like(x, self._generator)  # the generator of the step that asks
+            return self.config.s_noise * randn_like(x, self._generator)  # the generator of the step that asks
 
         self._run = SOLVER_FUNCTIONS[self.config.solver](x, levels, self.config.eta, noise)
         _, self._sigma = next(self._run)

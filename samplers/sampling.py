@@ -19,6 +19,7 @@ def sample(
     solver: str = DEFAULT_SOLVER,
     *,
     eta: float = 1.0,
+    s_noise: float = 1.0,
     generator: Generators = None,
     callback: Callable[[int, float, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
@@ -32,6 +33,7 @@ def sample(
         sigmas: (steps + 1,) from ``step_schedule``: decreasing, the first may be inf, the last may be 0.
         solver: one of ``SOLVERS``.
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` follow the deterministic flow.
+        s_noise: standard deviation of that fresh noise, 1 by the theory (Karras et al., arXiv 2206.00364, S_noise).
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
         callback: called after every evaluation with (evaluation number, sigma, x, x0); it must not read the device
             if the loop is to stay free of synchronisation.
@@ -56,7 +58,7 @@ def sample(
             callback(next(evaluations), sigma, x, x0)
         return x0.float()
 
-    return drive(start_solver(solver, noise.float(), sigmas, eta, generator), answer)
+    return drive(start_solver(solver, noise.float(), sigmas, eta, generator, s_noise), answer)
 
 
 def drive(solve: Evaluations, denoise: Denoise) -> torch.Tensor:
@@ -71,15 +73,21 @@ def drive(solve: Evaluations, denoise: Denoise) -> torch.Tensor:
 
 
 def start_solver(
-    solver: str, x: torch.Tensor, sigmas: Sequence[float], eta: float = 1.0, generator: Generators = None
+    solver: str,
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    eta: float = 1.0,
+    generator: Generators = None,
+    s_noise: float = 1.0,
 ) -> Evaluations:
     """A solver at its first question; see ``solvers`` for the protocol."""
     if solver not in SOLVER_FUNCTIONS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta must be a finite number >= 0, not {eta}")
+    for name, value in (("eta", eta), ("s_noise", s_noise)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
     check_generators(generator, x)
-    return SOLVER_FUNCTIONS[solver](x, tuple(sigmas), eta, lambda: randn_like(x, generator))
+    return SOLVER_FUNCTIONS[solver](x, tuple(sigmas), eta, lambda: s_noise * randn_like(x, generator))
 
 
 def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:

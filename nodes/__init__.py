@@ -1,0 +1,27 @@
+"""The ComfyUI nodes: a schema and a few lines each; the work is in the other rooms."""
+
+from comfy_api.latest import ComfyExtension, io
+
+# from .checkpoint import ZTSNRCheckpointLoader
+from .guidance import ZTSNRGuidanceRescale
+from .latent import ZTSNRBucketLatent
+from .model import ZTSNRModelSampling
+from .sampler import ZTSNRSampler
+from .scheduler import ZTSNRScheduler, register_schedulers
+
+
+class ZTSNRExtension(ComfyExtension):
+    """Everything ComfyUI gets from this pack."""
+
+    async def on_load(self) -> None:
+        register_schedulers()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            # ZTSNRCheckpointLoader,
+            ZTSNRModelSampling,
+            ZTSNRScheduler,
+            ZTSNRSampler,
+            ZTSNRGuidanceRescale,
+            ZTSNRBucketLatent,
+        ]

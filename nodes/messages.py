@@ -1,0 +1,24 @@
+"""Sentences for the person in front of the graph."""
+
+import logging
+
+from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
+
+
+def show(sentence: str, level: int = logging.INFO) -> None:
+    """Write a sentence to the log and under the node that is being executed."""
+    logging.log(level, "ZTSNR: %s", sentence)
+    from server import PromptServer  # not there when nodes run without a server
+
+    context = get_executing_context()
+    server = getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text(sentence, context.node_id, server.client_id)
+
+
+def refused(reason: Exception, outputs: int) -> io.NodeOutput:
+    """Outputs that stop what depends on this node, with the reason, and nothing else of the graph."""
+    sentence = str(reason)
+    show(sentence, logging.ERROR)
+    return io.NodeOutput(*[None] * outputs, ui=ui.PreviewText(sentence), block_execution=sentence)

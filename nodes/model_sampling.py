@@ -1,0 +1,95 @@
+"""What a patched MODEL carries as ``model_sampling``: exact schedules, fractional timesteps, and a top at infinity.
+
+ComfyUI writes the state in k-diffusion's scaling, x = x0 + sigma eps, which has no value at infinity.  There the state
+is the noise itself, and sigma is written as a finite number, because functions of other packs divide by it: with
+unit-scale x, RescaleCFG is exact to rounding, and nothing that is linear in x can blow up.
+"""
+
+import math
+
+import comfy.model_sampling
+import torch
+
+from ..samplers import NoiseSchedule
+
+# Noise levels from here on are infinity: larger than any finite sigma of a step schedule, and small enough that its
+# square keeps its meaning in float32.
+INFINITE_SIGMA = 2.0**14
+
+
+class ExactSchedule(comfy.model_sampling.ModelSamplingDiscrete):
+    """sigma(t) and t(sigma) of a ``NoiseSchedule``, without rounding timesteps.
+
+    Attributes:
+        schedule: the noise schedule, canvas shift included.
+        canvas_length: sqrt(height * width) of the latent canvas that the schedule is for: stock schedulers that spread
+            sigmas over a range start there.
+        sigmas: (T + 1,) float32; the last is inf under zero terminal SNR.
+    """
+
+    made_by_ztsnr = True
+
+    def __init__(self, schedule: NoiseSchedule, canvas_length: float):
+        torch.nn.Module.__init__(self)  # the stock constructor would compute another table
+        self.schedule = schedule
+        self.canvas_length = canvas_length
+        self.sigma_data = 1.0
+        self.num_timesteps = schedule.last_timestep + 1
+        self.zsnr = schedule.zero_terminal_snr  # Save Checkpoint marks the file by it
+        self.set_sigmas(schedule.sigma(torch.arange(self.num_timesteps)))
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Fractional timesteps of sigmas of any shape, float32 on their device."""
+        levels = torch.where(sigma >= INFINITE_SIGMA, math.inf, sigma)
+        return self.schedule.timestep(_where_float64_is(levels)).float().to(sigma.device)
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Sigmas of timesteps of any shape, float32 on their device."""
+        return self.schedule.sigma(_where_float64_is(timestep)).float().to(timestep.device)
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """The noise level below which a condition that starts at ``percent`` of the sampling is on."""
+        if percent <= 0:
+            return math.inf
+        return self.schedule.sigma((1 - percent) * self.schedule.last_timestep) if percent < 1 else 0.0
+
+
+class ExactEpsilon(ExactSchedule, comfy.model_sampling.EPS):
+    """An epsilon model on an exact schedule; it cannot have a top at infinity."""
+
+
+class ExactVPrediction(ExactSchedule, comfy.model_sampling.V_PREDICTION):
+    """A v-prediction model, regular at infinity: v = alpha eps - s x0 with alpha = 0 and s = 1 there."""
+
+    def calculate_input(self, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The network's input: x / sqrt(sigma^2 + 1), or x where it is the noise itself."""
+        sigma = _like(sigma, noise)
+        return noise * torch.where(sigma >= INFINITE_SIGMA, 1.0, (sigma**2 + 1).rsqrt())
+
+    def calculate_denoised(
+        self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
+    ) -> torch.Tensor:
+        """x0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1), which is -v at infinity."""
+        sigma = _like(sigma, model_output)
+        alpha = torch.where(sigma >= INFINITE_SIGMA, 0.0, (sigma**2 + 1).rsqrt())
+        s = torch.where(sigma >= INFINITE_SIGMA, 1.0, sigma * alpha)
+        return model_input * alpha**2 - model_output * s
+
+    def noise_scaling(
+        self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False
+    ) -> torch.Tensor:
+        """The state at sigma: the picture plus sigma times the noise, or the noise itself at infinity."""
+        sigma = _like(sigma, noise)
+        infinite = sigma >= INFINITE_SIGMA
+        level = (sigma**2 + 1).sqrt() if max_denoise else sigma
+        return noise * torch.where(infinite, 1.0, level) + latent_image * torch.where(infinite, 0.0, 1.0)
+
+
+def _like(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One sigma, or one a sample, shaped to multiply x."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _where_float64_is(values: torch.Tensor) -> torch.Tensor:
+    """The values on a device that has float64: Metal, DirectML and some others do not."""
+    return values if values.device.type in ("cpu", "cuda") else values.cpu()
