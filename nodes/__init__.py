@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-# from .checkpoint import ZTSNRCheckpointLoader
+from .checkpoint import ZTSNRCheckpointLoader
 from .guidance import ZTSNRGuidanceRescale
 from .latent import ZTSNRBucketLatent
 from .model import ZTSNRModelSampling
@@ -11,14 +11,14 @@ from .scheduler import ZTSNRScheduler, register_schedulers
 
 
 class ZTSNRExtension(ComfyExtension):
-    """Everything ComfyUI gets from this pack."""
+    """Everything ComfyUI gets from this pack, besides the schedulers in KSampler's list."""
 
-    async def on_load(self) -> None:
-        register_schedulers()
+    def __init__(self):
+        register_schedulers()  # not in on_load, which ComfyUI 0.3.64 does not know yet
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            # ZTSNRCheckpointLoader,
+            ZTSNRCheckpointLoader,
             ZTSNRModelSampling,
             ZTSNRScheduler,
             ZTSNRSampler,

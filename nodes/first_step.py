@@ -78,7 +78,7 @@ def first_step_wrapper(
 def _check(sigmas: torch.Tensor) -> None:
     """Stop before a sampler turns bad sigmas into a black picture, or never returns."""
     values = sigmas.tolist()
-    if any(math.isnan(s) for s in values) or any(math.isinf(s) for s in values[1:]):
+    if any(math.isnan(s) or s < 0 for s in values) or any(math.isinf(s) for s in values[1:]):
         raise ValueError(
             f"These sigmas cannot be sampled: {', '.join(f'{s:.4g}' for s in values)}. Only the first may be infinite. "
             "Take another scheduler (ztsnr_trailing, ztsnr_spectral, simple, beta, karras), or set first_step of "

@@ -1,6 +1,7 @@
 """Sentences for the person in front of the graph."""
 
 import logging
+import sys
 
 from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
@@ -9,10 +10,9 @@ from comfy_execution.utils import get_executing_context
 def show(sentence: str, level: int = logging.INFO) -> None:
     """Write a sentence to the log and under the node that is being executed."""
     logging.log(level, "ZTSNR: %s", sentence)
-    from server import PromptServer  # not there when nodes run without a server
-
     context = get_executing_context()
-    server = getattr(PromptServer, "instance", None)
+    # ComfyUI's server, if there is one: the nodes also run in programs that only import ComfyUI
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if context is not None and server is not None:
         server.send_progress_text(sentence, context.node_id, server.client_id)
 

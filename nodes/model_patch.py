@@ -31,8 +31,9 @@ def patch_model(
 
     Args:
         model: ModelPatcher of a Stable Diffusion 1.x, 2.x or XL base model; it is not changed.
-        prediction: one of ``PREDICTIONS``; auto is what ComfyUI took the checkpoint for.
-        schedule: one of ``SCHEDULES``; auto is zero terminal SNR if the checkpoint says so.
+        prediction: one of ``PREDICTIONS``; auto is what ComfyUI took the checkpoint for, or what an earlier node of
+            ours made of it.
+        schedule: one of ``SCHEDULES``; auto is zero terminal SNR if the checkpoint, or that node, says so.
         first_step: one of ``FIRST_STEPS``; the second is ComfyUI's own model_sampling, which starts at sigma 4518.76.
         canvas_shift: length of the canvas over the trained one, by which every sigma is multiplied
             (``NoiseSchedule.shifted``).
@@ -45,13 +46,14 @@ def patch_model(
     """
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    if getattr(patched.object_patches.get("model_sampling"), "made_by_ztsnr", False):
-        patched.object_patches.pop("model_sampling")  # this node again, with other settings
+    said = patched.get_model_object("model_sampling")
+    if getattr(said, "made_by_ztsnr", False):
+        patched.object_patches.pop("model_sampling")
     _check(patched)
     original = patched.get_model_object("model_sampling")
-    said = model.model.model_type
-    v_prediction = said is ModelType.V_PREDICTION if prediction == "auto" else prediction == "v_prediction"
-    marked = bool(original.zsnr)
+    said_v_prediction = isinstance(said, comfy.model_sampling.V_PREDICTION)
+    v_prediction = said_v_prediction if prediction == "auto" else prediction == "v_prediction"
+    marked = bool(said.zsnr)
     zero_snr = marked if schedule == "auto" else schedule == "zero terminal SNR"
     if zero_snr and not v_prediction:
         raise ValueError(

@@ -40,8 +40,9 @@ class ExactSchedule(comfy.model_sampling.ModelSamplingDiscrete):
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """Fractional timesteps of sigmas of any shape, float32 on their device."""
-        levels = torch.where(sigma >= INFINITE_SIGMA, math.inf, sigma)
-        return self.schedule.timestep(_where_float64_is(levels)).float().to(sigma.device)
+        levels = _where_float64_is(sigma).double()
+        levels = levels.masked_fill(levels >= INFINITE_SIGMA, math.inf)
+        return self.schedule.timestep(levels).float().to(sigma.device)
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
         """Sigmas of timesteps of any shape, float32 on their device."""
@@ -64,16 +65,15 @@ class ExactVPrediction(ExactSchedule, comfy.model_sampling.V_PREDICTION):
     def calculate_input(self, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The network's input: x / sqrt(sigma^2 + 1), or x where it is the noise itself."""
         sigma = _like(sigma, noise)
-        return noise * torch.where(sigma >= INFINITE_SIGMA, 1.0, (sigma**2 + 1).rsqrt())
+        return noise * (sigma**2 + 1).rsqrt().masked_fill_(sigma >= INFINITE_SIGMA, 1)
 
     def calculate_denoised(
         self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
     ) -> torch.Tensor:
-        """x0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1), which is -v at infinity."""
+        """x0 = alpha^2 x - s v in terms of k-diffusion's x; alpha^2 vanishes and s is 1 at infinity."""
         sigma = _like(sigma, model_output)
-        alpha = torch.where(sigma >= INFINITE_SIGMA, 0.0, (sigma**2 + 1).rsqrt())
-        s = torch.where(sigma >= INFINITE_SIGMA, 1.0, sigma * alpha)
-        return model_input * alpha**2 - model_output * s
+        alpha_squared, s = (sigma**2 + 1).reciprocal(), (sigma**-2 + 1).rsqrt()
+        return torch.addcmul(model_input * alpha_squared, model_output, s, value=-1)
 
     def noise_scaling(
         self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False
@@ -82,7 +82,7 @@ class ExactVPrediction(ExactSchedule, comfy.model_sampling.V_PREDICTION):
         sigma = _like(sigma, noise)
         infinite = sigma >= INFINITE_SIGMA
         level = (sigma**2 + 1).sqrt() if max_denoise else sigma
-        return noise * torch.where(infinite, 1.0, level) + latent_image * torch.where(infinite, 0.0, 1.0)
+        return noise * level.masked_fill(infinite, 1) + latent_image * ~infinite
 
 
 def _like(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -102,11 +102,12 @@ def _canvas(model, latent: dict | None) -> tuple[int, int]:
 def register_schedulers() -> None:
     """Add ours to the list, and teach stock schedulers of a range of sigmas where it begins after infinity."""
     handlers, names = comfy.samplers.SCHEDULER_HANDLERS, comfy.samplers.SCHEDULER_NAMES
+    if "ztsnr_trailing" in handlers:
+        return
     for spacing in ("trailing", "spectral"):
         name = f"ztsnr_{spacing}"
         handlers[name] = SchedulerHandler(partial(_our_sigmas, spacing=spacing))
-        if name not in names:
-            names.append(name)
+        names.append(name)
     for name in ("karras", "exponential", "kl_optimal", "linear_quadratic"):
         handlers[name] = SchedulerHandler(partial(_after_infinity, handlers[name]))
 

@@ -84,8 +84,8 @@ class NoiseSchedule:
         if not (alphas_cumprod[-1] >= 0 and alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease strictly within [0, 1): each timestep adds noise")
         self.alphas_cumprod = alphas_cumprod
-        # atan(1 / sigma) at every timestep: falls with t, exactly 0 at a zero-terminal end
-        self._angles = torch.atan2(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+        # -atan(1 / sigma) at every timestep: rises with t, exactly 0 at a zero-terminal end
+        self._angles = -torch.atan2(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor, zero_terminal_snr: bool = False) -> "NoiseSchedule":
@@ -164,7 +164,7 @@ class NoiseSchedule:
         angles = self._angles.to(t.device, non_blocking=True)
         below = t.long().clamp(max=self.last_timestep - 1)
         angle = torch.lerp(angles[below], angles[below + 1], t - below)
-        return angle.cos() / angle.sin()
+        return (angle.cos() / angle.sin()).abs()  # of -angle, and positive where the angle is a zero of either sign
 
     def timestep(self, sigma: Number) -> Number:
         """The fractional timestep whose noise level is sigma; the inverse of ``sigma``.
@@ -177,11 +177,11 @@ class NoiseSchedule:
         """
         if not isinstance(sigma, torch.Tensor):
             return self.timestep(torch.tensor(sigma, dtype=torch.float64)).item()
-        angle = torch.atan(1 / sigma.double())
+        angle = torch.atan(-1 / sigma.double())
         angles = self._angles.to(sigma.device, non_blocking=True)
-        above = torch.searchsorted(-angles, -angle.contiguous()).clamp(1, self.last_timestep)
-        start, end = angles[above - 1], angles[above]
-        return (above - 1 + (angle - start) / (end - start)).clamp(0, self.last_timestep)
+        below = torch.searchsorted(angles, angle).clamp_(1, self.last_timestep) - 1
+        start, end = angles[below], angles[below + 1]
+        return ((angle - start) / (end - start)).add_(below).clamp_(0, self.last_timestep)
 
     def shifted(self, ratio: float) -> "NoiseSchedule":
         """The schedule with every sigma multiplied by ratio, for canvases ratio times longer than the trained ones.
