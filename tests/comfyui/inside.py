@@ -169,7 +169,7 @@ def about():
     }
 
 
-def bias(sampler, schedulers, steps=20):
+def bias(sampler, schedulers, steps=20, side=32, **settings):
     """How far, in grey levels, the canvas's mean is off: the response to a mean of -2.4, exactly 1 in the exact flow.
 
     The model is affine in its mean, so the difference between two runs with the same noise, fresh noise included, is
@@ -178,14 +178,14 @@ def bias(sampler, schedulers, steps=20):
     import comfy.sample
     import torch
 
-    empty = torch.zeros(1, 4, 32, 32)
+    empty = torch.zeros(1, 4, side, side)
     noise = comfy.sample.prepare_noise(empty, 7)
     noise -= noise.mean((-2, -1), keepdim=True)
     outcomes = {}
     for scheduler in schedulers:
         pictures, timesteps = [], []
         for mean in (-2.4, 0.0):
-            model = patched(ideal_model(mean))
+            model = patched(ideal_model(mean), **settings)
             picture = comfy.sample.sample(
                 model, noise, steps, 1.0, sampler, scheduler, prompt(), prompt(), empty, seed=7
             )
@@ -197,6 +197,46 @@ def bias(sampler, schedulers, steps=20):
             "first_t": timesteps[0][0][0],
         }
     return outcomes
+
+
+def overhead(sampler, pairs, steps, shape):
+    """Processor seconds a step of KSampler's work without and with our patch, in pairs of runs, on a free model.
+
+    The model returns its input, so a step is nothing but ComfyUI's and our own bookkeeping.  Who begins alternates, and
+    so does what the machine's other programs do to both.
+    """
+    import time
+
+    import comfy.sample
+    import torch
+
+    class Free(torch.nn.Module):
+        dtype = torch.float32
+
+        def forward(self, x, timesteps, **_):
+            return x
+
+    def free_model():
+        model = ideal_model()
+        model.model.diffusion_model = Free()
+        return model
+
+    plain, ours = free_model(), patched(free_model())
+    empty = torch.zeros(shape)
+    noise = comfy.sample.prepare_noise(empty, 7)
+
+    def seconds(model):
+        start = time.thread_time()
+        comfy.sample.sample(model, noise, steps, 1.0, sampler, "simple", prompt(), prompt(), empty, seed=7,
+                            disable_pbar=True)  # fmt: skip
+        return (time.thread_time() - start) / steps
+
+    times = []
+    for i in range(-1, pairs):
+        order = (plain, ours) if i % 2 else (ours, plain)
+        took = {model: seconds(model) for model in order}
+        times.append([took[plain], took[ours]])
+    return times[1:]  # the first pair warms up
 
 
 def few_steps(sampler, schedulers):

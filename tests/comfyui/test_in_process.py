@@ -1,10 +1,7 @@
 """The nodes inside a real ComfyUI: its own samplers, schedulers and nodes on a model whose exact answer is known."""
 
 import itertools
-import json
 import math
-import os
-import select
 import subprocess
 from pathlib import Path
 
@@ -15,6 +12,8 @@ import torch
 from ztsnr.diagnostics import GaussianCanvas, v_network
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler
 from ztsnr.samplers.sampling import evaluation_sigmas
+
+from .worker import Inside
 
 pytestmark = pytest.mark.comfyui
 
@@ -35,40 +34,11 @@ SAMPLERS = [
 ]  # fmt: skip
 
 
-class Inside:
-    """The worker in ComfyUI's interpreter: ``inside(name, **arguments)`` calls a function of inside.py."""
-
-    def __init__(self, python: Path, comfyui: Path, log: Path):
-        self.log = log
-        self.worker = subprocess.Popen(
-            [python, Path(__file__).with_name("inside.py"), comfyui],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, name: str, timeout: float = 120, **arguments):
-        self.worker.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
-        self.worker.stdin.flush()
-        if not select.select([self.worker.stdout], [], [], timeout)[0]:
-            self.worker.kill()
-            pytest.fail(f"{name}({arguments}) still runs after {timeout} s")
-        line = self.worker.stdout.readline()
-        if not line:
-            pytest.fail(f"ComfyUI's interpreter died:\n{self.log.read_text()[-3000:]}")
-        reply = json.loads(line)
-        if "error" in reply:
-            pytest.fail(reply["error"])
-        return reply["result"]
-
-
 @pytest.fixture(scope="session")
 def inside(comfyui_python, comfyui_path, tmp_path_factory):
     inside = Inside(comfyui_python, comfyui_path, tmp_path_factory.mktemp("comfyui") / "log.txt")
     yield inside
-    inside.worker.kill()
+    inside.close()
 
 
 @pytest.fixture(scope="session")
