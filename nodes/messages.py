@@ -1,5 +1,6 @@
 """Sentences for the person in front of the graph."""
 
+import html
 import logging
 import sys
 
@@ -14,7 +15,8 @@ def show(sentence: str, level: int = logging.INFO) -> None:
     # ComfyUI's server, if there is one: the nodes also run in programs that only import ComfyUI
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if context is not None and server is not None:
-        server.send_progress_text(sentence, context.node_id, server.client_id)
+        # the page takes it for HTML, and sentences may quote what a stranger wrote into a file
+        server.send_progress_text(html.escape(sentence, quote=False), context.node_id, server.client_id)
 
 
 def refused(reason: Exception, outputs: int) -> io.NodeOutput:

@@ -69,7 +69,8 @@ def patch_model(
         model_sampling = (ExactVPrediction if v_prediction else ExactEpsilon)(noise_schedule, canvas_length)
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, first_step_wrapper)
     patched.add_object_patch("model_sampling", model_sampling)
-    return patched, _report(model_sampling, v_prediction, zero_snr, marked, canvas_shift)
+    told = schedule != "auto"
+    return patched, _report(model_sampling, v_prediction, zero_snr, marked, told, canvas_shift)
 
 
 def trained_schedule(model_sampling, zero_snr: bool) -> NoiseSchedule:
@@ -153,7 +154,7 @@ def _stock(model, v_prediction: bool, zero_snr: bool, canvas_shift: float):
     return model_sampling
 
 
-def _report(model_sampling, v_prediction: bool, zero_snr: bool, marked: bool, canvas_shift: float) -> str:
+def _report(model_sampling, v_prediction: bool, zero_snr: bool, marked: bool, told: bool, canvas_shift: float) -> str:
     prediction = "v-prediction" if v_prediction else "epsilon"
     if not zero_snr:
         start = f"schedule as trained, up to sigma {float(model_sampling.sigma_max):.4g}"
@@ -169,7 +170,7 @@ def _report(model_sampling, v_prediction: bool, zero_snr: bool, marked: bool, ca
             "the checkpoint says it was trained with zero terminal SNR: it never starts from pure noise now, expect "
             "greyish pictures"
         )
-    if v_prediction and not zero_snr and not marked:
+    if v_prediction and not zero_snr and not told:
         sentences.append(
             "nothing in the checkpoint says zero terminal SNR; most v-prediction models of the SDXL family (NoobAI-XL, "
             "Illustrious v-pred) have it: set schedule to 'zero terminal SNR' for them"

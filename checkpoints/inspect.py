@@ -1,0 +1,168 @@
+"""What a checkpoint is, told from its header alone: 7 GB need not be loaded to learn one word."""
+
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from .architecture import SUPPORTED, lora_architecture, transformer_architecture, unet_architecture
+from .header import PICKLES, Header, read_header
+from .markers import find_marks, read_scheduler_config, settle
+
+SINGLE_FILE = "single file"
+PREFIXED_UNET = "U-Net only, single-file names"
+BARE_UNET = "U-Net only, bare names"
+DIFFUSERS_UNET = "diffusers U-Net file"
+DIFFUSERS_FOLDER = "diffusers folder"
+LORA = "LoRA"
+UNKNOWN = "unknown format"
+
+_PREFIX = "model.diffusion_model."
+_TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+_VAE = ("first_stage_model.", "vae.")
+_LORA = re.compile(r"[._]lora[._](up|down|A|B)\b|\.(hada_w|lokr_w|oft_blocks|oft_diag|dora_scale)")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What ``inspect_checkpoint`` found.  ``str()`` of it is a text for people."""
+
+    path: Path
+    format: str  # one of the names above
+    architecture: str  # one of architecture.SUPPORTED, the name of another one, or "unknown"
+    prediction_type: str | None  # "v_prediction", "epsilon", or None if nothing says
+    zero_terminal_snr: bool | None  # None if nothing says
+    evidence: tuple[str, ...]  # a sentence for each mark that was found
+    warnings: tuple[str, ...]  # a sentence for each thing to mind
+    precision: dict[str, float]  # type of the tensors, as safetensors names it -> its share of the bytes
+    has_text_encoders: bool
+    has_vae: bool
+    metadata: dict[str, str]
+
+    @property
+    def supported(self) -> bool:
+        """Whether this is an architecture that zero-terminal-SNR sampling is for."""
+        return self.architecture in SUPPORTED
+
+    def __str__(self) -> str:
+        architecture = "unknown architecture" if self.architecture == "unknown" else self.architecture
+        types = [f"{dtype} {share:.0%}" for dtype, share in self.precision.items()]
+        zero_terminal_snr = {True: "yes", False: "no", None: "not said"}[self.zero_terminal_snr]
+        lines = [
+            f"{self.path.name}: {', '.join([architecture, self.format, *types])}.",
+            f"Prediction: {self.prediction_type or 'not said'}. Zero terminal SNR: {zero_terminal_snr}.",
+            *self.evidence,
+            *(f"Warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointReport:
+    """What a checkpoint is, and what it says about itself.
+
+    Args:
+        path: a .safetensors or .sft file, or a folder that diffusers wrote (unet/, scheduler/, ...).
+
+    Raises:
+        ValueError: no such file, a pickle, a damaged or hostile file, a folder without a U-Net.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
+        header, form = _read_unet_of_folder(path), DIFFUSERS_FOLDER
+        has_text_encoders = any(path.glob("text_encoder*/*.safetensors"))
+        has_vae = any(path.glob("vae/*.safetensors"))
+    else:
+        header = read_header(path)
+        form = _format(header)
+        has_text_encoders = any(name.startswith(_TEXT_ENCODERS) for name in header.tensors)
+        has_vae = any(name.startswith(_VAE) for name in header.tensors)
+    architecture = _architecture(header, form)
+    warnings = []
+    try:
+        scheduler_config = _scheduler_config(path, form)
+    except ValueError as error:
+        scheduler_config = {}
+        warnings.append(f"{error}.")
+    marks = find_marks(header, scheduler_config)
+    prediction_type, zero_terminal_snr, amiss = settle(marks)
+    warnings += amiss
+    if prediction_type is None and architecture in SUPPORTED and form != LORA:
+        warnings.append(
+            "Nothing in the file says what the model predicts, and programs take such files for epsilon. If its author "
+            "says v-prediction, set that by hand where you load it."
+        )
+    return CheckpointReport(
+        path=path,
+        format=form,
+        architecture=architecture,
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        evidence=tuple(mark.sentence for mark in marks),
+        warnings=tuple(warnings),
+        precision=_precision(header),
+        has_text_encoders=has_text_encoders,
+        has_vae=has_vae,
+        metadata=header.metadata,
+    )
+
+
+def _format(header: Header) -> str:
+    """What kind of file it is, by the names of its tensors."""
+    names = header.tensors.keys()
+    if any(_LORA.search(name) for name in names):
+        return LORA
+    if any(name.startswith(_PREFIX) for name in names):
+        return SINGLE_FILE if any(name.startswith(_TEXT_ENCODERS + _VAE) for name in names) else PREFIXED_UNET
+    if {"input_blocks.0.0.weight", "out.2.weight"} <= names:
+        return BARE_UNET
+    if {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= names:
+        return DIFFUSERS_UNET
+    return UNKNOWN
+
+
+def _architecture(header: Header, form: str) -> str:
+    shapes = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in header.tensors.items()}
+    if form == LORA:
+        return lora_architecture(shapes)
+    if form == UNKNOWN:  # half a U-Net, such as a ControlNet, is none
+        return transformer_architecture(shapes)
+    return unet_architecture(shapes)
+
+
+def _scheduler_config(path: Path, form: str) -> dict:
+    """The settings that belong to a diffusers U-Net.  Beside other files they may be any neighbour's."""
+    places = []
+    if form == DIFFUSERS_FOLDER:
+        places = [path / "scheduler"]
+    elif form == DIFFUSERS_UNET:
+        places = [path.parent, path.parent.parent / "scheduler"] if path.parent.name == "unet" else [path.parent]
+    return next(filter(None, (read_scheduler_config(place / "scheduler_config.json") for place in places)), {})
+
+
+def _read_unet_of_folder(folder: Path) -> Header:
+    """The header of a diffusers folder's U-Net, of all its parts if it is in several (...-00001-of-00002...)."""
+    stem = "diffusion_pytorch_model"
+    # the shortest name first: the plain file before its versions (.fp16)
+    files = sorted((folder / "unet").glob(f"{stem}*.safetensors"), key=lambda file: len(file.name))
+    pickles = [file for file in (folder / "unet").glob(f"{stem}*") if file.suffix in PICKLES]
+    if not files and not pickles:
+        raise ValueError(f"{folder} has no unet/{stem}.safetensors: it is no diffusers folder of a model with a U-Net")
+    if not files:
+        return read_header(pickles[0])  # which refuses it, and says why
+    parts = [file for file in files if re.search(r"-\d{5}-of-\d{5}", file.name)]
+    headers = [read_header(file) for file in [file for file in files if file not in parts][:1] or parts]
+    return Header(
+        tensors={name: tensor for header in headers for name, tensor in header.tensors.items()},
+        metadata={key: value for header in headers for key, value in header.metadata.items()},
+        data_start=headers[0].data_start,
+    )
+
+
+def _precision(header: Header) -> dict[str, float]:
+    """Type of the tensors -> its share of the bytes, the largest first."""
+    sizes = defaultdict(int)
+    for tensor in header.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    total = sum(sizes.values())
+    return {dtype: size / total for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}

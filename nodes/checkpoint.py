@@ -1,0 +1,102 @@
+"""Load Checkpoint (ZTSNR): the stock loader, and then the wrapper for what the file says about itself."""
+
+import logging
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..checkpoints import SUPPORTED, CheckpointReport, inspect_checkpoint
+from .messages import refused, show
+from .model_patch import patch_model
+from .schema import schema
+
+UNET_FOLDER = "diffusion_models"
+UNET_PREFIX = f"{UNET_FOLDER}/"  # in the list of files; always a slash, so that workflows move between systems
+
+
+class ZTSNRCheckpointLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ZTSNRCheckpointLoader",
+            display_name="Load Checkpoint (ZTSNR)",
+            category="ZTSNR",
+            description="Loads a checkpoint like Load Checkpoint, reads in the file whether it is a v-prediction and a "
+            "zero-terminal-SNR model, and makes it sample exactly if it is. Also for U-Net files of every format, where"
+            " the stock loader overlooks v-prediction.",
+            search_aliases=["load checkpoint", "load diffusion model", "UNETLoader", "v-pred", "zsnr", "NoobAI"],
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=list_files(),
+                    tooltip="A .safetensors file of models/checkpoints, or of models/diffusion_models (those begin with"
+                    " diffusion_models/).",
+                )
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model, with its exact schedule if it is v-pred."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoders; none in a U-Net file."),
+                io.Vae.Output(display_name="vae", tooltip="The VAE; none in a U-Net file."),
+                io.String.Output(display_name="report", tooltip="What the file is, what it says, and what was done."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, ckpt_name: str) -> io.NodeOutput:
+        try:
+            path = find_file(ckpt_name)
+            report = inspect_checkpoint(path)
+            if report.format == "LoRA":
+                raise ValueError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
+            # A U-Net file as well: this finds its format, and gives a VAE that says so if it is used
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(
+                str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
+            )[:3]
+            model, sentence = apply_report(model, report)
+        except ValueError as reason:
+            return refused(reason, outputs=4)
+        text = "\n".join([str(report), sentence, *missing_parts(report)])
+        show(text, logging.WARNING if report.warnings else logging.INFO)
+        return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
+
+
+def list_files() -> list[str]:
+    """What the list of files offers: the checkpoints, then the U-Net files with their folder's name before them."""
+    unets = folder_paths.get_filename_list(UNET_FOLDER)
+    return [*folder_paths.get_filename_list("checkpoints"), *(UNET_PREFIX + name for name in unets)]
+
+
+def find_file(ckpt_name: str) -> Path:
+    """The file behind an entry of ``list_files``."""
+    path = folder_paths.get_full_path("checkpoints", ckpt_name)
+    if path is None and ckpt_name.startswith(UNET_PREFIX):
+        path = folder_paths.get_full_path(UNET_FOLDER, ckpt_name.removeprefix(UNET_PREFIX))
+    if path is None:
+        raise ValueError(f"There is no file {ckpt_name} in models/checkpoints or models/diffusion_models.")
+    return Path(path)
+
+
+def apply_report(model, report: CheckpointReport) -> tuple[object, str]:
+    """A MODEL as its file asks for, patched or as it is, and a sentence that says which."""
+    taken_for = f"The model is as ComfyUI loads it ({model.model.model_type.name})"
+    if not report.supported:
+        return model, f"{taken_for}: the ZTSNR nodes are for {', '.join(sorted(SUPPORTED))}."
+    if report.prediction_type is None:
+        return model, f"{taken_for}; set prediction in ZTSNR Model (v-prediction) if its author says otherwise."
+    if report.prediction_type == "epsilon":
+        return model, f"{taken_for}."
+    schedule = {True: "zero terminal SNR", False: "as trained", None: "auto"}[report.zero_terminal_snr]
+    patched, sentence = patch_model(model, prediction="v_prediction", schedule=schedule)
+    return patched, f"The model is patched: {sentence}"
+
+
+def missing_parts(report: CheckpointReport) -> list[str]:
+    """A sentence for each thing that the file lacks and that has to come from elsewhere."""
+    sentences = []
+    if not report.has_text_encoders:
+        sentences.append("No text encoders in the file: load them with DualCLIPLoader (SDXL) or Load CLIP.")
+    if not report.has_vae:
+        sentences.append("No VAE in the file: load one with Load VAE.")
+    return sentences

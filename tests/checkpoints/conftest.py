@@ -1,0 +1,29 @@
+"""Checkpoint files that are all header: their tensors are holes."""
+
+import json
+import math
+import struct
+
+import pytest
+
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint():
+    """write(path, {name: shape or (dtype, *shape)}, metadata=None, default dtype) -> path."""
+
+    def write(path, shapes, metadata=None, dtype="F16"):
+        content, end = ({"__metadata__": metadata} if metadata else {}), 0
+        for name, shape in shapes.items():
+            kind, shape = (shape[0], shape[1:]) if shape and isinstance(shape[0], str) else (dtype, shape)
+            begin, end = end, end + math.prod(shape) * BYTES[kind]
+            content[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(content).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        return path
+
+    return write

@@ -1,0 +1,282 @@
+"""Reading a safetensors header: what the library writes, and what an enemy writes."""
+
+import json
+import os
+import struct
+import tracemalloc
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ztsnr.checkpoints.header import LONGEST_HEADER, parse_header, read_header
+
+DTYPES = safetensors.torch._TYPES  # name in the file -> PyTorch's
+
+
+def write(path, text: bytes, data_size: int = 0):
+    """A file with this header, and nothing but holes for its data."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + data_size)
+    return path
+
+
+def entry(begin, end, dtype="U8", shape=None) -> dict:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against the safetensors library
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tensors=st.dictionaries(
+        st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=4)),
+        max_size=6,
+    ),
+    metadata=st.dictionaries(st.text(max_size=10), st.text(max_size=10), min_size=1, max_size=4),
+)
+def test_reads_what_safetensors_writes(tensors, metadata):
+    empty = {name: torch.empty(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
+    tensors = {name: (torch.arange(t.nbytes) % 2).byte().view(t.dtype).view(t.shape) for name, t in empty.items()}
+    content = safetensors.torch.save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    header = parse_header(content[8 : 8 + length], len(content) - 8 - length)
+
+    assert header.metadata == metadata
+    assert header.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        found = header.tensors[name]
+        assert DTYPES[found.dtype] == tensor.dtype
+        assert found.shape == tuple(tensor.shape)
+        assert found.nbytes == tensor.nbytes
+        data = content[header.data_start + found.begin : header.data_start + found.end]
+        assert data == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+GOOD = json.dumps(
+    {
+        "__metadata__": {"format": "pt", "modelspec.prediction_type": "v"},
+        "a.weight": entry(0, 48, "F32", [3, 4]),
+        "b": entry(48, 50, "BF16", [1]),
+        "v_pred": entry(50, 50, "F32", [0]),
+        "c": entry(50, 52, "F16", []),
+    }
+).encode()
+
+
+def header_or_refusal(read):
+    """The header, or the sentence that refuses it; any other exception is a failure."""
+    try:
+        return read(), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def safetensors_reads(path) -> bool:
+    try:
+        with safetensors.safe_open(path, "pt"):
+            return True
+    except (safetensors.SafetensorError, MemoryError):
+        return False
+
+
+@settings(deadline=None, max_examples=600)
+@given(
+    start=st.integers(0, len(GOOD)),
+    length=st.integers(0, 12),
+    new=st.one_of(
+        st.binary(max_size=8),
+        st.text(alphabet='0123456789-.eE[]{}",:\\ntrue\x00 é', max_size=10).map(str.encode),
+        st.just(b"[" * 3000),
+    ),
+    data_size=st.sampled_from([52, 52, 52, 51, 53, 0]),
+)
+def test_damaged_headers_are_refused_or_right(tmp_path_factory, start, length, new, data_size):
+    text = GOOD[:start] + new + GOOD[start + length :]
+    header, refusal = header_or_refusal(lambda: parse_header(text, data_size))
+    if refusal is not None:
+        assert "\n" not in refusal
+        assert len(refusal) < 300
+        return
+    path = write(tmp_path_factory.getbasetemp() / "damaged.safetensors", text, data_size)
+    assert safetensors_reads(path)
+    with safetensors.safe_open(path, "pt") as file:
+        assert set(file.keys()) == header.tensors.keys()
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=5) | st.just("U8")
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "data_offsets", "__metadata__"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=JSON | st.dictionaries(st.text(max_size=3), st.fixed_dictionaries(dict.fromkeys(entry(0, 0), JSON))))
+def test_any_json_is_refused_or_right(content):
+    header, refusal = header_or_refusal(lambda: parse_header(json.dumps(content).encode(), 4))
+    assert refusal is not None or sum(tensor.nbytes for tensor in header.tensors.values()) == 4
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=st.binary(max_size=60))
+def test_any_file_is_refused_or_right(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(content)
+    _, refusal = header_or_refusal(lambda: read_header(path))
+    assert str(path) in refusal if refusal is not None else safetensors_reads(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An enemy's headers
+
+
+def one(**changes) -> bytes:
+    return json.dumps({"a": {**entry(0, 4), **changes}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "data_size", "sentence"),
+    [
+        (b"", 0, "not a JSON object"),
+        (b"[]", 0, "not a JSON object"),
+        (b'{"a"', 0, "not JSON"),
+        (b"{\xff}", 0, "not JSON"),
+        (b'{"a":' * 2000, 0, "not JSON"),
+        (b'{"a":' + b"[" * 3_000_000, 0, "not JSON"),
+        (b'{"a":' + b"1" * 1_000_000 + b"}", 0, "for a size"),
+        (b'{"a":NaN}', 0, "'NaN' for a size"),
+        (b'{"a":{"dtype":"U8","shape":[],"shape":[1],"data_offsets":[0,1]}}', 1, "'shape' twice"),
+        (b'{"a":1,"a":1}', 0, "'a' twice"),
+        (b'{"\\ud800":1}', 0, "not Unicode"),
+        (b'{"__metadata__":{"a":"\\udfff"}}', 0, "not Unicode"),
+        (b'{"__metadata__":{"a":1}}', 0, "metadata are not texts"),
+        (b'{"__metadata__":{"a":null}}', 0, "metadata are not texts"),
+        (b'{"__metadata__":[]}', 0, "metadata are not texts"),
+        (b'{"a":[]}', 0, "'a' is not described by"),
+        (b'{"a":{"dtype":"U8","shape":[]}}', 0, "'a' is not described by"),
+        (one(more=1), 4, "'a' is not described by"),
+        (one(dtype="Q8"), 4, "type that is not known"),
+        (one(dtype=[]), 4, "type that is not known"),
+        (one(shape=4), 4, "no proper shape"),
+        (one(shape=[-4]), 4, "'-4' for a size"),
+        (one(shape=[4.0]), 4, "'4.0' for a size"),
+        (one(shape=[True]), 4, "no proper shape"),
+        (one(shape=["4"]), 4, "no proper shape"),
+        (one(shape=[1] * 65), 4, "no proper shape"),
+        (one(shape=[10**19]), 4, "for a size"),
+        (one(shape=[2**62] * 64), 4, "does not fit its 4 bytes"),
+        (one(shape=[5]), 4, "does not fit its 4 bytes"),
+        (one(dtype="F4", shape=[9]), 4, "does not fit its 4 bytes"),
+        (one(data_offsets=[0]), 4, "no proper data_offsets"),
+        (one(data_offsets=[0, 4, 4]), 4, "no proper data_offsets"),
+        (one(data_offsets=[4, 0]), 4, "no proper data_offsets"),
+        (one(data_offsets=[-4, 0]), 4, "'-4' for a size"),
+        (one(data_offsets=[1, 5]), 5, "do not begin where those before it end"),
+        (one(), 3, "the download is incomplete"),
+        (one(), 5, "1 bytes behind the last tensor"),
+        (json.dumps({"a": entry(0, 4), "b": entry(2, 6)}).encode(), 6, "'b' do not begin"),
+        (json.dumps({"a": entry(0, 4), "b": entry(0, 4)}).encode(), 4, "do not begin"),
+        (json.dumps({"a": entry(0, 4), "b": entry(6, 8)}).encode(), 8, "'b' do not begin"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_headers_end_in_a_sentence(tmp_path, text, data_size, sentence):
+    path = write(tmp_path / "bad.safetensors", text, data_size)
+    with pytest.raises(ValueError, match="cannot be read: ") as caught:
+        read_header(path)
+    assert sentence in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_cannot_write_on_the_terminal():
+    name = "\x1b[2J\n" + "x" * 500
+    with pytest.raises(ValueError, match="is not described by") as caught:
+        parse_header(json.dumps({name: 1}).encode(), 0)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_zero_size_tensors_fit_anywhere_between_others():
+    content = {"a": entry(0, 4), "v_pred": entry(4, 4, "F32", [0, 2**62]), "b": entry(4, 8), "ztsnr": entry(8, 8)}
+    header = parse_header(json.dumps(content).encode(), 8)
+    assert [header.tensors[name].nbytes for name in content] == [4, 0, 4, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def peak_memory(call) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_only_the_header_is_read(tmp_path):
+    size = 7_000_000_000
+    path = write(tmp_path / "large.safetensors", json.dumps({"a": entry(0, size)}).encode(), size)
+    assert peak_memory(lambda: read_header(path)) < 1_000_000
+
+
+def test_a_huge_header_is_refused_unread(tmp_path):
+    path = write(tmp_path / "huge.safetensors", b"", LONGEST_HEADER + 1)
+    with path.open("r+b") as file:
+        file.write(struct.pack("<Q", LONGEST_HEADER + 1))
+
+    def read():
+        with pytest.raises(ValueError, match="more than any checkpoint needs"):
+            read_header(path)
+
+    assert peak_memory(read) < 1_000_000
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"<!DOCTYPE html><html>", b"\xff" * 8, b"\0" * 7])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a safetensors file|not a JSON object"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".CKPT"])
+def test_pickles_are_refused_unopened(tmp_path, suffix):
+    with pytest.raises(ValueError, match=r"is a pickle.*never opened here: take the \.safetensors file"):
+        read_header(tmp_path / f"not there{suffix}")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    for name in ("missing.safetensors", "folder.safetensors", "pipe.safetensors", "loop.safetensors"):
+        with pytest.raises(ValueError, match="there is no file"):
+            read_header(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        read_header(tmp_path / f"{'x' * 300}.safetensors")
+    with pytest.raises(ValueError, match="is not a checkpoint file"):
+        read_header(tmp_path / "notes.txt")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path):
+    path = write(tmp_path / "secret.safetensors", b"{}")
+    path.chmod(0)
+    with pytest.raises(ValueError, match="cannot be read: Permission denied"):
+        read_header(path)
