@@ -4,6 +4,8 @@ import torch
 from comfy_api.latest import io
 
 from ..samplers import rescale_guidance
+from .messages import refused
+from .model_patch import schedule_of
 from .schema import schema
 
 
@@ -34,6 +36,10 @@ class ZTSNRGuidanceRescale(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, phi: float) -> io.NodeOutput:
+        try:
+            schedule_of(model.get_model_object("model_sampling"))  # v is something else in flow matching and EDM
+        except ValueError as reason:
+            return refused(reason, outputs=1)
         patched = model.clone()
         patched.set_model_sampler_post_cfg_function(lambda args: rescale_denoised(args, phi))
         return io.NodeOutput(patched)

@@ -45,7 +45,7 @@ class ZTSNRSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength of that fresh noise; 1 by the theory.",
+                    tooltip="Strength of the fresh noise of the ancestral and sde solvers and of lcm; 1 by the theory.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],

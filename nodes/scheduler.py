@@ -38,7 +38,7 @@ class ZTSNRScheduler(io.ComfyNode):
                     options=list(SPACINGS),
                     default=DEFAULT_SPACING,
                     tooltip="Where the steps lie. spectral: the most accurate at few steps. trailing: evenly in time, "
-                    "what most pictures on the web were made with. leading never starts from pure noise.",
+                    "from the last timestep. leading never starts from pure noise.",
                 ),
                 io.Float.Input(
                     "denoise",

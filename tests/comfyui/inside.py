@@ -632,6 +632,7 @@ def refusals():
         "patched": said("ZTSNRModelSampling", model=discrete, **defaults),
         "video": said("ZTSNRScheduler", model=patched(), steps=5, spacing="trailing", denoise=1.0, latent=video),
         "flow schedule": said("ZTSNRScheduler", model=other(kinds.FLOW), steps=5, spacing="trailing", denoise=1.0),
+        "flow guidance": said("ZTSNRGuidanceRescale", model=other(kinds.FLOW), phi=0.7),
         "steps": said("ZTSNRScheduler", model=patched(), steps=0, spacing="trailing", denoise=1.0),
     }
 

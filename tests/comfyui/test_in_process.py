@@ -367,6 +367,7 @@ def test_save_checkpoint_marks_the_file(inside, tmp_path, settings, marks):
         ("patched", "has already replaced this model's schedule"),
         ("video", "The latent has 5 dimensions, (1, 4, 5, 8, 8)"),
         ("flow schedule", "no table of noise levels"),
+        ("flow guidance", "no table of noise levels"),
         ("steps", "steps must be a whole number of at least 1, not 0"),
     ],
 )
