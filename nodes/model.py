@@ -27,8 +27,8 @@ class ZTSNRModelSampling(io.ComfyNode):
                     "prediction",
                     options=list(PREDICTIONS),
                     default="auto",
-                    tooltip="What the network predicts. auto: what the checkpoint, or an earlier ZTSNR node, says. Choose "
-                    "v_prediction for a v-pred file that ComfyUI takes for epsilon (its pictures are noise or "
+                    tooltip="What the network predicts. auto: what the checkpoint, or an earlier ZTSNR node, says. "
+                    "Choose v_prediction for a v-pred file that ComfyUI takes for epsilon (its pictures are noise or "
                     "oversaturated).",
                 ),
                 io.Combo.Input(

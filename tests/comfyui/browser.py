@@ -1,0 +1,190 @@
+"""ComfyUI's page in a headless Chromium, with the few things that a test does there."""
+
+import json
+from pathlib import Path
+
+from playwright.sync_api import BrowserContext, Response, TimeoutError
+
+# The page finds this machine and no other.  Playwright's own interception would hold up the page's requests for as long
+# as a test waits for something else.
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+# No tour, no templates to welcome a new user, no workflows of the test before; and say where a workflow is malformed
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Validation.Workflows": True,
+    "Comfy.Notification.ShowVersionUpdates": False,
+    # Text however small; older pages know the first name, newer ones the second
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
+READY = "() => window.app?.extensionManager && app.graph && app.canvas && !app.extensionManager.spinner"
+SEEN = """() => app.graph.nodes.every(node => !app.nodeOutputs[node.id]?.images
+    || node.imgs?.length && node.imgs.every(image => image.naturalWidth > 0))"""
+
+
+class Frontend:
+    """The page of a ComfyUI server.
+
+    Attributes:
+        page: Playwright's page
+        screenshots: the folder that ``screenshot`` writes to
+        problems: what went wrong in the page since it was opened, one sentence each
+    """
+
+    def __init__(self, context: BrowserContext, url: str, pack: str):
+        self.page = context.new_page()
+        self.screenshots = Path()
+        self.problems: list[str] = []
+        self._url = url
+        self._pack = pack
+        self.page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
+        self.page.on("response", self._note_failure)
+
+    def _note_failure(self, response: Response) -> None:
+        # "docs/<node>/en.md" is looked for before "docs/<node>.md"
+        if response.status >= 400 and self._pack in response.url and not response.url.endswith("/en.md"):
+            self.problems.append(f"status {response.status}: {response.url}")
+
+    def open(self, locale: str = "en") -> None:
+        """Open the page anew, in a language."""
+        answer = self.page.request.post(f"{self._url}/api/settings", data={**SETTINGS, "Comfy.Locale": locale})
+        assert answer.ok, answer.text()
+        self.page.goto(self._url)
+        self.page.wait_for_function(READY)
+        self.problems.clear()
+
+    def screenshot(self, name: str) -> None:
+        self.page.screenshot(path=self.screenshots / f"{name}.png")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # A workflow
+
+    def load(self, workflow: dict) -> None:
+        """Load a workflow as it is in a file."""
+        self.page.evaluate("async workflow => { await app.loadGraphData(workflow) }", workflow)
+        self.fit_view()
+
+    def fit_view(self) -> None:
+        """Show the whole graph: what is outside the window is not drawn, and pictures are fetched when drawn."""
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
+    def workflow(self) -> dict:
+        """The workflow as the page would save it now."""
+        return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))
+
+    def missing_nodes(self) -> list[str]:
+        """Types of the nodes that ComfyUI does not know."""
+        return self.page.evaluate(
+            "app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))"
+        )
+
+    def complaints(self) -> list[str]:
+        """What the page says in red."""
+        return self.page.locator(".p-toast-message-error, [data-testid=error-overlay]").all_inner_texts()
+
+    def shrink(self, largest: dict[str, float]) -> None:
+        """Type smaller numbers into widgets, by name, and take the smallest size from lists of "width x height"."""
+        self.page.evaluate(
+            r"""largest => {
+                const area = text => /(\d+) x (\d+)/.exec(text)?.slice(1).reduce((w, h) => w * h) ?? Infinity;
+                for (const node of app.graph.nodes)
+                    for (const widget of node.widgets ?? []) {
+                        let value = widget.value;
+                        if (widget.name in largest) value = Math.min(value, largest[widget.name]);
+                        if (area(value) < Infinity)
+                            value = widget.options.values.reduce((a, b) => area(a) <= area(b) ? a : b);
+                        if (value === widget.value) continue;
+                        widget.value = value;
+                        widget.callback?.(value);
+                    }
+            }""",
+            largest,
+        )
+
+    def run(self) -> str:
+        """Press Run; the id that the server gave the prompt.  RuntimeError if it or the page refuses."""
+        try:
+            with self.page.expect_response(lambda response: response.url.endswith("/api/prompt")) as sent:
+                self.page.get_by_test_id("queue-button").first.click()
+        except TimeoutError:
+            raise RuntimeError(f"the page does not send the graph: {self.complaints()}") from None
+        answer = sent.value.json()
+        if "prompt_id" not in answer:
+            raise RuntimeError(f"ComfyUI refuses the graph: {json.dumps(answer)}")
+        return answer["prompt_id"]
+
+    def pictures(self) -> dict[str, list[int]]:
+        """Widths of the pictures that are seen in nodes, by node type, once all have come."""
+        self.fit_view()
+        self.page.wait_for_function(SEEN)
+        pictures = self.page.evaluate(
+            "app.graph.nodes.map(node => [node.type, (node.imgs ?? []).map(image => image.naturalWidth)])"
+        )
+        return {node: widths for node, widths in pictures if widths}
+
+    def says(self, sentence: str) -> bool:
+        """Whether a sentence is to be read somewhere in the page."""
+        return any(found.is_visible() for found in self.page.get_by_text(sentence).all())
+
+    def overlapping(self) -> list[list[str]]:
+        """Pairs of node titles that lie over one another, now that nodes have grown by their pictures."""
+        return self.page.evaluate(
+            """() => {
+                const nodes = app.graph.nodes.filter(node => !node.flags?.collapsed);
+                const title = LiteGraph.NODE_TITLE_HEIGHT;
+                const meet = (a, b) => a.pos[0] < b.pos[0] + b.size[0] && a.pos[1] - title < b.pos[1] + b.size[1];
+                const pairs = nodes.flatMap((a, i) => nodes.slice(i + 1).map(b => [a, b]));
+                return pairs.filter(([a, b]) => meet(a, b) && meet(b, a)).map(pair => pair.map(node => node.title));
+            }"""
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Around it
+
+    def templates(self) -> dict[str, int]:
+        """Open the template browser at the pack: the width of each workflow's thumbnail, by the workflow's name."""
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        self.page.get_by_text(self._pack, exact=True).last.click()
+        self.page.get_by_text(self._pack, exact=True).last.wait_for()
+        cards = self.page.locator("[data-testid^='template-workflow-']")
+        cards.locator("img").first.wait_for()
+        self.page.wait_for_function(
+            """() => [...document.querySelectorAll("[data-testid^='template-workflow-'] img")]
+                .every(image => image.naturalWidth > 0)"""
+        )
+        return dict(
+            cards.evaluate_all(
+                """cards => cards.map(card => [card.dataset.testid.replace('template-workflow-', ''),
+                    card.querySelector('img')?.naturalWidth ?? 0])"""
+            )
+        )
+
+    def open_template(self, name: str) -> None:
+        """Click a workflow in the template browser, which ``templates`` has opened."""
+        with self.page.expect_response(lambda response: response.url.endswith(".json")):
+            self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
+
+    def help(self, node: str, heading: str) -> str:
+        """Put a node alone on the canvas and open its help, which begins with a heading; the node's title."""
+        title = self.page.evaluate(
+            """async type => {
+                await app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
+                const node = LiteGraph.createNode(type);
+                app.graph.add(node);
+                app.canvas.centerOnNode(node);
+                app.canvas.selectNode(node);
+                app.canvas.setDirty(true, true);
+                return node.title;
+            }""",
+            node,
+        )
+        self.page.get_by_test_id("info-button").click()
+        self.page.locator(".node-help-content").get_by_role("heading", name=heading, exact=True).first.wait_for()
+        return title

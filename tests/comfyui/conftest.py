@@ -1,0 +1,114 @@
+"""A ComfyUI to test in, and a server and a browser that the tests share."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .server import Server, running_server
+
+PACK = Path(__file__).resolve().parents[2]
+SIZE = 128  # pixels of the pictures that tests make
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The ComfyUI to test in."""
+    path = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser().resolve()
+    if not (path / "main.py").exists():
+        pytest.skip(f"no ComfyUI in {path}; COMFYUI_PATH says where it is")
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfyui_python(comfyui_path) -> Path:
+    """That ComfyUI's own interpreter."""
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return Path(named)
+    for environment in (".venv", "venv"):
+        if (python := comfyui_path / environment / "bin" / "python").exists():
+            return python
+    pytest.skip(f"no .venv or venv in {comfyui_path}; COMFYUI_PYTHON says which interpreter runs it")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(request, comfyui_path, comfyui_python) -> Path:
+    """A small random checkpoint that ComfyUI loads as SDXL with v-prediction and zero terminal SNR."""
+    recipe = Path(__file__).with_name("small_checkpoint.py")
+    folder = Path(request.config.cache.mkdir("small_checkpoint"))
+    path = folder / f"{hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        for old in folder.glob("*.safetensors"):
+            old.unlink(missing_ok=True)
+        command = [str(comfyui_python), str(recipe), str(path)]
+        subprocess.run(command, env={**os.environ, "COMFYUI_PATH": str(comfyui_path)}, check=True)
+    return path
+
+
+def _checkpoints_in_workflows() -> set[str]:
+    return {
+        value
+        for file in PACK.glob("workflows/*.json")
+        for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]
+        for value in node.get("widgets_values") or ()
+        if isinstance(value, str) and value.endswith(".safetensors")
+    }
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path, comfyui_python, small_checkpoint, tmp_path_factory) -> Iterator[Server]:
+    """A server with the pack in it; the small checkpoint goes by every name that the pack's workflows ask for."""
+    names = {"small.safetensors"} | _checkpoints_in_workflows()
+    with running_server(
+        comfyui_path,
+        comfyui_python,
+        tmp_path_factory.mktemp("comfyui"),
+        packs={"comfyui-ztsnr": PACK},
+        checkpoints=dict.fromkeys(names, small_checkpoint),
+    ) as running:
+        # The one picture that every ComfyUI has in its input folder, only smaller
+        with Image.open(comfyui_path / "input" / "example.png") as example:
+            example.resize((SIZE, SIZE)).save(running.base / "input" / "example.png")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _frontend(server):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from .browser import CHROMIUM_ARGUMENTS, Frontend
+
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGUMENTS)
+        except sync_api.Error as error:
+            pytest.skip(f"Chromium does not start; CHROMIUM says where it is ({str(error).splitlines()[0]})")
+        with chromium:
+            context = chromium.new_context(viewport={"width": 1600, "height": 1000}, device_scale_factor=2)
+            context.set_default_timeout(60_000)
+            yield Frontend(context, server.url, "comfyui-ztsnr")
+
+
+@pytest.fixture
+def frontend(_frontend, request, tmp_path):
+    """The server's page in a browser, opened anew in English; a picture of it is kept when the test ends."""
+    _frontend.screenshots = Path(os.environ.get("ZTSNR_SCREENSHOTS", tmp_path))
+    _frontend.screenshots.mkdir(parents=True, exist_ok=True)
+    _frontend.open()
+    yield _frontend
+    _frontend.screenshot(request.node.name.replace("/", "_"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show the end of the server's log with a failure."""
+    report = yield
+    if report.failed and (server := getattr(item, "funcargs", {}).get("server")):
+        report.sections.append(("log of ComfyUI", server.log()[-4000:]))
+    return report
