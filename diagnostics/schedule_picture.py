@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = (512, 330)
-LEFT, TOP, RIGHT, BOTTOM = 58, 38, 496, 284  # the plot within it
+SIZE = (384, 280)  # small, so that its text stays legible in a node, about 290 wide
+LEFT, TOP, RIGHT, BOTTOM = 54, 56, 364, 232  # the plot within it
 INK, FAINT, GRID, PAPER = "#222222", "#6b6b6b", "#e2e2e2", "#ffffff"
 LINE, INFINITE = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, which colour-blind readers can tell apart
 
@@ -19,12 +19,12 @@ def schedule_picture(sigmas: Sequence[float], timesteps: Sequence[float]) -> Ima
         timesteps: (steps,) the timestep of each sigma but the last.
 
     Returns:
-        RGB, 512 x 330.
+        RGB, 384 x 280.
     """
     steps = len(sigmas) - 1
     finite = [math.log10(sigma) for sigma in sigmas if 0 < sigma < math.inf] or [0.0]
     low, high = math.floor(min(finite)), max(math.ceil(max(finite)), math.floor(min(finite)) + 1)
-    band = 26  # height of the places for infinity and 0
+    band = 22  # height of the places for infinity and 0
 
     def x(step: float) -> float:
         return LEFT + (RIGHT - LEFT) * step / steps
@@ -39,15 +39,15 @@ def schedule_picture(sigmas: Sequence[float], timesteps: Sequence[float]) -> Ima
 
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image)
-    small, title = ImageFont.load_default(12), ImageFont.load_default(14)
+    small, title = ImageFont.load_default(13), ImageFont.load_default(14)
 
     levels = [10.0**decade for decade in range(low, high + 1)]
     for level in [*levels, *({math.inf, 0.0} & set(sigmas))]:
         draw.line([(LEFT, y(level)), (RIGHT, y(level))], fill=GRID)
         text = {math.inf: "inf", 0.0: "0"}.get(level, f"{level:g}")
         draw.text((LEFT - 8, y(level)), text, fill=FAINT, font=small, anchor="rm")
-    for step in sorted({0, steps, *range(0, steps, max(1, math.ceil(steps / 8)))}):
-        if step == steps or x(steps) - x(step) > 24:
+    for step in sorted({0, steps, *range(0, steps, max(1, math.ceil(steps / 6)))}):
+        if step == steps or x(steps) - x(step) > 34:
             draw.text((x(step), BOTTOM + 8), str(step), fill=FAINT, font=small, anchor="mt")
 
     points = [(x(step), y(sigma)) for step, sigma in enumerate(sigmas)]
@@ -59,7 +59,7 @@ def schedule_picture(sigmas: Sequence[float], timesteps: Sequence[float]) -> Ima
 
     noise = ["inf" if math.isinf(sigma) else f"{sigma:.3g}" for sigma in sigmas]
     shown = noise if steps <= 3 else [*noise[:3], "...", *noise[-2:]]
-    words = f"{steps} step{'s' if steps > 1 else ''}, t {timesteps[0]:.4g} to {timesteps[-1]:.4g}, sigma"
-    draw.text((LEFT, 8), f"{words} {', '.join(shown)}", fill=INK, font=title)
+    words = f"{steps} step{'s' if steps > 1 else ''}, t {timesteps[0]:.4g} to {timesteps[-1]:.4g}"
+    draw.text((12, 8), f"{words}\nsigma {', '.join(shown)}", fill=INK, font=title)
     draw.text(((LEFT + RIGHT) / 2, SIZE[1] - 6), "step", fill=FAINT, font=small, anchor="mb")
     return image

@@ -121,7 +121,7 @@ def canvas_length_of(model) -> float:
 
 def unpatched_zero_snr(model_sampling) -> bool:
     """Whether a zero-SNR model would start from ComfyUI's finite sigma because ZTSNR Model is missing."""
-    return bool(getattr(model_sampling, "zsnr", False)) and not isinstance(model_sampling, ExactSchedule)
+    return bool(getattr(model_sampling, "zsnr", False)) and not getattr(model_sampling, "made_by_ztsnr", False)
 
 
 def _check(model) -> None:

@@ -88,23 +88,18 @@ class Frontend:
         """What the page says in red."""
         return self.page.locator(".p-toast-message-error, [data-testid=error-overlay]").all_inner_texts()
 
-    def shrink(self, largest: dict[str, float]) -> None:
-        """Type smaller numbers into widgets, by name, and take the smallest size from lists of "width x height"."""
+    def set_widgets(self, values: dict[str, float | str]) -> None:
+        """Type into the widgets of these names; a number only where it makes the one there smaller."""
         self.page.evaluate(
-            r"""largest => {
-                const area = text => /(\d+) x (\d+)/.exec(text)?.slice(1).reduce((w, h) => w * h) ?? Infinity;
-                for (const node of app.graph.nodes)
-                    for (const widget of node.widgets ?? []) {
-                        let value = widget.value;
-                        if (widget.name in largest) value = Math.min(value, largest[widget.name]);
-                        if (area(value) < Infinity)
-                            value = widget.options.values.reduce((a, b) => area(a) <= area(b) ? a : b);
-                        if (value === widget.value) continue;
-                        widget.value = value;
-                        widget.callback?.(value);
-                    }
+            """values => {
+                for (const widget of app.graph.nodes.flatMap(node => node.widgets ?? [])) {
+                    if (!(widget.name in values)) continue;
+                    const value = values[widget.name];
+                    widget.value = typeof value === 'number' ? Math.min(value, widget.value) : value;
+                    widget.callback?.(widget.value);
+                }
             }""",
-            largest,
+            values,
         )
 
     def run(self) -> str:

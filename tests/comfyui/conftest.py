@@ -90,7 +90,7 @@ def _frontend(server):
         except sync_api.Error as error:
             pytest.skip(f"Chromium does not start; CHROMIUM says where it is ({str(error).splitlines()[0]})")
         with chromium:
-            context = chromium.new_context(viewport={"width": 1600, "height": 1000}, device_scale_factor=2)
+            context = chromium.new_context(viewport={"width": 1920, "height": 1080})
             context.set_default_timeout(60_000)
             yield Frontend(context, server.url, "comfyui-ztsnr")
 

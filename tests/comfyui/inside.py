@@ -690,6 +690,9 @@ def warnings():
         "leading": logged(lambda: stock("ZTSNRScheduler", model=patched(), spacing="leading", **schedule)),
         "unpatched": logged(lambda: stock("ZTSNRScheduler", model=ideal_model(), spacing="trailing", **schedule)),
         "unpatched list": logged(lambda: ksampler(ideal_model(), empty_latent(8, 8), scheduler="ztsnr_trailing")),
+        "stock by choice": logged(
+            lambda: ksampler(patched(first_step="as ComfyUI does it"), empty_latent(8, 8), scheduler="ztsnr_trailing")
+        ),
         "good": logged(lambda: ksampler(patched(), empty_latent(8, 8))),
         "image to image": logged(lambda: ksampler(patched(), picture, denoise=0.5)),
         "not zero SNR": logged(lambda: ksampler(patched(unmarked), empty_latent(8, 8))),

@@ -37,15 +37,15 @@ def heading(page: Path) -> str:
 
 
 def test_templates_have_thumbnails_and_open(frontend):
-    for file in WORKFLOWS:
-        thumbnails = frontend.templates()
-        assert set(thumbnails) == {workflow.stem for workflow in WORKFLOWS}
-        assert min(thumbnails.values()) >= 256
-        frontend.screenshot("templates")
-        frontend.open_template(file.stem)
-        workflow = json.loads(file.read_text(encoding="utf-8"))
-        frontend.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
-        assert changes(workflow, frontend.workflow()) == []
+    thumbnails = frontend.templates()
+    frontend.screenshot("templates")
+    assert set(thumbnails) == {file.stem for file in WORKFLOWS}
+    assert min(thumbnails.values()) >= 256
+    file = WORKFLOWS[0]
+    frontend.open_template(file.stem)
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    frontend.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+    assert changes(workflow, frontend.workflow()) == []
     assert frontend.problems == []
 
 
@@ -59,7 +59,7 @@ def test_workflow_keeps_its_values_and_runs(file, frontend, server):
     assert any(node["type"] in ("MarkdownNote", "Note") for node in workflow["nodes"])
     frontend.screenshot(f"{file.stem} as loaded")
 
-    frontend.shrink({"width": SIZE, "height": SIZE, "steps": 2})
+    frontend.set_widgets({"width": SIZE, "height": SIZE, "size": "NovelAI 2022: 256 x 1024 (1:4)", "steps": 2})
     outputs = server.wait_for(frontend.run())
     images = [image for output in outputs.values() for image in output.get("images", ())]
     assert images

@@ -396,7 +396,7 @@ def test_warnings_where_the_schedule_misses_the_start(inside):
     }.items():
         (warning,) = found.pop(case)
         assert words in warning, case
-    assert found == {"good": [], "image to image": [], "not zero SNR": []}
+    assert found == {"stock by choice": [], "good": [], "image to image": [], "not zero SNR": []}
 
 
 def test_reports(inside):
