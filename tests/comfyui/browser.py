@@ -142,23 +142,22 @@ class Frontend:
     # ------------------------------------------------------------------------------------------------------------------
     # Around it
 
-    def templates(self) -> dict[str, int]:
-        """Open the template browser at the pack: the width of each workflow's thumbnail, by the workflow's name."""
+    def templates(self, known: str) -> dict[str, int]:
+        """Open the template browser at the pack: the width of each workflow's thumbnail, by the workflow's name.
+
+        One of the names has to be known, to see that the pack's workflows have taken the place of all the others.
+        """
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.page.get_by_text(self._pack, exact=True).last.click()
-        self.page.get_by_text(self._pack, exact=True).last.wait_for()
-        cards = self.page.locator("[data-testid^='template-workflow-']")
-        cards.locator("img").first.wait_for()
+        self.page.get_by_test_id(f"template-workflow-{known}").locator("img").first.wait_for()
         self.page.wait_for_function(
             """() => [...document.querySelectorAll("[data-testid^='template-workflow-'] img")]
                 .every(image => image.naturalWidth > 0)"""
         )
-        return dict(
-            cards.evaluate_all(
-                """cards => cards.map(card => [card.dataset.testid.replace('template-workflow-', ''),
-                    card.querySelector('img')?.naturalWidth ?? 0])"""
-            )
+        thumbnails = self.page.locator("[data-testid^='template-workflow-']").evaluate_all(
+            "cards => cards.map(card => [card.dataset.testid, card.querySelector('img')?.naturalWidth ?? 0])"
         )
+        return {name.removeprefix("template-workflow-"): width for name, width in thumbnails}
 
     def open_template(self, name: str) -> None:
         """Click a workflow in the template browser, which ``templates`` has opened."""

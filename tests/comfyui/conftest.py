@@ -11,30 +11,39 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from .server import Server, running_server
+from .server import PACK, SIZE, Server, running_server
 
-PACK = Path(__file__).resolve().parents[2]
-SIZE = 128  # pixels of the pictures that tests make
+
+def find_comfyui() -> Path:
+    return Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser().resolve()
+
+
+def find_python(comfyui: Path) -> Path | None:
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return Path(named)
+    candidates = [comfyui / environment / "bin" / "python" for environment in (".venv", "venv")]
+    return next((python for python in candidates if python.exists()), None)
+
+
+def pytest_runtest_setup(item):
+    """Without ComfyUI skip all tests of this folder, here rather than in a fixture: it makes one line of the report."""
+    comfyui = find_comfyui()
+    if not (comfyui / "main.py").exists():
+        pytest.skip(f"no ComfyUI in {comfyui}; COMFYUI_PATH says where it is")
+    if find_python(comfyui) is None:
+        pytest.skip(f"no .venv or venv in {comfyui}; COMFYUI_PYTHON says which interpreter runs it")
 
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
     """The ComfyUI to test in."""
-    path = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser().resolve()
-    if not (path / "main.py").exists():
-        pytest.skip(f"no ComfyUI in {path}; COMFYUI_PATH says where it is")
-    return path
+    return find_comfyui()
 
 
 @pytest.fixture(scope="session")
 def comfyui_python(comfyui_path) -> Path:
     """That ComfyUI's own interpreter."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return Path(named)
-    for environment in (".venv", "venv"):
-        if (python := comfyui_path / environment / "bin" / "python").exists():
-            return python
-    pytest.skip(f"no .venv or venv in {comfyui_path}; COMFYUI_PYTHON says which interpreter runs it")
+    return find_python(comfyui_path)
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +53,9 @@ def small_checkpoint(request, comfyui_path, comfyui_python) -> Path:
     folder = Path(request.config.cache.mkdir("small_checkpoint"))
     path = folder / f"{hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]}.safetensors"
     if not path.exists():
-        for old in folder.glob("*.safetensors"):
+        for old in set(folder.glob("*.safetensors")) - {path}:
             old.unlink(missing_ok=True)
-        command = [str(comfyui_python), str(recipe), str(path)]
-        subprocess.run(command, env={**os.environ, "COMFYUI_PATH": str(comfyui_path)}, check=True)
+        subprocess.run([comfyui_python, recipe, comfyui_path, path], check=True)
     return path
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+PACK = Path(__file__).resolve().parents[2]
+SIZE = 128  # pixels of the pictures that tests make
 FOLDERS = "custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/diffusion_models"
 
 

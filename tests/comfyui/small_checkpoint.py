@@ -1,6 +1,6 @@
 """Write a checkpoint that ComfyUI takes for a zero-terminal-SNR v-prediction SDXL, small enough for a test.
 
-    COMFYUI_PATH=… PYTHON_OF_COMFYUI small_checkpoint.py OUT.safetensors
+    PYTHON_OF_COMFYUI small_checkpoint.py COMFYUI OUT.safetensors
 
 ComfyUI knows SDXL by the width of the U-Net, the depths of its input blocks and the sizes of its two conditionings, so
 this U-Net keeps those of KOALA-700M and leaves out what is not compared: wider levels, attention in the output blocks,
@@ -47,9 +47,9 @@ RGB = torch.tensor([[0.25, 0.1, -0.1, 0.0], [0.25, 0.0, 0.1, 0.0], [0.25, -0.1, 
 VAE_SCALE = 1 / 16
 
 
-def empty_checkpoint() -> dict[str, torch.Tensor]:
+def empty_checkpoint(comfyui: str) -> dict[str, torch.Tensor]:
     """Names and shapes of a checkpoint, out of ComfyUI's own modules; no values (the tensors are on "meta")."""
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    sys.path.insert(0, comfyui)
     from comfy.cli_args import args
 
     args.cpu = True
@@ -76,9 +76,9 @@ def values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Te
     if name.startswith("first_stage_model."):
         return vae_values(name.removeprefix("first_stage_model."), shape)
     if name.startswith("conditioner."):
-        if re.search(r"(token|positional?)_embedding", name):
+        if re.search(r"(token|position|positional)_embedding", name):
             return torch.randn(shape, generator=generator)
-        return torch.ones(shape) if re.search(r"(ln_|layer_norm)\w+\.weight$", name) else None
+        return torch.ones(shape) if re.search(r"(ln_|layer_norm)\w*\.weight$", name) else None
     if len(shape) > 1:
         return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))  # keeps a map's input its size
     return torch.ones(shape) if name.endswith("weight") else None
@@ -132,4 +132,4 @@ def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(empty_checkpoint(), Path(sys.argv[1]))
+    write(empty_checkpoint(sys.argv[1]), Path(sys.argv[2]))

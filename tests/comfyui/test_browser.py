@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PACK, SIZE
+from .server import PACK, SIZE
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui server")]
 
@@ -37,11 +37,11 @@ def heading(page: Path) -> str:
 
 
 def test_templates_have_thumbnails_and_open(frontend):
-    thumbnails = frontend.templates()
+    file = WORKFLOWS[0]
+    thumbnails = frontend.templates(file.stem)
     frontend.screenshot("templates")
     assert set(thumbnails) == {file.stem for file in WORKFLOWS}
     assert min(thumbnails.values()) >= 256
-    file = WORKFLOWS[0]
     frontend.open_template(file.stem)
     workflow = json.loads(file.read_text(encoding="utf-8"))
     frontend.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from .conftest import PACK, SIZE
+from .server import PACK, SIZE
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui server")]
 

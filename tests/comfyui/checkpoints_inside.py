@@ -1,7 +1,7 @@
 """What runs inside ComfyUI's own interpreter.
 
-python in_comfyui.py COMFYUI BASE shapes      U-Nets as ComfyUI builds them, and what it takes their tensors for
-python in_comfyui.py COMFYUI BASE load        every file in BASE/models, through our loader and through the stock ones
+python checkpoints_inside.py COMFYUI BASE shapes      U-Nets as ComfyUI builds them, and what it takes their tensors for
+python checkpoints_inside.py COMFYUI BASE load        every file in BASE/models, through our loader and the stock ones
 
 Both print JSON on the last line of standard output.
 """

@@ -1,4 +1,4 @@
-"""Checkpoint files that are all header: their tensors are holes."""
+"""What several rooms' tests use."""
 
 import json
 import math
@@ -11,7 +11,10 @@ BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 @pytest.fixture(scope="session")
 def write_checkpoint():
-    """write(path, {name: shape or (dtype, *shape)}, metadata=None, default dtype) -> path."""
+    """Checkpoint files that are all header, their tensors being holes:
+
+    write(path, {name: shape or (dtype, *shape)}, metadata=None, default dtype) -> path
+    """
 
     def write(path, shapes, metadata=None, dtype="F16"):
         content, end = ({"__metadata__": metadata} if metadata else {}), 0

@@ -9,8 +9,6 @@ import pytest
 
 from ztsnr.checkpoints import inspect_checkpoint
 
-from ..comfyui.conftest import comfyui_path, comfyui_python  # noqa: F401
-
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("checkpoints in comfyui")]
 
 SAME = {
@@ -26,7 +24,7 @@ SAME = {
 
 
 def run(python, path, base, task) -> dict:
-    program = Path(__file__).with_name("in_comfyui.py")
+    program = Path(__file__).with_name("checkpoints_inside.py")
     done = subprocess.run(
         [python, program, path, base, task],
         capture_output=True,
@@ -38,7 +36,7 @@ def run(python, path, base, task) -> dict:
 
 
 @pytest.fixture(scope="module")
-def unets(comfyui_python, comfyui_path, tmp_path_factory):  # noqa: F811
+def unets(comfyui_python, comfyui_path, tmp_path_factory):
     return run(comfyui_python, comfyui_path, tmp_path_factory.mktemp("base"), "shapes")
 
 
@@ -67,7 +65,7 @@ NO_VAE = "ERROR: VAE is invalid: None"
 
 
 @pytest.fixture(scope="module")
-def loaded(unets, comfyui_python, comfyui_path, tmp_path_factory, write_checkpoint):  # noqa: F811
+def loaded(unets, comfyui_python, comfyui_path, tmp_path_factory, write_checkpoint):
     base = tmp_path_factory.mktemp("base")
     models = base / "models"
     bare = unets["small"]["single-file"][1]
