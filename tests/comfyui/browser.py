@@ -149,13 +149,16 @@ class Frontend:
         """
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.page.get_by_text(self._pack, exact=True).last.click()
-        self.page.get_by_test_id(f"template-workflow-{known}").locator("img").first.wait_for()
         self.page.wait_for_function(
-            """() => [...document.querySelectorAll("[data-testid^='template-workflow-'] img")]
-                .every(image => image.naturalWidth > 0)"""
+            """known => {
+                const cards = [...document.querySelectorAll("[data-testid^='template-workflow-']")];
+                return cards.some(card => card.dataset.testid === `template-workflow-${known}`)
+                    && cards.every(card => card.querySelector('img')?.naturalWidth > 0);
+            }""",
+            arg=known,
         )
         thumbnails = self.page.locator("[data-testid^='template-workflow-']").evaluate_all(
-            "cards => cards.map(card => [card.dataset.testid, card.querySelector('img')?.naturalWidth ?? 0])"
+            "cards => cards.map(card => [card.dataset.testid, card.querySelector('img').naturalWidth])"
         )
         return {name.removeprefix("template-workflow-"): width for name, width in thumbnails}
 

@@ -8,7 +8,7 @@ import pytest
 
 from .server import PACK, SIZE
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui server")]
+pytestmark = pytest.mark.comfyui
 
 WORKFLOWS = sorted(PACK.glob("workflows/*.json"))
 HELP_PAGES = sorted(PACK.glob("web/docs/*.md"))

@@ -9,7 +9,7 @@ import pytest
 
 from ztsnr.checkpoints import inspect_checkpoint
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("checkpoints in comfyui")]
+pytestmark = pytest.mark.comfyui
 
 SAME = {
     "SD15": "SD 1.x",

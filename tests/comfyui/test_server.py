@@ -7,7 +7,7 @@ import pytest
 
 from .server import PACK, SIZE
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui server")]
+pytestmark = pytest.mark.comfyui
 
 HELP_PAGES = {page.stem for page in PACK.glob("web/docs/*.md")}
 
