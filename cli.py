@@ -1,5 +1,7 @@
 """The ``ztsnr`` command.  Each subcommand imports what it needs when it runs, so that --help answers at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -39,11 +41,20 @@ def demo(images: Path | None, out: Path, steps: int, size: int, seed: int) -> No
     Samples from a model that is exact for a small set of pictures, with diffusers schedulers that start at infinity, at
     finite noise, or late, and shows how far each ends from the exact answer.
     """
-    from .diagnostics.demo import DemoError, run_demo
+    from .diagnostics.demo import run_demo
+
+    with mistakes_in_one_sentence():
+        run_demo(out, images, steps, size, seed, say=click.echo)
+
+
+@contextmanager
+def mistakes_in_one_sentence() -> Iterator[None]:
+    """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does."""
+    from .diagnostics.output import UserError
 
     try:
-        run_demo(out, images, steps, size, seed, say=click.echo)
-    except DemoError as error:
+        yield
+    except (UserError, ValueError) as error:
         mistake = click.ClickException(str(error))
-        mistake.exit_code = 2  # as for every other wrong argument
+        mistake.exit_code = 2
         raise mistake from None

@@ -19,11 +19,8 @@ noise).  Brightness error and mean leak are intercept and slope of (result - exa
 on which seeds were drawn.
 """
 
-import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,6 +34,7 @@ from PIL import Image, ImageDraw, ImageOps
 from .. import __version__
 from ..samplers import NoiseSchedule
 from .ideal_models import PictureSet, v_network
+from .output import UserError, no_matplotlib, png, prepare_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,10 +46,6 @@ MOST_PICTURES = 64
 COLORS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1), (-1, 1, 1), (1, -1, 1))
 KNOWN_SEEDS, PHOTOGRAPH_SEEDS = 8, 64
 VISIBLE = 5  # levels from which on the contact sheet marks an error
-
-
-class DemoError(Exception):
-    """Something the user can mend, in one sentence."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +117,7 @@ def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.
     Files without a picture's suffix are passed over silently, those that cannot be read with a sentence.
 
     Raises:
-        DemoError: none is left.
+        UserError: none is left.
     """
     suffixes = Image.registered_extensions()
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.is_file())
@@ -136,7 +130,7 @@ def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
             say(f"Skipped {file.name}: {' '.join(str(error).split()) or type(error).__name__}.")
     if not pictures:
-        raise DemoError(f"{folder} holds no picture that can be read; put JPEG, PNG or WebP files directly into it.")
+        raise UserError(f"{folder} holds no picture that can be read; put JPEG, PNG or WebP files directly into it.")
     return torch.stack(pictures)
 
 
@@ -146,7 +140,7 @@ def library_photographs(size: int) -> torch.Tensor:
     folder = Path(library.submodule_search_locations[0]) / "data" if library else None
     files = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
     if not files:
-        raise DemoError(
+        raise UserError(
             "scikit-image, whose photographs the demo uses, is not installed; give your own with --images DIR."
         )
     return torch.stack([open_picture(file, size) for file in files])
@@ -398,38 +392,6 @@ def draw_plot(
     )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none: a neighbour is written first and then takes the name."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def png(figure: "Figure") -> bytes:
-    """A matplotlib figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder and see that files can be written there, before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DemoError(f"Cannot write into {folder} ({error.strerror}); choose another folder with --out.") from None
-
-
 def run_demo(
     out: Path,
     images: Path | None = None,
@@ -452,7 +414,7 @@ def run_demo(
         What results.json holds.
 
     Raises:
-        DemoError: the folder cannot be written or no picture can be read.
+        UserError: the folder cannot be written or no picture can be read.
     """
     from tqdm import tqdm
 
@@ -494,20 +456,15 @@ def run_demo(
             {**r, "start_sigma": "infinity" if math.isinf(r["start_sigma"]) else r["start_sigma"]} for r in results
         ],
     }
-    files = {
-        "contact_sheet.png": png(draw_sheet(rows, prompts, runs, exact, note)),
-        "denoised_mean.png": png(draw_plot(rows, prompts, runs, noise, note)),
-        "results.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode(),
-    }
-    try:
-        for name, content in files.items():
-            write_atomically(out / name, content)
-    except OSError as error:
-        raise DemoError(f"Cannot write into {out} ({error.strerror}); choose another folder with --out.") from None
-    say(
-        f"\nPictures:  {out / 'contact_sheet.png'}\nPlot:      {out / 'denoised_mean.png'}\n"
-        f"Numbers:   {out / 'results.json'}\n"
-    )
+    files = {"results.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
+    missing = no_matplotlib()
+    if missing is None:
+        files["contact_sheet.png"] = png(draw_sheet(rows, prompts, runs, exact, note))
+        files["denoised_mean.png"] = png(draw_plot(rows, prompts, runs, noise, note))
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    pictures = f"Pictures:  {out / 'contact_sheet.png'}\nPlot:      {out / 'denoised_mean.png'}"
+    say(f"\n{missing or pictures}\nNumbers:   {out / 'results.json'}\n")
     if not images:
         say("With your own pictures:  ztsnr demo --images DIR")
     say(

@@ -15,7 +15,7 @@ from PIL import Image
 
 import ztsnr
 from ztsnr.cli import main
-from ztsnr.diagnostics import demo
+from ztsnr.diagnostics import demo, output
 
 
 def ztsnr_command(*arguments) -> tuple[int, str]:
@@ -263,13 +263,21 @@ def test_folder_without_permission(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "results.json"
-    demo.write_atomically(file, b"old")
+    output.write_atomically(file, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(demo.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        demo.write_atomically(file, b"new")
+    monkeypatch.setattr(output.os, "replace", full)
+    with pytest.raises(output.UserError, match="No space"):
+        output.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_numbers_come_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    code, text = ztsnr_command("demo", "--out", tmp_path, "--steps", 2, "--size", 16)
+    assert code == 0
+    assert "pip install matplotlib" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

