@@ -163,7 +163,8 @@ class NoiseSchedule:
         t = t.double().clamp(0, self.last_timestep)
         angles = self._angles.to(t.device, non_blocking=True)
         below = t.long().clamp(max=self.last_timestep - 1)
-        angle = torch.lerp(angles[below], angles[below + 1], t - below)
+        # take, because an index () would be read on the host
+        angle = torch.lerp(angles.take(below), angles.take(below + 1), t - below)
         return (angle.cos() / angle.sin()).abs()  # of -angle, and positive where the angle is a zero of either sign
 
     def timestep(self, sigma: Number) -> Number:
@@ -180,7 +181,7 @@ class NoiseSchedule:
         angle = torch.atan(-1 / sigma.double())
         angles = self._angles.to(sigma.device, non_blocking=True)
         below = torch.searchsorted(angles, angle).clamp_(1, self.last_timestep) - 1
-        start, end = angles[below], angles[below + 1]
+        start, end = angles.take(below), angles.take(below + 1)
         return ((angle - start) / (end - start)).add_(below).clamp_(0, self.last_timestep)
 
     def shifted(self, ratio: float) -> "NoiseSchedule":
