@@ -1,4 +1,4 @@
-"""Tools that measure a sampler or a model: closed-form models with known answers, plots, and the demo."""
+"""Tools that measure a sampler or a model: models in closed form, the mean-leak test, plots, and the demo."""
 
 from .ideal_models import (
     GaussianCanvas,
@@ -8,5 +8,19 @@ from .ideal_models import (
     reference_flow,
     v_network,
 )
+from .latent_stats import LatentMeanRecorder, LatentStatistics
+from .leak import LeakReport, exact_flow, mean_leak
 
-__all__ = ["GaussianCanvas", "GaussianMixture", "GaussianModes", "PictureSet", "reference_flow", "v_network"]
+__all__ = [
+    "GaussianCanvas",
+    "GaussianMixture",
+    "GaussianModes",
+    "LatentMeanRecorder",
+    "LatentStatistics",
+    "LeakReport",
+    "PictureSet",
+    "exact_flow",
+    "mean_leak",
+    "reference_flow",
+    "v_network",
+]

@@ -1,0 +1,192 @@
+"""What a ``ztsnr leak`` run leaves: a table to print, numbers as JSON, and one HTML page with the pictures inside."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .. import __version__
+from .leak import LeakReport, plain
+from .output import UserError, no_matplotlib, png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "grey": (128, 128, 128),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is sampled: a text, and the colour it asks for, if that is known."""
+
+    text: str
+    target: tuple[int, int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.text or "(empty prompt)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run measures; measurements of other settings are never mixed with it."""
+
+    model: str
+    weights: str
+    prediction_type: str
+    zero_terminal_snr: bool
+    prompts: tuple[Prompt, ...]
+    negative_prompt: str | None
+    seeds: tuple[int, ...]
+    size: tuple[int, int]  # width, height in pixels
+    steps: int
+    scheduler: str
+    guidance_scale: float
+    reference_steps: int
+    offset: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LeakRun:
+    """A finished run.
+
+    Attributes:
+        evidence, warnings: what the checkpoint's files say it is, a sentence each.
+        reports: one a prompt; the first has the checkpoint's answer.
+        sheet: one entry a start: its sigma, the prompt, the seeds and the brightness of each picture.
+        pictures: folder of strip_<prompt>.png and start_<sigma>.png, from ``row_of_pictures``.
+    """
+
+    settings: Settings
+    evidence: Sequence[str]
+    warnings: Sequence[str]
+    reports: Sequence[LeakReport]
+    sheet: Sequence[dict[str, Any]]
+    pictures: Path
+
+
+def report_table(run: LeakRun) -> str:
+    """One row a prompt, and one for what the exact flow of the same network makes of it."""
+    from tabulate import tabulate
+
+    rows = []
+    for prompt, report in zip(run.settings.prompts, run.reports, strict=True):
+        s = report.sampler
+        rows += [
+            [prompt.name, s.brightness, s.colour_error or "", s.pull, s.slope_ratio or "", f"{s.clipped:.0%}"],
+            [
+                "  exact flow",
+                s.reference_brightness,
+                s.reference_colour_error or "",
+                "",
+                "",
+                f"{s.reference_clipped:.0%}",
+            ],
+        ]
+    headers = [
+        "prompt",
+        "brightness\n(0 to 255)",
+        "CIEDE2000 to\nthe colour",
+        "pull toward\ngrey (levels)",
+        "slope, of the\nexact flow's",
+        "clipped",
+    ]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
+
+
+def report_json(run: LeakRun) -> bytes:
+    """All numbers: no NaN, infinity as a word."""
+    prompts = zip(run.settings.prompts, run.reports, strict=True)
+    content = {
+        "ztsnr": __version__,
+        "verdict": run.reports[0].verdict,
+        "settings": plain(asdict(run.settings)),
+        "evidence": list(run.evidence),
+        "warnings": list(run.warnings),
+        "prompts": [{"prompt": p.text, "target": plain(p.target), **report.to_dict()} for p, report in prompts],
+        "sheet": plain(run.sheet),
+    }
+    return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def report_html(run: LeakRun) -> bytes:
+    """One page with everything inside it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    missing = no_matplotlib()
+    page = environment.get_template("leak_report.html").render(
+        version=__version__,
+        run=run,
+        prompts=list(zip(run.settings.prompts, run.reports, strict=True)),
+        figures=None if missing else _figures(run),
+        missing=missing,
+    )
+    return page.encode()
+
+
+def _figures(run: LeakRun) -> dict[str, Any]:
+    """Figures as data URLs: one a prompt, by theme, and the sheet of starts."""
+    from .leak_plots import Strip, leak_figure, start_sheet
+
+    def both(draw: Callable[..., "Figure"]) -> dict[str, str]:
+        return {theme: _data_url(png(draw(theme=theme))) for theme in ("light", "dark")}
+
+    def strip(number: int) -> Strip:
+        pictures, sigmas = load_row(run.pictures / f"strip_{number}.png")
+        return Strip(pictures, np.array([float(sigma) for sigma in sigmas]))
+
+    starts = [float(row["start_sigma"]) for row in run.sheet]
+    sheet = start_sheet(
+        np.stack([load_row(run.pictures / f"start_{start:g}.png")[0] for start in starts]),
+        ["infinity" if math.isinf(start) else f"sigma {start:g}" for start in starts],
+        np.array([row["brightness"] for row in run.sheet]),
+        run.sheet[0]["prompt"],
+        run.sheet[0]["seeds"],
+    )
+    prompts = [both(partial(leak_figure, report, strip=strip(i))) for i, report in enumerate(run.reports)]
+    return {"prompts": prompts, "sheet": _data_url(png(sheet))}
+
+
+def _data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def row_of_pictures(pictures: np.ndarray, labels: Sequence[str]) -> bytes:
+    """Pictures (n, H, W, 3) uint8 side by side in a PNG file, with their labels inside."""
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("labels", json.dumps(list(labels)))
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def load_row(path: Path) -> tuple[np.ndarray, list[str]]:
+    """What ``row_of_pictures`` wrote: pictures (n, H, W, 3) uint8, and their labels."""
+    if not path.exists():
+        raise UserError(f"{path} is gone; delete measurements.jsonl beside its folder to measure again.")
+    with Image.open(path) as image:
+        labels = json.loads(image.text["labels"])
+        return np.stack(np.split(np.asarray(image.convert("RGB")), len(labels), axis=1)), labels

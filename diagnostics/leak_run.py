@@ -1,0 +1,320 @@
+"""``ztsnr leak``: the mean-leak test on a diffusers pipeline, prompt by prompt, resumable, with a report to keep.
+
+The first prompt leaves the brightness open and is asked both questions; prompts with a known answer, solid colours,
+show what is left of the brightness that they ask for.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..samplers import NoiseSchedule, sample
+from ..samplers.sampling import Denoise
+from . import pipelines
+from .leak import (
+    LUMA,
+    LeakReport,
+    NetworkProbe,
+    SamplerProbe,
+    check_seeds,
+    exact_flow,
+    judge_network,
+    judge_sampler,
+    noise_pair,
+    plain,
+    probe_network,
+    probe_sampler,
+    probed_sigmas,
+)
+from .leak_report import COLOURS, LeakRun, Prompt, Settings, report_html, report_json, report_table, row_of_pictures
+from .output import UserError, no_matplotlib, prepare_folder, write_atomically
+
+STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # of the sheet, as in NovelAI V3's figure 2
+SHEET_STEPS, SHEET_SEEDS = 28, 3
+STRIP = 6  # predictions shown on the way
+
+
+PROMPTS = (Prompt(""), *(Prompt(f"solid {name} background", colour) for name, colour in COLOURS.items()))
+
+
+def parse_prompt(text: str) -> Prompt:
+    """``text``, or ``text=colour`` with a name of ``COLOURS`` or #rrggbb; ``text=`` for a text that holds a =."""
+    words, separator, colour = text.rpartition("=")
+    if not separator or not colour:
+        return Prompt(words if separator else text)
+    if colour in COLOURS:
+        return Prompt(words, COLOURS[colour])
+    if len(colour) == 7 and colour[0] == "#":
+        try:
+            return Prompt(words, tuple(bytes.fromhex(colour[1:])))
+        except ValueError:
+            pass
+    raise ValueError(
+        f"{colour!r} is no colour: write text=#rrggbb, text=one of {', '.join(COLOURS)}, or text= for a text with ="
+    )
+
+
+class Measurements:
+    """One JSON line a measurement, in the output folder: an interrupted run goes on where it stopped.
+
+    The first line says what is measured; only the seeds may differ, so more of them can be added.  A line that an
+    interruption cut short is measured again.
+    """
+
+    def __init__(self, path: Path, settings: Settings):
+        self.path = path
+        self.done: dict[str, Any] = {}
+        kept = {name: value for name, value in asdict(settings).items() if name != "seeds"}
+        header = json.loads(json.dumps({"ztsnr": __version__, "settings": plain(kept)}))
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[0]) != header:
+            raise UserError(
+                f"{path.parent} holds measurements of another model or with other settings; choose another folder with "
+                f"--out, or delete {path.name} there."
+            )
+        for line in lines[1:]:
+            self.done |= json.loads(line)
+        write_atomically(path, "".join(f"{line}\n" for line in lines or [json.dumps(header)]).encode())
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What was measured under a key, now or in an earlier run."""
+        if key not in self.done:
+            line = json.dumps({key: plain(measure())}, allow_nan=False)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.done |= json.loads(line)
+        return self.done[key]
+
+
+def as_probe(kind: type, values: dict) -> NetworkProbe | SamplerProbe:
+    """A probe from its line; infinity stands there as a word."""
+
+    def array(value: Any) -> Any:
+        return np.array(value, dtype=object).astype(float) if isinstance(value, list) else value
+
+    return kind(**{field.name: array(values[field.name]) for field in fields(kind)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def run_leak(
+    loaded: Any,
+    out: Path,
+    *,
+    prompts: Sequence[Prompt] = PROMPTS,
+    negative_prompt: str | None = None,
+    seeds: Sequence[int] = range(8),
+    size: tuple[int, int] = (1024, 1024),
+    steps: int = 28,
+    scheduler: str = "ztsnr",
+    spacing: str | None = None,
+    guidance_scale: float = 5.0,
+    reference_steps: int = 40,
+    offset: float = 1.0,
+    gate: float | None = None,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Measure, print the table, write report.json, report.html and pictures.
+
+    Args:
+        loaded: what ``checkpoints.pipeline.load_pipeline`` returned.
+        out: folder for the files; a run that was interrupted there goes on.
+        prompts: the first is asked both questions and should leave the brightness open.
+        size: width and height of the pictures.
+        scheduler, spacing: as in ``pipelines.use_scheduler``.
+        reference_steps: of the exact flow.
+        offset: of the noise means, in their standard deviations.
+        gate: the largest pull toward grey, in levels of 255, that passes.
+
+    Returns:
+        Whether the gate was passed; True without one.
+
+    Raises:
+        UserError, ValueError: what the user can mend, in one sentence.
+    """
+    from tqdm import tqdm
+
+    pipe = loaded.pipeline
+    seeds = check_seeds(seeds)
+    if not prompts:
+        raise ValueError("there is no prompt to measure")
+    if any(side % pipe.vae_scale_factor for side in size):
+        raise ValueError(f"width and height must be multiples of {pipe.vae_scale_factor}, not {size[0]} x {size[1]}")
+    prepare_folder(out)
+    latent_size = (size[1] // pipe.vae_scale_factor, size[0] // pipe.vae_scale_factor)
+    schedule = NoiseSchedule.from_config(pipe.scheduler.config)
+    scheduler_name = pipelines.use_scheduler(pipe, scheduler, spacing, latent_size)
+    settings = Settings(
+        model=loaded.description,
+        weights=pipelines.fingerprint(pipe),
+        prediction_type=loaded.prediction_type,
+        zero_terminal_snr=loaded.zero_terminal_snr,
+        prompts=tuple(prompts),
+        negative_prompt=negative_prompt,
+        seeds=tuple(seeds),
+        size=tuple(size),
+        steps=steps,
+        scheduler=scheduler_name,
+        guidance_scale=guidance_scale,
+        reference_steps=reference_steps,
+        offset=offset,
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+    )
+    measurements = Measurements(out / "measurements.jsonl", settings)
+    for sentence in (loaded.description, *loaded.evidence, *(f"Warning: {w}" for w in loaded.warnings)):
+        say(sentence)
+
+    bench = _Bench(pipe, loaded.prediction_type, schedule, settings, out / "pictures")
+    kinds = len(seeds) * (2 * len(prompts) + 1)
+    with tqdm(total=kinds + len(bench.starts), unit="probe", desc="Measuring", leave=False) as bar:
+        reports = [bench.measure(number, measurements, bar.update) for number in range(len(prompts))]
+        sheet = bench.sheet(measurements, bar.update)
+    made = LeakRun(settings, loaded.evidence, loaded.warnings, reports, sheet, out / "pictures")
+    write_atomically(out / "report.json", report_json(made))
+    write_atomically(out / "report.html", report_html(made))
+    say(f"\n{report_table(made)}\n\n{reports[0]}")
+    if missing := no_matplotlib():
+        say(missing)
+    say(f"\nReport:   {out / 'report.html'}\nNumbers:  {out / 'report.json'}")
+    return gate is None or _passes(prompts, reports, gate, say)
+
+
+class _Bench:
+    """A pipeline under test, with everything that is the same for all prompts."""
+
+    def __init__(self, pipe: Any, prediction_type: str, schedule: NoiseSchedule, settings: Settings, pictures: Path):
+        self.pipe, self.prediction_type, self.schedule, self.settings = pipe, prediction_type, schedule, settings
+        self.pictures = pictures
+        self.to_rgb = pipelines.vae_to_rgb(pipe)
+        width, height = settings.size
+        self.latent_size = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+        self.shape = (pipe.unet.config.in_channels, *self.latent_size)
+        self.starts = [sigma for sigma in STARTS if sigma <= schedule.sigma_max] or [schedule.sigma_max]
+
+    def network(self, embeddings: dict[str, torch.Tensor], guidance_scale: float = 1.0) -> Denoise:
+        return pipelines.network(self.pipe, embeddings, self.schedule, self.prediction_type, guidance_scale)
+
+    def measure(self, number: int, measurements: Measurements, update: Callable[[], None]) -> LeakReport:
+        """One prompt: the network's probes for the first, the sampler's and the exact flow's for all."""
+        settings, prompt = self.settings, self.settings.prompts[number]
+        embeddings = pipelines.encode(self.pipe, prompt.text, settings.negative_prompt)
+        network = self.network(embeddings)
+        flow = exact_flow(
+            self.network(embeddings, settings.guidance_scale), self.schedule, self.latent_size, settings.reference_steps
+        )
+        asked = {
+            "sampler": lambda noise, seed: self._sample(embeddings, noise, seed, number),
+            "reference": lambda noise, seed: probe_sampler(flow, noise, self.to_rgb, prompt.target, seed),
+        }
+        if number == 0:
+            sigmas = probed_sigmas(self.schedule)
+            asked["network"] = lambda noise, seed: probe_network(network, noise, sigmas, seed)
+        probes: dict[str, list] = {kind: [] for kind in asked}
+        for index, seed in enumerate(settings.seeds):
+            noise = noise_pair(seed, index, self.shape, settings.offset).to(self.pipe.device)
+            for kind, ask in asked.items():
+                values = measurements.get(f"{number}/{kind}/{index}/{seed}", partial(ask, noise, seed))
+                probes[kind].append(as_probe(NetworkProbe if kind == "network" else SamplerProbe, values))
+                update()
+        start = float(probes["sampler"][0].sigmas[0])
+        reference = f"the exact flow of the same network, {settings.reference_steps} steps of this package's solver"
+        return LeakReport(
+            checkpoint=judge_network(probes["network"], self.schedule) if number == 0 else None,
+            sampler=judge_sampler(probes["sampler"], probes["reference"], start, reference),
+            seeds=list(settings.seeds),
+            offset=settings.offset,
+            brightness_through="through the VAE",
+            network_probes=probes.get("network", []),
+            sampler_probes=probes["sampler"],
+            reference_probes=probes["reference"],
+        )
+
+    def _sample(self, embeddings: dict[str, torch.Tensor], noise: torch.Tensor, seed: int, number: int) -> SamplerProbe:
+        """The sampler's probe; of the first seed also the predictions on the way and the picture."""
+        settings = self.settings
+        first = seed == settings.seeds[0]
+        seen: list[tuple[Any, torch.Tensor]] = []
+
+        def keep(sigma: Any, x0: torch.Tensor) -> None:
+            seen.append((sigma, x0[:1].clone()))
+
+        run = pipelines.sampler(self.pipe, embeddings, settings.steps, settings.guidance_scale, keep if first else None)
+        probe = probe_sampler(run, noise, self.to_rgb, settings.prompts[number].target, seed)
+        if first:
+            shown = [seen[i] for i in sorted(set(np.linspace(0, len(seen) - 1, STRIP).round().astype(int).tolist()))]
+            pictures = np.concatenate([self._show(x0) for _, x0 in shown])
+            names = [f"{float(sigma):.6g}" for sigma, _ in shown]
+            self._save(f"strip_{number}", pictures, names)
+        return probe
+
+    def sheet(self, measurements: Measurements, update: Callable[[], None]) -> list[dict[str, Any]]:
+        """The same prompt and seeds from infinity and from finite noise: brightness of each picture.
+
+        After NovelAI V3's figure 2 (arXiv 2409.15997): 28 Euler steps, even in t from where the noise begins.
+        """
+        settings = self.settings
+        number = next((i for i, prompt in enumerate(settings.prompts) if prompt.target is not None), 0)
+        seeds = settings.seeds[:SHEET_SEEDS]
+        embeddings = pipelines.encode(self.pipe, settings.prompts[number].text, settings.negative_prompt)
+        denoise = self.network(embeddings, settings.guidance_scale)
+        noise = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+
+        def measure(start: float) -> dict[str, Any]:
+            sigmas = steps_from(self.schedule, start, SHEET_STEPS)
+            latents = [sample(denoise, n.to(self.pipe.device), sigmas, "euler") for n in noise]
+            pictures = np.concatenate([self._show(x) for x in latents])
+            self._save(f"start_{start:g}", pictures, [str(seed) for seed in seeds])
+            return {
+                "prompt": settings.prompts[number].text,
+                "start_sigma": start,
+                "seeds": list(seeds),
+                "brightness": (pictures.mean((1, 2), dtype=float) @ LUMA).tolist(),
+            }
+
+        rows = []
+        for start in self.starts:
+            rows.append(measurements.get(f"sheet/{start:g}/{list(seeds)}", partial(measure, start)))
+            update()
+        return rows
+
+    def _show(self, latents: torch.Tensor) -> np.ndarray:
+        """Pictures (B, H, W, 3) uint8."""
+        pictures = self.to_rgb(latents).clamp(0, 1).mul(255).round().byte()
+        return pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _save(self, name: str, pictures: np.ndarray, labels: list[str]) -> None:
+        prepare_folder(self.pictures)
+        write_atomically(self.pictures / f"{name}.png", row_of_pictures(pictures, labels))
+
+
+def steps_from(schedule: NoiseSchedule, start: float, steps: int) -> list[float]:
+    """(steps + 1,) noise levels, even in t from where the noise is ``start`` down to 0."""
+    first = schedule.timestep(start)
+    return [start, *(schedule.sigma(first * (1 - i / steps)) for i in range(1, steps)), 0.0]
+
+
+def _passes(prompts: Sequence[Prompt], reports: Sequence[LeakReport], gate: float, say: Callable[[str], None]) -> bool:
+    """Whether nothing leaks beyond the gate; says what does."""
+    failed = [
+        f"{prompt.name}: pull toward grey {report.sampler.pull} levels"
+        for prompt, report in zip(prompts, reports, strict=True)
+        if report.sampler.pull.value > gate
+    ]
+    if reports[0].checkpoint.verdict != "zero SNR":  # a gate that cannot tell is not passed
+        failed.insert(0, reports[0].checkpoint.sentence)
+    for sentence in failed:
+        say(f"Not through the gate: {sentence}.")
+    return not failed

@@ -1,0 +1,162 @@
+"""A diffusers pipeline as the mean-leak test sees it: a network, a sampler, and a way to pictures.
+
+Nothing here imports diffusers: the pipeline brings what is needed.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..samplers import NoiseSchedule, guide, to_denoised
+from ..samplers.sampling import Denoise
+from .latent_stats import LatentMeanRecorder, LatentStatistics
+from .leak import Run, ToRGB
+
+
+def encode(pipe: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:
+    """A prompt's embeddings, by the names that Stable Diffusion (XL) pipelines call them.
+
+    Args:
+        negative_prompt: None for what the pipeline does without one, which for SDXL is not the empty prompt.
+    """
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    embeddings = pipe.encode_prompt(
+        prompt=prompt,
+        device=pipe.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=negative_prompt,
+    )
+    return dict(zip(names, embeddings, strict=False))
+
+
+def network(
+    pipe: Any,
+    embeddings: dict[str, torch.Tensor],
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    guidance_scale: float = 1.0,
+) -> Denoise:
+    """``denoise(x_vp, sigma) -> x0`` of the pipeline's U-Net; guided unless the scale is 1."""
+    unet = pipe.unet
+    kinds = ("", "negative_") if guidance_scale != 1 else ("",)
+    text = torch.cat([embeddings[f"{kind}prompt_embeds"] for kind in kinds])
+    is_xl = "pooled_prompt_embeds" in embeddings
+    pooled = torch.cat([embeddings[f"{kind}pooled_prompt_embeds"] for kind in kinds]) if is_xl else None
+
+    @torch.no_grad()
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        t = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
+        batch = len(x)
+        added = {}
+        if is_xl:  # told the size, the crop and the size again
+            height, width = (side * pipe.vae_scale_factor for side in x.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=x.device)
+            added["added_cond_kwargs"] = {
+                "text_embeds": pooled.repeat_interleave(batch, 0),
+                "time_ids": sizes.expand(len(kinds) * batch, -1),
+            }
+        states = x.to(unet.dtype).repeat(len(kinds), 1, 1, 1)
+        predictions = unet(states, t, encoder_hidden_states=text.repeat_interleave(batch, 0), **added).sample
+        prediction = guide(*predictions.chunk(2), guidance_scale) if len(kinds) == 2 else predictions
+        return to_denoised(prediction, x.float(), sigma, prediction_type)
+
+    return denoise
+
+
+def sampler(
+    pipe: Any,
+    embeddings: dict[str, torch.Tensor],
+    steps: int,
+    guidance_scale: float,
+    on_denoised: Callable[[float, torch.Tensor], None] | None = None,
+) -> Run:
+    """The pipeline itself, with the scheduler it has, from a given noise to latents.
+
+    Args:
+        on_denoised: shown (sigma, x0) at every step.
+    """
+
+    def run(noise: torch.Tensor) -> tuple[torch.Tensor, LatentStatistics]:
+        recorder = LatentMeanRecorder(2 * steps, on_denoised)
+        height, width = (side * pipe.vae_scale_factor for side in noise.shape[-2:])
+        latents = pipe(
+            **embeddings,
+            latents=noise.to(pipe.unet.dtype),
+            num_images_per_prompt=len(noise),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+            callback_on_step_end=recorder.on(pipe),
+        ).images
+        return latents, recorder.read()
+
+    return run
+
+
+def vae_to_rgb(pipe: Any) -> ToRGB:
+    """Latents (B, C, H, W) through the pipeline's VAE to (B, 3, H, W), 0 to 1 and beyond."""
+    vae = pipe.vae
+
+    def statistic(name: str, default: float, like: torch.Tensor) -> torch.Tensor:
+        values = getattr(vae.config, name, None)
+        return torch.as_tensor(default if values is None else values, dtype=torch.float32).to(like).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def to_rgb(latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.float()
+        std, mean = statistic("latents_std", 1.0, latents), statistic("latents_mean", 0.0, latents)
+        latents = latents * std / vae.config.scaling_factor + mean
+        # one at a time: decoding takes more memory than sampling
+        pictures = [vae.decode(row.to(vae.dtype)).sample.float() for row in latents.split(1)]
+        return torch.cat(pictures) / 2 + 0.5
+
+    return to_rgb
+
+
+def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[int, int]) -> str:
+    """Give the pipeline a scheduler by name and say which, in words.
+
+    Args:
+        name: "ztsnr", "model" for the one it came with, or the class name of another that suits it.
+        spacing: of its steps; None for its default.
+        latent_size: (height, width), which our spacings depend on.
+
+    Raises:
+        ValueError: no such scheduler, or no such spacing.
+    """
+    config = pipe.scheduler.config
+    if name == "ztsnr":
+        from ..samplers import ZTSNRScheduler
+
+        chosen = {} if spacing is None else {"spacing": spacing}
+        pipe.scheduler = ZTSNRScheduler.from_config(config, latent_size=latent_size, **chosen)
+        return f"ZTSNRScheduler ({pipe.scheduler.config.solver}, {pipe.scheduler.config.spacing})"
+    if name != "model":
+        classes = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
+        if name not in classes:
+            raise ValueError(
+                f"there is no scheduler {name!r}; choose ztsnr, model or one of {', '.join(sorted(classes))}"
+            )
+        pipe.scheduler = classes[name].from_config(config)
+    if spacing is not None:
+        if spacing not in ("trailing", "leading", "linspace"):
+            raise ValueError(
+                f"{type(pipe.scheduler).__name__} has the spacings trailing, leading and linspace, not {spacing!r}"
+            )
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    return f"{type(pipe.scheduler).__name__} ({pipe.scheduler.config.get('timestep_spacing', 'its own spacing')})"
+
+
+def fingerprint(pipe: Any) -> str:
+    """A word for the weights of a pipeline, from a few values of every tensor: training changes it, a path does not."""
+    digest = hashlib.sha256()
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        for tensor in part.state_dict().values() if part is not None else ():
+            values = tensor.flatten()
+            digest.update(values[:: max(1, len(values) // 8)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
