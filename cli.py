@@ -1,5 +1,6 @@
 """The ``ztsnr`` command.  Each subcommand imports what it needs when it runs, so that --help answers at once."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,14 +181,35 @@ def leak(
         raise SystemExit(1)
 
 
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(path: Path, as_json: bool) -> None:
+    """What a checkpoint is, and what each program will take it for.
+
+    PATH is a .safetensors file or a diffusers folder.  Only its header is read.
+    """
+    with mistakes_in_one_sentence():
+        from .checkpoints import inspect_checkpoint
+
+        report = inspect_checkpoint(path)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return
+    click.echo(report)
+    if report.programs:
+        click.echo("")
+        for row in report.programs:
+            sign = {True: "ok     ", False: "WRONG  ", None: "       "}[row.right]
+            click.echo(f"{sign}{row}")
+
+
 @contextmanager
 def mistakes_in_one_sentence() -> Iterator[None]:
     """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does."""
-    from .diagnostics.output import UserError
-
     try:
         yield
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         mistake = click.ClickException(str(error))
         mistake.exit_code = 2
         raise mistake from None

@@ -3,12 +3,15 @@
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from .architecture import SUPPORTED, lora_architecture, transformer_architecture, unet_architecture
 from .header import PICKLES, Header, read_header
 from .markers import find_marks, read_scheduler_config, settle
+from .programs import Marked, ProgramRow
+from .programs import rows as program_rows
 
 SINGLE_FILE = "single file"
 PREFIXED_UNET = "U-Net only, single-file names"
@@ -39,11 +42,21 @@ class CheckpointReport:
     has_text_encoders: bool
     has_vae: bool
     metadata: dict[str, str]
+    programs: tuple[ProgramRow, ...]  # what each program takes it for; none for LoRAs and unsupported architectures
 
     @property
     def supported(self) -> bool:
         """Whether this is an architecture that zero-terminal-SNR sampling is for."""
         return self.architecture in SUPPORTED
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        programs = [
+            {"program": row.program, **asdict(row.taken), "right": row.right, "change": row.change}
+            for row in self.programs
+        ]
+        return kept | {"path": str(self.path), "supported": self.supported, "programs": programs}
 
     def __str__(self) -> str:
         architecture = "unknown architecture" if self.architecture == "unknown" else self.architecture
@@ -92,6 +105,10 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             "Nothing in the file says what the model predicts, and programs take such files for epsilon. If its author "
             "says v-prediction, set that by hand where you load it."
         )
+    programs = ()
+    if architecture in SUPPORTED and form != LORA:
+        marked = Marked(path.name, form, architecture, header.tensors.keys(), header.metadata, scheduler_config)
+        programs = program_rows(marked, prediction_type, zero_terminal_snr)
     return CheckpointReport(
         path=path,
         format=form,
@@ -104,6 +121,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         has_text_encoders=has_text_encoders,
         has_vae=has_vae,
         metadata=header.metadata,
+        programs=programs,
     )
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend, in one sentence."""
 
 
