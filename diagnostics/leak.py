@@ -308,7 +308,7 @@ def expected_denoised_mean(sigma: float, mean: float, slope: float, noise_mean: 
     """
     alpha, s = alpha_s(sigma)
     scale = math.hypot(alpha * slope, s)
-    return mean + (noise_mean * alpha * slope**2 / scale if scale > 0 else 0.0)
+    return mean + (noise_mean * alpha * slope * abs(slope) / scale if scale > 0 else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

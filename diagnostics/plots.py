@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-INK, FAINT, ALARM = "#222222", "#8a8a8a", "#b3261e"
+INK, FAINT, ALARM = "#222222", "#666666", "#b3261e"
 # Okabe and Ito's palette, which colour-blind readers can tell apart, in the order that separates neighbours best
 COLORS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -49,7 +49,7 @@ def plot_over_sigma(
     """
     figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    position = _sigma_axis(axes, np.concatenate([np.asarray(curve.sigmas, dtype=float) for curve in curves]))
+    position = sigma_axis(axes, np.concatenate([np.asarray(curve.sigmas, dtype=float) for curve in curves]))
     for value, text in truths:
         axes.axhline(value, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
         axes.annotate(text, (1, value), (-6, 5), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -81,7 +81,7 @@ def plot_over_sigma(
     return figure
 
 
-def _sigma_axis(axes: Axes, sigmas: np.ndarray):
+def sigma_axis(axes: Axes, sigmas: np.ndarray):
     """Set up the axis and return the map sigma -> x: decades in between, infinity and 0 one place beyond their ends."""
     finite = sigmas[np.isfinite(sigmas) & (sigmas > 0)]
     high, low = math.log10(finite.max()), math.log10(finite.min())
