@@ -634,13 +634,16 @@ def _pull(probe: SamplerProbe, reference: SamplerProbe) -> float:
 
 
 def _slope_ratio(probes: Sequence[SamplerProbe], references: Sequence[SamplerProbe]) -> Estimate | None:
-    """Slope as a share of the reference's, over all channels; None if the reference hardly follows the noise."""
-    slopes = np.stack([probe.slopes for probe in probes])
-    exact = np.stack([probe.slopes for probe in references]).mean(0)
+    """Slope as a share of the reference's, over all channels; None if the reference hardly follows the noise.
+
+    Seed by seed, because slopes differ between seeds by far more than between the two runs of one seed.
+    """
+    slopes, exact = (np.stack([probe.slopes for probe in each]) for each in (probes, references))
+    mean = exact.mean(0)
     offset = np.abs(probes[0].noise_mean[0] - probes[0].noise_mean[1]).max() / 2
-    if np.linalg.norm(exact) * offset < 2 * PULL_LATENT:
+    if np.linalg.norm(mean) * offset < 2 * PULL_LATENT:
         return None
-    return Estimate.over_seeds(slopes @ exact / (exact @ exact))
+    return Estimate.over_seeds(1 + (slopes - exact) @ mean / (mean @ mean))
 
 
 def _departure_estimate(ratio: Estimate) -> Estimate:
@@ -769,7 +772,8 @@ def mean_leak(
         ValueError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
     """
     seeds = check_seeds(seeds)
-    sigmas = probed_sigmas(schedule) if sigmas is None else sigmas
+    if denoise is not None and sigmas is None:
+        sigmas = probed_sigmas(schedule)
     tell = progress or (lambda: None)
     network_probes, sampler_probes, reference_probes = [], [], []
     for index, seed in enumerate(seeds):

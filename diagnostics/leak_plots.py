@@ -34,7 +34,7 @@ from .leak import (
     expected_denoised_mean,
     expected_slope,
 )
-from .plots import ALARM, COLORS, INK, MARKERS, sigma_axis, contact_sheet
+from .plots import ALARM, COLORS, INK, MARKERS, contact_sheet, sigma_axis
 
 WIDTH, DPI = 6, 150  # inches, and 900 pixels
 TEXT, HEADING = 9, 10.5  # points; 9 are 8 pixels where the figure is shown 400 wide

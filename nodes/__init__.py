@@ -3,9 +3,11 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .checkpoint import ZTSNRCheckpointLoader
+from .diagnostic import LatentMeanDiagnostic
 from .guidance import ZTSNRGuidanceRescale
 from .latent import ZTSNRBucketLatent
 from .model import ZTSNRModelSampling
+from .report import LatentMeanProbe, LatentMeanReport
 from .sampler import ZTSNRSampler
 from .scheduler import ZTSNRScheduler, register_schedulers
 
@@ -24,4 +26,7 @@ class ZTSNRExtension(ComfyExtension):
             ZTSNRSampler,
             ZTSNRGuidanceRescale,
             ZTSNRBucketLatent,
+            LatentMeanDiagnostic,
+            LatentMeanProbe,
+            LatentMeanReport,
         ]

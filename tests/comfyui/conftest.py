@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from .server import PACK, SIZE, Server, running_server
+from .worker import Inside
 
 
 def find_comfyui() -> Path:
@@ -44,6 +45,20 @@ def comfyui_path() -> Path:
 def comfyui_python(comfyui_path) -> Path:
     """That ComfyUI's own interpreter."""
     return find_python(comfyui_path)
+
+
+@pytest.fixture(scope="session")
+def inside(comfyui_python, comfyui_path, tmp_path_factory) -> Iterator[Inside]:
+    """A process of ComfyUI's own that runs the functions of inside.py and those beside it."""
+    inside = Inside(comfyui_python, comfyui_path, tmp_path_factory.mktemp("comfyui") / "log.txt")
+    yield inside
+    inside.close()
+
+
+@pytest.fixture(scope="session")
+def about(inside) -> dict:
+    """What that ComfyUI has: its version, samplers and schedulers, and the pack's nodes."""
+    return inside("about")
 
 
 @pytest.fixture(scope="session")

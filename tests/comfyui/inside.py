@@ -1,4 +1,4 @@
-"""What runs inside ComfyUI's own interpreter: a worker that answers calls of the functions below.
+"""What runs inside ComfyUI's own interpreter: a worker that answers calls of the functions below and beside it.
 
     python inside.py COMFYUI    reads {"call": name, "arguments": {...}} lines, writes {"result" or "error": ...} lines
 
@@ -165,7 +165,7 @@ def about():
         "version": comfyui_version.__version__,
         "samplers": comfy.samplers.SAMPLER_NAMES,
         "schedulers": comfy.samplers.SCHEDULER_NAMES,
-        "nodes": sorted(name for name, node in nodes.NODE_CLASS_MAPPINGS.items() if "ztsnr" in name.lower()),
+        "nodes": sorted(name for name in nodes.NODE_CLASS_MAPPINGS if "ZTSNR" in name or "LatentMean" in name),
     }
 
 
@@ -735,11 +735,19 @@ def tables():
     return {"exact": describe(), "as trained": describe(schedule="as trained"), "shifted": describe(canvas_shift=2.0)}
 
 
+def find(name: str):
+    """A function of this file, or "module.function" of another one beside it."""
+    import importlib
+
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module or __name__), function)
+
+
 def serve(answers) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            reply = {"result": globals()[request["call"]](**request["arguments"])}
+            reply = {"result": find(request["call"])(**request["arguments"])}
         except Exception:
             reply = {"error": traceback.format_exc()}
         answers.write(json.dumps(reply) + "\n")

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.comfyui
 
 WORKFLOWS = sorted(PACK.glob("workflows/*.json"))
 HELP_PAGES = sorted(PACK.glob("web/docs/*.md"))
+WITH_PICTURES = {"PreviewImage", "SaveImage", "ZTSNRScheduler", "LatentMeanDiagnostic", "LatentMeanReport"}
 
 
 def nodes_and_links(workflow: dict) -> tuple[dict, set]:
@@ -59,7 +60,8 @@ def test_workflow_keeps_its_values_and_runs(file, frontend, server):
     assert any(node["type"] in ("MarkdownNote", "Note") for node in workflow["nodes"])
     frontend.screenshot(f"{file.stem} as loaded")
 
-    frontend.set_widgets({"width": SIZE, "height": SIZE, "size": "NovelAI 2022: 256 x 1024 (1:4)", "steps": 2})
+    small = {"width": SIZE, "height": SIZE, "size": "NovelAI 2022: 256 x 1024 (1:4)", "steps": 2, "seeds": 2}
+    frontend.set_widgets(small)
     outputs = server.wait_for(frontend.run())
     images = [image for output in outputs.values() for image in output.get("images", ())]
     assert images
@@ -67,7 +69,7 @@ def test_workflow_keeps_its_values_and_runs(file, frontend, server):
         assert server.image(image).std() > 5  # a picture of NaN is black
 
     seen = frontend.pictures()
-    shown = {node["type"] for node in workflow["nodes"]} & {"PreviewImage", "SaveImage", "ZTSNRScheduler"}
+    shown = {node["type"] for node in workflow["nodes"]} & WITH_PICTURES
     assert shown <= set(seen)
     sentences = [line for output in outputs.values() for text in output.get("text", ()) for line in text.splitlines()]
     assert [sentence for sentence in sentences if not frontend.says(sentence)] == []

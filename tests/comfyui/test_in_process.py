@@ -13,8 +13,6 @@ from ztsnr.diagnostics import GaussianCanvas, v_network
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler
 from ztsnr.samplers.sampling import evaluation_sigmas
 
-from .worker import Inside
-
 pytestmark = pytest.mark.comfyui
 
 # every schedule that reaches t = T, stock and ours
@@ -34,18 +32,6 @@ SAMPLERS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def inside(comfyui_python, comfyui_path, tmp_path_factory):
-    inside = Inside(comfyui_python, comfyui_path, tmp_path_factory.mktemp("comfyui") / "log.txt")
-    yield inside
-    inside.close()
-
-
-@pytest.fixture(scope="session")
-def about(inside):
-    return inside("about")
-
-
 def numbers(texts):
     return [float(text) for text in texts]  # JSON has no infinity: it travels as text
 
@@ -56,7 +42,7 @@ def numbers(texts):
 
 def test_the_pack_brings_its_nodes_and_schedulers(about):
     nodes = {"ZTSNRModelSampling", "ZTSNRScheduler", "ZTSNRSampler", "ZTSNRGuidanceRescale", "ZTSNRCheckpointLoader",
-             "ZTSNRBucketLatent"}  # fmt: skip
+             "ZTSNRBucketLatent", "LatentMeanDiagnostic", "LatentMeanProbe", "LatentMeanReport"}  # fmt: skip
     assert set(about["nodes"]) == nodes
     assert about["schedulers"][-2:] == ["ztsnr_trailing", "ztsnr_spectral"]
     assert len(set(about["schedulers"])) == len(about["schedulers"])

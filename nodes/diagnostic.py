@@ -1,0 +1,369 @@
+"""The mean-leak test on a MODEL and a sampler."""
+
+import itertools
+import math
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_base import ModelType
+from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
+
+from ..diagnostics.latent_stats import LatentStatistics
+from ..diagnostics.leak import PROBED, LeakReport, Run, ToRGB, mean_leak, probed_sigmas
+from ..diagnostics.leak_report import COLOURS
+from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
+from ..samplers.sampling import Denoise
+from .latent_rgb import draw, rgb_of, strip_of
+from .messages import refused
+from .model_patch import patch_model, trained_schedule
+from .model_sampling import INFINITE_SIGMA, ExactSchedule
+from .probe import RunProbe, noise_level, noise_scale, unwatched, watch
+from .sampler import sample_ztsnr
+from .schema import schema
+
+REFERENCE_STEPS = 50
+FINER = 4  # times as many steps, where the reference is the sampler itself
+# what other nodes hang into the guidance; the network is asked without
+GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
+
+class LatentMeanDiagnostic(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LatentMeanDiagnostic",
+            display_name="Latent Mean Diagnostic",
+            category="ZTSNR/diagnostics",
+            description="Measures whether brightness leaks: whether the model takes the mean of the noise for the "
+            "picture's, and what the sampler adds to that. It says whether a checkpoint is zero-SNR trained and whether"
+            " it is sampled exactly.",
+            search_aliases=["mean leak", "zero terminal SNR test", "ztsnr", "brightness", "checkpoint test", "zsnr"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model as it goes to the sampler. It is not changed."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="For the question about the checkpoint an empty prompt, which leaves the brightness open.",
+                ),
+                io.Conditioning.Input("negative", tooltip="As in your workflow."),
+                io.Latent.Input("latent", tooltip="An empty latent of the size to test; only its size is used."),
+                io.Sampler.Input("sampler", tooltip="The sampler to test, such as KSamplerSelect or ZTSNR Sampler."),
+                io.Sigmas.Input("sigmas", tooltip="The steps to test, such as BasicScheduler or ZTSNR Scheduler."),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance scale of the sampler. The checkpoint is asked without guidance.",
+                ),
+                io.Int.Input(
+                    "seeds",
+                    default=8,
+                    min=2,
+                    max=1000,
+                    tooltip="How many noises. Each is sampled twice with your sampler and twice with the reference. "
+                    "The report says if more are needed.",
+                ),
+                io.Int.Input(
+                    "first_seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    tooltip="The seed of the first noise; the others follow it.",
+                ),
+                io.Combo.Input(
+                    "asked_colour",
+                    options=["none", *COLOURS],
+                    default="none",
+                    tooltip="The colour of the whole picture that the prompt asks for, if it does: the report then says"
+                    " how far the pictures are from it.",
+                ),
+                io.Combo.Input(
+                    "theme", options=["dark", "light"], default="dark", tooltip="Background of the picture."
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="For true brightness and colours. Without it they are estimated from the latents.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The verdict, and every number behind it."),
+                io.Image.Output(display_name="picture", tooltip="The measurements as a picture; needs matplotlib."),
+                io.Float.Output(
+                    display_name="slope",
+                    tooltip="How much the model's first prediction follows the mean of the noise; 0 for a zero-SNR "
+                    "model.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent: dict,
+        sampler,
+        sigmas: torch.Tensor,
+        cfg: float,
+        seeds: int,
+        first_seed: int,
+        asked_colour: str,
+        theme: str,
+        vae=None,
+    ) -> io.NodeOutput:
+        try:
+            check_sigmas(sigmas)
+            model = unwatched(model)
+            empty = empty_pair(model, latent)
+            latent_format = model.get_model_object("latent_format")
+            to_rgb, through = rgb_of(latent_format, vae)
+            if to_rgb is not None:
+                to_rgb(empty[:1])  # a VAE for other latents fails now and not after the first run
+            target, remarks = colour_of(asked_colour, to_rgb is not None)
+            question = question_for(model)
+            if question is None:
+                remarks.append(
+                    f"The checkpoint was not asked: that is for Stable Diffusion and flow matching models, not for a "
+                    f"{type(model.model).__name__} ({model.model.model_type.name}) model."
+                )
+            exact, reference = reference_of(model, sampler, sigmas, empty.shape[-2:])
+            probe = RunProbe()
+            bar = comfy.utils.ProgressBar(seeds * (2 if question is None else 3))
+            report = mean_leak(
+                None if question is None else answers_of(question, positive, negative, empty),
+                run_of(model, sampler, sigmas, probe, positive, negative, cfg, empty, first_seed),
+                tuple(empty.shape[1:]),
+                schedule=None if question is None else question.schedule,
+                sigmas=[] if question is None else question.sigmas,
+                reference=run_of(*exact, RunProbe(), positive, negative, cfg, empty, first_seed),
+                reference_name=reference,
+                start_sigma=start_of(model, sigmas),
+                seeds=range(first_seed, first_seed + seeds),
+                to_rgb=to_rgb,
+                brightness_through=through,
+                target=target,
+                progress=lambda: tick(bar),
+            )
+        except ValueError as reason:
+            return refused(ValueError(sentence(str(reason))), outputs=3)
+        picture = draw(lambda: figure_of(report, probe, to_rgb, theme), theme, sentence(report.verdict))
+        text = "\n".join([str(report), *remarks])
+        slope = ExecutionBlocker(remarks[-1]) if report.checkpoint is None else report.checkpoint.slope.value
+        return io.NodeOutput(text, picture, slope, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def check_sigmas(sigmas: torch.Tensor) -> None:
+    """A run needs two sigmas, and a picture has no noise left."""
+    if len(sigmas) < 2:
+        raise ValueError(f"A run needs at least one step, which is two sigmas, not {len(sigmas)}.")
+    if sigmas[-1] != 0:
+        raise ValueError(
+            f"The sigmas end at {float(sigmas[-1]):.4g}, and a finished picture is at 0: give all of them."
+        )
+
+
+def empty_pair(model, latent: dict) -> torch.Tensor:
+    """Two empty latents of the size of a LATENT, with the channels of the model, as ComfyUI's samplers make them."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        raise ValueError("This latent holds several tensors (audio and video): the diagnostic is for one alone.")
+    ratios = {name: latent[name] for name in latent if name.startswith("downscale_ratio")}  # newer cores'
+    samples = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), **ratios)
+    return comfy.utils.repeat_to_batch_size(samples, 2)
+
+
+def colour_of(name: str, has_rgb: bool) -> tuple[tuple[int, int, int] | None, list[str]]:
+    """The colour to compare with, and a sentence if it cannot be."""
+    if name == "none":
+        return None, []
+    if not has_rgb:
+        return None, ["The colour was not compared: connect a VAE, this model's latents have no linear way to RGB."]
+    if find_spec("skimage") is None:
+        return None, ["The colour was not compared: CIEDE2000 needs scikit-image (pip install scikit-image)."]
+    return COLOURS[name], []
+
+
+def tick(bar: comfy.utils.ProgressBar) -> None:
+    """One probe is done."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    bar.update(1)
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def figure_of(report: LeakReport, probe: RunProbe, to_rgb: ToRGB | None, theme: str):
+    """The picture, with a strip of the last seed's run."""
+    from ..diagnostics.leak_plots import leak_figure
+
+    sigmas = probe.recorder.read().sigmas
+    return leak_figure(report, theme=theme, strip=strip_of(probe.predictions, sigmas, finished(probe)[:1], to_rgb))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checkpoint: what the network answers to pure noise
+
+
+class Question(NamedTuple):
+    """Whom to ask at t = T, and with how much noise.
+
+    Attributes:
+        model: a MODEL without guidance functions.
+        schedule: None for flow matching, which has no table of noise levels.
+        sigmas: increasing, up to that of t = T; standard deviation of the noise over that of the signal.
+    """
+
+    model: object
+    schedule: NoiseSchedule | None
+    sigmas: list[float]
+
+
+def question_for(model) -> Question | None:
+    """What to ask a MODEL; None if its kind is neither Stable Diffusion nor flow matching.
+
+    A Stable Diffusion model is asked through our own patch, so that t = T is asked exactly, whatever nodes there were;
+    one whose schedule another node has replaced is asked as it is.
+    """
+    kind = model.model.model_type
+    try:
+        model, _ = patch_model(model, canvas_shift=1.0)
+    except ValueError:
+        model = model.clone()
+    for name in GUIDANCE:
+        model.model_options.pop(name, None)
+    model_sampling = model.get_model_object("model_sampling")
+    if isinstance(model_sampling, ExactSchedule):
+        return Question(model, model_sampling.schedule, probed_sigmas(model_sampling.schedule))
+    if isinstance(model_sampling, comfy.model_sampling.CONST) and kind in (ModelType.FLOW, ModelType.FLUX):
+        scale = noise_scale(model_sampling)
+        return Question(model, None, [math.inf if time == 1 else scale * time / (1 - time) for time in PROBED])
+    if isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete) and kind in (
+        ModelType.EPS,
+        ModelType.V_PREDICTION,
+    ):
+        schedule = trained_schedule(model_sampling, bool(model_sampling.zsnr))
+        return Question(model, schedule, probed_sigmas(schedule))
+    return None
+
+
+def answers_of(question: Question, positive, negative, empty: torch.Tensor) -> Denoise:
+    """``denoise(x_vp, sigma) -> x0`` for one noise at several levels: the first question asks them all in one run."""
+    model_sampling = question.model.get_model_object("model_sampling")
+    answers: dict[float, torch.Tensor] = {}
+
+    def denoise(x_vp: torch.Tensor, sigma: float) -> torch.Tensor:
+        if not answers:
+            ask(x_vp)
+        return answers.pop(sigma)
+
+    def ask(noise: torch.Tensor) -> None:
+        def sampler_function(network, x, sigmas_of_run, extra_args=None, **_):
+            for sigma in question.sigmas:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                level, scale = state_at(model_sampling, sigma)
+                answers[sigma] = network(scale * noise.to(x), x.new_full((len(x),), level), **extra_args).cpu()
+            return x
+
+        sampler_function.starts_at_infinity = True
+        start = torch.tensor([state_at(model_sampling, question.sigmas[-1])[0], 0.0])
+        sampler = comfy.samplers.KSAMPLER(sampler_function)
+        comfy.sample.sample_custom(
+            question.model, noise, 1.0, sampler, start, positive, negative, empty, disable_pbar=True, seed=0
+        )
+
+    return denoise
+
+
+def state_at(model_sampling, sigma: float) -> tuple[float, float]:
+    """The number that ComfyUI calls sigma at a noise level, and the scale of its state there."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        scale = noise_scale(model_sampling)
+        time = 1.0 if math.isinf(sigma) else sigma / (scale + sigma)
+        return time, math.hypot(1 - time, scale * time)
+    if isinstance(model_sampling, ExactSchedule) and math.isinf(sigma):
+        return INFINITE_SIGMA, 1.0
+    sigma = min(sigma, float(model_sampling.sigma_max))  # ComfyUI's stand-in for infinity
+    return sigma, math.hypot(1, sigma)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampler: what it makes of noise, beside the exact flow
+
+
+def run_of(
+    model, sampler, sigmas: torch.Tensor, probe: RunProbe, positive, negative, cfg: float, empty, seed: int
+) -> Run:
+    """``run(noise) -> (latents, statistics)`` with ComfyUI's sampling, in the scale of the model."""
+    model = watch(model, probe)
+    seeds = itertools.count(seed)  # of the noise that samplers add; another for each run, as for a user
+
+    def on_step(*_) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def run(noise: torch.Tensor) -> tuple[torch.Tensor, LatentStatistics]:
+        comfy.sample.sample_custom(
+            model, noise, cfg, sampler, sigmas, positive, negative, empty, callback=on_step, disable_pbar=True,
+            seed=next(seeds),
+        )  # fmt: skip
+        return finished(probe), probe.recorder.read()
+
+    return run
+
+
+def finished(probe: RunProbe) -> torch.Tensor:
+    """What a run ended with, in the scale of the model, on the CPU."""
+    return probe.latent_format.process_in(probe.result.float().cpu())
+
+
+def reference_of(
+    model, sampler, sigmas: torch.Tensor, latent_size: tuple[int, int]
+) -> tuple[tuple[object, object, torch.Tensor], str]:
+    """Model, sampler and sigmas that come close to the exact flow of the same network, and their name in words."""
+    try:
+        exact, _ = patch_model(model, canvas_shift=canvas_shift_of(model))
+    except ValueError:
+        return (model, sampler, finer(sigmas)), f"the same sampler with {FINER} times as many steps"
+    schedule = exact.get_model_object("model_sampling").schedule
+    steps = step_schedule(schedule, REFERENCE_STEPS, latent_size=tuple(latent_size)).float()
+    options = {"solver": DEFAULT_SOLVER, "eta": 0.0, "s_noise": 1.0}
+    start = "infinity" if schedule.zero_terminal_snr else f"sigma {float(steps[0]):.4g}"
+    name = f"ZTSNR Sampler, {DEFAULT_SOLVER}, {REFERENCE_STEPS} steps from {start}"
+    return (exact, comfy.samplers.KSAMPLER(sample_ztsnr, extra_options=options), steps), name
+
+
+def canvas_shift_of(model) -> float:
+    """By what nodes of ours have multiplied a MODEL's sigmas."""
+    own = model.get_model_object("model_sampling")
+    if not getattr(own, "made_by_ztsnr", False):
+        return 1.0
+    loaded = model.clone()
+    loaded.object_patches.pop("model_sampling")
+    return round(float(own.sigmas[0] / loaded.get_model_object("model_sampling").sigmas[0]), 4)
+
+
+def finer(sigmas: torch.Tensor) -> torch.Tensor:
+    """FINER times as many steps: more between any two, evenly in the angle atan(sigma)."""
+    levels = sigmas.double().cpu()
+    angles = levels.atan()
+    shares = torch.arange(FINER) / FINER
+    between = (angles[:-1, None] + shares * angles.diff()[:, None]).flatten().tan()
+    between[::FINER] = levels[:-1]  # as they were, to the last digit
+    return torch.cat([between, levels[-1:]]).to(sigmas)
+
+
+def start_of(model, sigmas: torch.Tensor) -> float:
+    """The noise level that a run starts at, inf if it starts with noise alone."""
+    return float(noise_level(model.get_model_object("model_sampling"), sigmas[:1])[0])

@@ -1,0 +1,187 @@
+"""A probe for a user's own graph, and a report of what it saw."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..diagnostics.latent_stats import LatentStatistics
+from ..diagnostics.leak import CONFIDENCE, Estimate, measure_pictures
+from .latent_rgb import draw, rgb_of, strip_of
+from .messages import refused
+from .probe import RunProbe, watch
+from .schema import schema
+
+Probe = io.Custom("LATENT_MEAN_PROBE")
+FEWEST = 3  # pictures that a slope with an interval takes
+
+
+class LatentMeanProbe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LatentMeanProbe",
+            display_name="Latent Mean Probe",
+            category="ZTSNR/diagnostics",
+            description="Lets a model through and writes down, while any sampler runs it, the mean and spread of the "
+            "latents at every step. Pictures stay the same to the last bit.",
+            search_aliases=["latent statistics", "mean leak", "brightness", "monitor", "sigma"],
+            inputs=[io.Model.Input("model", tooltip="Any model. It is not changed.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler to watch."),
+                Probe.Output(display_name="probe", tooltip="For Latent Mean Report."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        probe = RunProbe()
+        return io.NodeOutput(watch(model, probe), probe)
+
+
+class LatentMeanReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LatentMeanReport",
+            display_name="Latent Mean Report",
+            category="ZTSNR/diagnostics",
+            description="Shows what a Latent Mean Probe saw: the mean of the prediction over the noise levels of the "
+            "run, and for a batch whether brightness followed the noise.",
+            search_aliases=["latent statistics", "mean leak", "brightness", "plot", "sigma"],
+            is_output_node=True,
+            inputs=[
+                Probe.Input("probe", tooltip="From Latent Mean Probe, whose model the sampler ran."),
+                io.Latent.Input("latent", tooltip="The finished latent of that sampler."),
+                io.Combo.Input(
+                    "theme", options=["dark", "light"], default="dark", tooltip="Background of the picture."
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="For true brightness and colours. Without it they are estimated from the latents.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The run in numbers."),
+                io.Image.Output(display_name="picture", tooltip="The run as a picture; needs matplotlib."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, probe: RunProbe, latent: dict, theme: str, vae=None) -> io.NodeOutput:
+        try:
+            check_result(probe, latent["samples"])
+            statistics = probe.recorder.read()
+            latents = probe.latent_format.process_in(latent["samples"].float().cpu())
+            to_rgb, through = rgb_of(probe.latent_format, vae)
+            pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
+        except ValueError as reason:
+            return refused(reason, outputs=2)
+        picture_mean = latents.flatten(2).mean(2).double().numpy()
+        lines = describe_run(statistics, picture_mean)
+        if pictures is not None:
+            lines.append(describe_brightness(pictures, through))
+
+        def figure():
+            from ..diagnostics.leak_plots import run_figure
+
+            strip = strip_of(probe.predictions, statistics.sigmas, latents[:1], to_rgb)
+            return run_figure(statistics, picture_mean, theme=theme, strip=strip)
+
+        picture = draw(figure, theme, lines[0])
+        return io.NodeOutput("\n".join(lines), picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def check_result(probe: RunProbe, samples: torch.Tensor) -> None:
+    """The latent must be what the probed run ended with."""
+    if probe.result is None:
+        raise ValueError(
+            "The probe has seen no run: connect the model of Latent Mean Probe to the sampler that makes this latent."
+        )
+    if getattr(samples, "is_nested", False):
+        raise ValueError("This latent holds several tensors (audio and video): the report is for one alone.")
+    result, samples = probe.result.float().cpu(), samples.float().cpu()
+    # LATENTs may be kept in half precision
+    if result.shape != samples.shape or not torch.allclose(result, samples, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            f"This latent {tuple(samples.shape)} is not what the last probed run ended with {tuple(result.shape)}: "
+            "connect the sampler's own output, and use one Latent Mean Probe for each sampler."
+        )
+
+
+def describe_run(statistics: LatentStatistics, picture_mean: np.ndarray) -> list[str]:
+    """A run in sentences: where it began, the means of each channel, and how the pictures' follow the noise's.
+
+    Args:
+        picture_mean: (B, C) channel means of the finished latents.
+    """
+    evaluations, batch, channels = statistics.denoised_mean.shape
+    sigmas = [number(sigma, "infinity") for sigma in statistics.sigmas[[0, -1]]]
+    lines = [
+        f"{evaluations} evaluation{'s' * (evaluations > 1)} of the network, from sigma {sigmas[0]} to {sigmas[1]}."
+        + ("" if batch == 1 else f" Means over {batch} pictures:")
+    ]
+    if problem := statistics.nonfinite():
+        lines[0] = f"{problem}. {lines[0]}"
+    fits = slopes_of(statistics.noise_mean, picture_mean)
+    for channel in range(channels):
+        means = {
+            "first prediction": statistics.denoised_mean[0],
+            "last prediction": statistics.denoised_mean[-1],
+            "picture": picture_mean,
+        }
+        parts = [f"{name} {number(mean[:, channel].mean())}" for name, mean in means.items()]
+        if statistics.noise_mean is not None:
+            mean, std = (values[:, channel].mean() for values in (statistics.noise_mean, statistics.noise_std))
+            parts.insert(0, f"noise {number(mean)} (std {number(std)})")
+        if fits is not None:
+            slope, r_squared = fits[channel]
+            parts.append(f"slope of the pictures' means on the noise's {slope}, R^2 {r_squared:.2f}")
+        lines.append(f"Channel {channel + 1}: {', '.join(parts)}.")
+    if fits is not None:
+        lines.append(f"Intervals hold {CONFIDENCE:.0%}.")
+    elif statistics.noise_mean is None:
+        lines.append("The noise is not known: the sampler added none itself.")
+    elif is_constant(statistics.noise_mean) and batch > 1:
+        lines.append("All pictures began with the same noise means, so there is no slope to see.")
+    elif batch < FEWEST:
+        lines.append(f"A batch of at least {FEWEST} would show how the pictures' means follow the noise's.")
+    if statistics.noise_std is not None and (statistics.noise_std == 0).any():
+        lines.append("The noise is constant: every value of a channel is the same.")
+    return lines
+
+
+def slopes_of(noise_mean: np.ndarray | None, picture_mean: np.ndarray) -> list[tuple[Estimate, float]] | None:
+    """For each channel the slope of the pictures' means (B, C) on the noise's, with its interval, and R^2."""
+    from scipy import stats
+
+    if noise_mean is None or len(noise_mean) < FEWEST or is_constant(noise_mean) or not np.isfinite(picture_mean).all():
+        return None
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(noise_mean) - 2)
+    fits = []
+    for x, y in zip(noise_mean.T, picture_mean.T, strict=True):
+        line = stats.linregress(x, y)
+        r_squared = line.rvalue**2 if np.ptp(y) > 0 else 0.0
+        fits.append((Estimate(float(line.slope), float(quantile * line.stderr), len(x)), float(r_squared)))
+    return fits
+
+
+def is_constant(noise_mean: np.ndarray) -> bool:
+    """Whether some channel's means are the same in all samples, (B, C)."""
+    return bool((np.ptp(noise_mean, axis=0) == 0).any())
+
+
+def describe_brightness(pictures: np.ndarray, through: str) -> str:
+    """Brightness and clipping of pictures (B, 3, H, W) in a sentence."""
+    measured = measure_pictures(pictures)
+    brightness = measured["brightness"]
+    if not np.isfinite(brightness).all():
+        return f"The brightness {through} is not finite."
+    spread = "" if len(brightness) == 1 else f" ({brightness.min():.1f} to {brightness.max():.1f})"
+    clipped = f"{measured['clipped'].mean():.1%} of the pixels are clipped"
+    return f"Brightness {brightness.mean():.1f} of 255{spread} {through}; {clipped}."
+
+
+def number(value: float, infinite: str = "not finite") -> str:
+    """For a sentence."""
+    return f"{value:.4g}" if np.isfinite(value) else infinite
