@@ -27,13 +27,22 @@ from dataclasses import dataclass, fields, is_dataclass
 import numpy as np
 import torch
 
-from ..samplers import NoiseSchedule, from_denoised, sample, step_schedule
+from ..samplers import NoiseSchedule, sample, step_schedule
 from ..samplers.prediction import alpha_s
 from ..samplers.sampling import Denoise
 from .latent_stats import LatentMeanRecorder, LatentStatistics
+from .leak_probes import (
+    NetworkProbe,
+    Run,
+    SamplerProbe,
+    ToRGB,
+    noise_pair,
+    probe_network,
+    probe_sampler,
+    probed_sigmas,
+)
 
 CONFIDENCE = 0.99  # of every interval
-PROBED = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)  # timesteps asked about, as shares of T
 TABLE_UP_TO = 0.8  # share of T up to which every network learns how much noise there is, whatever the loss weights
 LEAK_SHARE = 0.2  # of the peak's slope: a network that follows the noise this much at t = T leaks
 LEAST_PEAK = 1.5  # slope below which a prompt leaves too little open: V of 9, of which sigma 14.6 would show little
@@ -41,10 +50,6 @@ PULL_LEVELS = 1.0  # of 255, from which on a bias counts
 PULL_LATENT = 0.02  # the same in latent units: of SDXL's first channel, about one level
 SLOPE_DEPARTURE = 0.1  # of the exact flow's slope
 MOST_SEEDS = 1000  # that a report advises
-LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
-
-Run = Callable[[torch.Tensor], tuple[torch.Tensor, LatentStatistics]]
-ToRGB = Callable[[torch.Tensor], torch.Tensor]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ class Estimate:
         """About how many seeds it takes until the interval no longer holds the limit; more than were used."""
         gap = abs(self.value - limit)
         needed = self.seeds * (self.error / gap) ** 2 if gap > 0 else math.inf
-        return int(min(max(math.ceil(1.2 * needed), self.seeds + 2, 6), MOST_SEEDS))
+        return math.ceil(min(max(1.2 * needed, self.seeds + 2, 6), MOST_SEEDS))
 
     def __str__(self) -> str:
         # two digits of the error, or four of the value where the error is nothing
@@ -93,197 +98,6 @@ class Estimate:
         digits = 3 - leading if self.error < 10 ** (leading - 3) else 1 - math.floor(math.log10(self.error))
         digits = min(max(digits, 0), 4)
         return f"{self.value + 0.0:.{digits}f} ± {self.error:.{digits}f}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring, one seed at a time
-
-
-@dataclass(frozen=True)
-class NetworkProbe:
-    """What a network answers to one seed's noise with the offset and its opposite, at several noise levels.
-
-    Attributes:
-        seed: of the noise.
-        sigmas: (T,) noise levels, increasing; the last is that of t = T, inf if the file says zero SNR.
-        noise_mean: (2, C) channel means of the noise, with + and - the offset.
-        denoised_mean: (T, 2, C) channel means of x0.
-        fine_response: (T,) how v follows the finest noise.
-    """
-
-    seed: int
-    sigmas: np.ndarray
-    noise_mean: np.ndarray
-    denoised_mean: np.ndarray
-    fine_response: np.ndarray
-
-    @property
-    def slopes(self) -> np.ndarray:
-        """(T, C): how much x0's mean moves with the noise's."""
-        return (self.denoised_mean[:, 0] - self.denoised_mean[:, 1]) / (self.noise_mean[0] - self.noise_mean[1])
-
-
-@dataclass(frozen=True)
-class SamplerProbe:
-    """What a sampler makes of one seed's noise with + and - the offset.
-
-    Attributes:
-        noise_mean, picture_mean: (2, C) channel means of the noise and of the finished latents.
-        rgb_mean: (2, 3) mean colour of the picture before clipping, in levels of 255; None without a way to RGB.
-        clipped: (2,) share of the pixels that lie on or beyond 0 or 255 in some channel; None likewise.
-        brightness: (2,) mean luma (Rec. 709) of the picture, 0 to 255; None likewise.
-        colour_error: (2,) mean CIEDE2000 between the pixels and the colour asked for; None if none was.
-        sigmas, denoised_mean: (S,), (S, 2, C) the predictions on the way.
-    """
-
-    seed: int
-    noise_mean: np.ndarray
-    picture_mean: np.ndarray
-    rgb_mean: np.ndarray | None
-    clipped: np.ndarray | None
-    brightness: np.ndarray | None
-    colour_error: np.ndarray | None
-    sigmas: np.ndarray
-    denoised_mean: np.ndarray
-
-    @property
-    def slopes(self) -> np.ndarray:
-        """(C,): how much the picture's mean moves with the noise's."""
-        return (self.picture_mean[0] - self.picture_mean[1]) / (self.noise_mean[0] - self.noise_mean[1])
-
-
-def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0) -> torch.Tensor:
-    """One seed's noise with the mean of every channel set to plus or minus an offset, and the same with the other sign.
-
-    The signs are a row of a Hadamard matrix: over the seeds the channels' offsets are uncorrelated, so a channel that
-    follows its neighbour's is not taken for following its own.
-
-    Args:
-        index: of the seed in the test, 0, 1, ...: which row.
-        shape: (C, H, W), or (C, F, H, W) of a video.
-        offset: in standard deviations of such a mean, 1 / sqrt(N).  At 1 the means of all noises together vary as they
-            do by themselves.
-
-    Returns:
-        (2, C, ...) float32 on the CPU.
-    """
-    if not 0 < offset < math.inf:
-        raise ValueError(f"the offset must be positive and finite, not {offset}: constant noise cannot show a slope")
-    if len(shape) < 3:
-        raise ValueError(f"latents need channels, height and width, not shape {tuple(shape)}")
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
-    noise -= _channel_means(noise).view(1, -1, *[1] * (len(shape) - 1))
-    signs = torch.tensor([(-1.0) ** (index & channel).bit_count() for channel in range(1, shape[0] + 1)])
-    shift = offset / math.sqrt(math.prod(shape[1:])) * signs.view(1, -1, *[1] * (len(shape) - 1))
-    return torch.cat([noise + shift, noise - shift])
-
-
-def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float], seed: int = 0) -> NetworkProbe:
-    """Ask a network about pure noise at several noise levels.
-
-    Args:
-        denoise: ``denoise(x_vp, sigma) -> x0``, without guidance.
-        noise: (2, C, ...) from ``noise_pair``, on the network's device.
-        sigmas: (T,) increasing.
-
-    Raises:
-        ValueError: an answer that is not finite.
-    """
-    means, responses = [], []
-    fine_noise = _finest(noise)
-    for sigma in sigmas:
-        x0 = denoise(noise, sigma).float()
-        fine_v = _finest(from_denoised(x0, noise, sigma))
-        means.append(_channel_means(x0))
-        responses.append((fine_v * fine_noise).sum() / (fine_noise**2).sum())
-    probe = NetworkProbe(
-        seed,
-        np.asarray(sigmas, dtype=float),
-        _channel_means(noise).double().cpu().numpy(),
-        torch.stack(means).double().cpu().numpy(),
-        torch.stack(responses).double().cpu().numpy(),
-    )
-    for sigma, mean in zip(sigmas, probe.denoised_mean, strict=True):
-        if not np.isfinite(mean).all():
-            channel = int(np.argwhere(~np.isfinite(mean))[0][1])
-            raise ValueError(
-                f"the network answers NaN or infinity to pure noise at sigma {sigma:.4g}, in channel {channel + 1}; "
-                "half precision often overflows: try bfloat16 or float32"
-            )
-    return probe
-
-
-def probe_sampler(
-    run: Run,
-    noise: torch.Tensor,
-    to_rgb: ToRGB | None = None,
-    target: Sequence[float] | None = None,
-    seed: int = 0,
-) -> SamplerProbe:
-    """Run a sampler on a pair of noises.
-
-    Args:
-        run: ``run(noise) -> (latents, what a LatentMeanRecorder saw)``; noise (2, C, ...) is unit Gaussian.
-        to_rgb: latents to pictures (2, 3, H, W), 0 to 1, not clamped.
-        target: the colour that the prompt asks for, 0 to 255; needs to_rgb and scikit-image.
-
-    Raises:
-        ValueError: latents that are not finite; it says where that began.
-    """
-    latents, statistics = run(noise)
-    if not latents.isfinite().all():
-        raise ValueError(f"seed {seed}: {statistics.nonfinite() or 'the finished latents hold NaN or infinite values'}")
-    pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
-    return SamplerProbe(
-        seed,
-        _channel_means(noise).double().cpu().numpy(),
-        _channel_means(latents).double().cpu().numpy(),
-        **measure_pictures(pictures, target),
-        sigmas=statistics.sigmas,
-        denoised_mean=statistics.denoised_mean.astype(float),
-    )
-
-
-def measure_pictures(
-    pictures: np.ndarray | None, target: Sequence[float] | None = None
-) -> dict[str, np.ndarray | None]:
-    """Colour, clipping, brightness and colour error of pictures (B, 3, H, W) whose values 0 to 1 can be shown."""
-    if pictures is None:
-        return dict.fromkeys(("rgb_mean", "clipped", "brightness", "colour_error"))
-    shown = pictures.clip(0, 1)
-    return {
-        "rgb_mean": 255 * pictures.mean((-2, -1), dtype=float),
-        "clipped": ((pictures <= 0) | (pictures >= 1)).any(1).mean((-2, -1)),
-        "brightness": 255 * shown.mean((-2, -1), dtype=float) @ LUMA,
-        "colour_error": None if target is None else colour_error(shown, target),
-    }
-
-
-def colour_error(pictures: np.ndarray, target: Sequence[float]) -> np.ndarray:
-    """Mean CIEDE2000 between the pixels of pictures (B, 3, H, W) in [0, 1], sRGB, and a colour of 0 to 255: (B,)."""
-    from skimage.color import deltaE_ciede2000, rgb2lab
-
-    every = math.ceil(max(pictures.shape[-2:]) / 256)  # pixels enough for a mean, and 16 times faster at 1024 x 1024
-    lab = rgb2lab(pictures[..., ::every, ::every], channel_axis=1)
-    wanted = rgb2lab(np.asarray(target, dtype=float).reshape(1, 1, 1, 3) / 255)
-    return deltaE_ciede2000(np.moveaxis(lab, 1, -1), wanted).mean((-2, -1))
-
-
-def _channel_means(x: torch.Tensor) -> torch.Tensor:
-    """(B, C) means over everything but the batch and the channels, in float32."""
-    return x.float().flatten(2).mean(2)
-
-
-def _finest(x: torch.Tensor) -> torch.Tensor:
-    """The finest detail, where noise is most and pictures are least: mixed differences of neighbours."""
-    x = x.float()
-    x = x[..., 1:, :] - x[..., :-1, :]
-    return x[..., 1:] - x[..., :-1]
-
-
-def probed_sigmas(schedule: NoiseSchedule) -> list[float]:
-    """The noise levels that the checkpoint's question is asked at, up to that of t = T."""
-    return [schedule.sigma(float(round(share * schedule.last_timestep))) for share in PROBED]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,7 +208,7 @@ def judge_network(
         verdict = "starved"
         sentence = (
             f"trained on a zero-SNR schedule, but its last timestep was not learned, as with Min-SNR weights without a "
-            f"floor: {follows}{takes}"
+            f"floor: {follows}"
         )
     elif side > 0:
         verdict = "not zero SNR"
@@ -560,7 +374,7 @@ def judge_sampler(
     if ratio is not None:
         evidence += f", slope {ratio} of the exact flow's"
     needed = None
-    if bias > 0:
+    if bias > 0 and (departure <= 0 or not infinite):
         verdict = "biased"
         sentence = f"the sampler {'adds a bias of its own' if infinite else starts}: {evidence}"
     elif departure > 0:
@@ -772,6 +586,10 @@ def mean_leak(
         ValueError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
     """
     seeds = check_seeds(seeds)
+    if denoise is None and run is None:
+        raise ValueError("give a network to ask, a sampler to run, or both")
+    if target is not None and to_rgb is None:
+        raise ValueError("a colour can only be compared in pictures: give to_rgb as well")
     if denoise is not None and sigmas is None:
         sigmas = probed_sigmas(schedule)
     tell = progress or (lambda: None)

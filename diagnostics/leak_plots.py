@@ -30,10 +30,10 @@ from .leak import (
     ChannelFit,
     Estimate,
     LeakReport,
-    SamplerProbe,
     expected_denoised_mean,
     expected_slope,
 )
+from .leak_probes import SamplerProbe
 from .plots import ALARM, COLORS, INK, MARKERS, contact_sheet, sigma_axis
 
 WIDTH, DPI = 6, 150  # inches, and 900 pixels

@@ -20,21 +20,8 @@ from .. import __version__
 from ..samplers import NoiseSchedule, sample
 from ..samplers.sampling import Denoise
 from . import pipelines
-from .leak import (
-    LUMA,
-    LeakReport,
-    NetworkProbe,
-    SamplerProbe,
-    check_seeds,
-    exact_flow,
-    judge_network,
-    judge_sampler,
-    noise_pair,
-    plain,
-    probe_network,
-    probe_sampler,
-    probed_sigmas,
-)
+from .leak import LeakReport, check_seeds, exact_flow, judge_network, judge_sampler, plain
+from .leak_probes import LUMA, NetworkProbe, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
 from .leak_report import COLOURS, LeakRun, Prompt, Settings, report_html, report_json, report_table, row_of_pictures
 from .output import UserError, no_matplotlib, prepare_folder, write_atomically
 

@@ -12,7 +12,7 @@ import torch
 from ..samplers import NoiseSchedule, guide, to_denoised
 from ..samplers.sampling import Denoise
 from .latent_stats import LatentMeanRecorder, LatentStatistics
-from .leak import Run, ToRGB
+from .leak_probes import Run, ToRGB
 
 
 def encode(pipe: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:

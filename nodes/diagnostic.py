@@ -16,7 +16,8 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import PROBED, LeakReport, Run, ToRGB, mean_leak, probed_sigmas
+from ..diagnostics.leak import LeakReport, mean_leak
+from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
 from ..samplers.sampling import Denoise

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..diagnostics.leak import ToRGB
+from ..diagnostics.leak_probes import ToRGB
 from ..diagnostics.output import no_matplotlib
 from .messages import show
 

@@ -5,7 +5,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import CONFIDENCE, Estimate, measure_pictures
+from ..diagnostics.leak import CONFIDENCE, Estimate
+from ..diagnostics.leak_probes import measure_pictures
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
 from .probe import RunProbe, watch

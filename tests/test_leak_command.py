@@ -15,7 +15,8 @@ from diffusers import StableDiffusionXLPipeline
 from ztsnr.checkpoints import load_pipeline
 from ztsnr.cli import main
 from ztsnr.diagnostics import leak_run, output, pipelines
-from ztsnr.diagnostics.leak import SamplerProbe, plain
+from ztsnr.diagnostics.leak import plain
+from ztsnr.diagnostics.leak_probes import SamplerProbe
 from ztsnr.diagnostics.leak_report import load_row, row_of_pictures
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 
