@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from PIL import Image
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from scipy.stats import binomtest
 from small_networks import FOLDER, KINDS, SHAPE, denoiser, schedule_of, trained
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from ztsnr.diagnostics import GaussianCanvas
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder
 from ztsnr.diagnostics.leak import CheckpointAnswer, LeakReport, exact_flow, mean_leak
+from ztsnr.diagnostics.leak_plots import Strip, leak_figure, to_image
 from ztsnr.diagnostics.leak_probes import Run, noise_pair
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule, to_denoised
 from ztsnr.samplers.sampling import Denoise
@@ -200,6 +202,24 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
+def draw_mismarked(network, path: Path) -> None:
+    """The figure of a plain network that is sampled as if it had zero terminal SNR, as docs/leak.md shows it."""
+    denoise, seen = denoiser(network, ZERO), []
+    recorder = LatentMeanRecorder(STEPS, lambda sigma, x0: seen.append((sigma, x0[:1])))
+    sigmas = step_schedule(ZERO, STEPS, latent_size=SHAPE[1:])
+
+    def run(noise):
+        seen.clear()
+        return sample(denoise, noise, sigmas, callback=recorder), recorder.read()
+
+    exact = exact_flow(denoise, ZERO, SHAPE[1:])
+    report = mean_leak(denoise, run, SHAPE, schedule=ZERO, reference=exact, seeds=range(NOISES), to_rgb=to_rgb)
+    shown = [seen[i] for i in np.linspace(0, len(seen) - 1, 6).round().astype(int)]
+    pictures = torch.cat([255 * to_rgb(x0).clamp(0, 1) for _, x0 in shown]).byte().permute(0, 2, 3, 1).numpy()
+    strip = Strip(pictures, np.array([float(sigma) for sigma, _ in shown]))
+    Image.fromarray(to_image(leak_figure(report, strip=strip))).save(path, quality=90)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Networks of each kind.")
 @click.option("--runs", type=click.IntRange(2), default=200, show_default=True, help="Runs of each row.")
@@ -210,10 +230,17 @@ def spread(values: Sequence[float], digits: int) -> str:
     metavar="FOLDER",
     help="Where the trained networks are kept.  [default: build/small_networks]",
 )
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Only draw docs/leak.jpg, into this file."
+)
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
-def main(seeds: int, runs: int, networks: Path, write: bool) -> None:
+def main(seeds: int, runs: int, networks: Path, picture: Path | None, write: bool) -> None:
     """Count the verdicts of the mean-leak test on networks whose training is known."""
     torch.set_num_threads(1)  # the tensors are small: more threads are slower
+    if picture is not None:
+        with torch.inference_mode():
+            draw_mismarked(trained("plain", 0, networks), picture)
+        return
     began = time.perf_counter()
     zoo = {kind: [trained(kind, seed, networks) for seed in range(seeds)] for kind in KINDS}
     training = time.perf_counter() - began
