@@ -1,0 +1,303 @@
+"""Telling programs what a checkpoint is: adding and removing the marks of v-prediction and zero terminal SNR.
+
+A single file gets the empty tensors ``v_pred`` and ``ztsnr``, which ComfyUI, Forge, reForge and AUTOMATIC1111 look for,
+and the metadata of ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec).  Empty tensors take no bytes, so the
+header is written anew and the data are copied as they are.  A diffusers folder gets its scheduler's settings changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .architecture import SUPPORTED
+from .atomic import atomic_write
+from .header import SUFFIXES, Header, TensorEntry, read_header
+from .inspect import (
+    BARE_UNET,
+    DIFFUSERS_FOLDER,
+    DIFFUSERS_UNET,
+    LORA,
+    PREFIXED_UNET,
+    SINGLE_FILE,
+    CheckpointReport,
+    inspect_checkpoint,
+)
+from .markers import read_scheduler_config
+
+BUFFER = 1 << 20  # bytes
+BLOCK = 64 << 10  # bytes
+
+_HASH = "modelspec.hash_sha256"
+_FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight")
+# (architecture, v-prediction) -> ModelSpec's name of the architecture, resolution; it names no others of SUPPORTED
+_MODELSPEC = {
+    ("SD 1.x", False): ("stable-diffusion-v1", "512x512"),
+    ("SD 1.x", True): ("stable-diffusion-v1", "512x512"),
+    ("SD 2.x", False): ("stable-diffusion-v2-512", "512x512"),
+    ("SD 2.x", True): ("stable-diffusion-v2-768-v", "768x768"),
+    ("SDXL base", False): ("stable-diffusion-xl-v1-base", "1024x1024"),
+    ("SDXL base", True): ("stable-diffusion-xl-v1-base", "1024x1024"),
+}
+
+
+def mark_checkpoint(
+    path: str | Path,
+    *,
+    v_pred: bool | None = None,
+    ztsnr: bool | None = None,
+    out: str | Path | None = None,
+    in_place: bool = False,
+    swarm: bool = False,
+) -> Path:
+    """Mark a checkpoint as v-prediction and zero terminal SNR, or as not.
+
+    Tensor data are copied, never changed, in less than 100 MB of memory.  What is replaced or written is there as a
+    whole or not at all (``atomic_write``).  A ``modelspec.hash_sha256`` in the metadata is computed again.
+
+    Args:
+        path: a .safetensors or .sft file with a U-Net, or a diffusers folder.
+        v_pred: True marks v-prediction, False epsilon, None leaves it as it is.
+        ztsnr: True marks zero terminal SNR, False takes the mark away, None leaves it as it is.
+        out: the file to write, which must not be there; a folder can only be marked in place.
+        in_place: allow to replace ``path`` itself.
+        swarm: write "v-zsnr" as prediction type, as SwarmUI wants it, and not ModelSpec's "v", with which SwarmUI turns
+            zero terminal SNR off.
+
+    Returns:
+        what was written: ``out``, or ``path``.
+
+    Raises:
+        ValueError: nothing to do; marks that contradict each other; no checkpoint that marks are for; a file that is
+            damaged, or would be replaced without leave, or cannot be written.
+    """
+    path = Path(path)
+    if v_pred is None and ztsnr is None and not swarm:
+        raise ValueError("nothing to mark: say whether v_pred, whether ztsnr")
+    report = inspect_checkpoint(path)
+    _check_format(report)
+    target = _target(path, out, in_place)
+    if report.format == DIFFUSERS_FOLDER:
+        _mark_folder(path, v_pred, ztsnr, swarm)
+    else:
+        header = read_header(path)
+        v_pred, ztsnr = _settle("v_pred" in header.tensors, "ztsnr" in header.tensors, v_pred, ztsnr, swarm)
+        tensors = _mark_tensors(header, {"v_pred": v_pred, "ztsnr": ztsnr}, path)
+        metadata = _mark_metadata(header, v_pred, ztsnr, swarm, title=target.stem, architecture=report.architecture)
+        _write(path, header, tensors, metadata, target)
+    return target
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is asked for
+
+
+def _check_format(report: CheckpointReport) -> None:
+    if report.format == LORA:
+        raise ValueError(f"{report.path} is a LoRA, in which no program looks for marks: mark the checkpoint it is for")
+    if report.format == DIFFUSERS_UNET:
+        raise ValueError(
+            f"{report.path} is a U-Net with diffusers' names, in which no program looks for marks: mark its diffusers "
+            "folder, or make it a single file first"
+        )
+    if report.format not in (SINGLE_FILE, PREFIXED_UNET, BARE_UNET, DIFFUSERS_FOLDER):
+        raise ValueError(f"{report.path} holds no U-Net of Stable Diffusion, and marks are for those")
+    if report.architecture not in SUPPORTED | {"unknown"}:
+        raise ValueError(
+            f"{report.path} is {report.architecture}, and marks are for {', '.join(sorted(SUPPORTED))} only"
+        )
+
+
+def _target(path: Path, out: str | Path | None, in_place: bool) -> Path:
+    """The file or folder to write."""
+    target = path if out is None else Path(out)
+    if path.is_dir():
+        if out is not None or not in_place:
+            raise ValueError(f"{path} is a folder, which can be marked in place only: set in_place, and no out")
+        return path
+    same = out is None or (target.exists() and target.samefile(path))
+    if same and not in_place:
+        raise ValueError(f"{path} would be replaced: name another file by out, or allow it by in_place")
+    if in_place and not same:
+        raise ValueError("choose one of out and in_place")
+    if not same and os.path.lexists(target):
+        raise ValueError(f"{target} is there already: choose another name")
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{target} would not be taken for a checkpoint: end its name in {' or '.join(SUFFIXES)}")
+    if same and path.stat().st_nlink > 1:
+        raise ValueError(
+            f"{path} is a file of several names (hard links), and the others would keep the old content: name another "
+            "file by out"
+        )
+    return target
+
+
+def _settle(
+    had_v_pred: bool, had_ztsnr: bool, v_pred: bool | None, ztsnr: bool | None, swarm: bool = False
+) -> tuple[bool | None, bool | None]:
+    """What the checkpoint shall say; None where it shall go on saying nothing."""
+    v_pred = True if v_pred is None and had_v_pred else v_pred
+    ztsnr = True if ztsnr is None and had_ztsnr else ztsnr
+    if ztsnr and not v_pred:
+        raise ValueError(
+            "zero terminal SNR does nothing without v-prediction, and an epsilon model cannot have it: set v_pred, or "
+            "take ztsnr away too"
+        )
+    if swarm and not ztsnr:
+        raise ValueError("SwarmUI's v-zsnr says v-prediction and zero terminal SNR: mark both")
+    return v_pred, ztsnr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single files
+
+
+def _mark_tensors(header: Header, marks: dict[str, bool | None], path: Path) -> dict[str, TensorEntry]:
+    """The header's tensors with the marks that shall be there and without the others."""
+    tensors = dict(header.tensors)
+    for name, marked in marks.items():
+        if marked:
+            end = _data_size(header)
+            tensors.setdefault(name, TensorEntry("F32", (0,), end, end))
+        elif name in tensors and tensors.pop(name).nbytes:
+            raise ValueError(f"the tensor {name} of {path} holds data, so it is no mark and cannot be taken away")
+    return tensors
+
+
+def _mark_metadata(
+    header: Header, v_pred: bool | None, ztsnr: bool | None, swarm: bool, title: str, architecture: str
+) -> dict[str, str]:
+    """The header's metadata, saying what the marks say, and what ModelSpec wants to know as far as we know it."""
+    metadata = dict(header.metadata)
+    if v_pred is not None:
+        prediction_type = "v" if v_pred else "epsilon"
+        metadata["modelspec.prediction_type"] = "v-zsnr" if swarm else prediction_type
+        _replace(metadata, "modelspec.predict_key", prediction_type)
+        _replace(metadata, "ss_v_parameterization", str(v_pred))
+    if ztsnr is not None:
+        _replace(metadata, "ss_zero_terminal_snr", str(ztsnr))
+    # with more channels it paints into pictures, or edits them
+    if _channels(header) == 4 and (architecture, v_pred) in _MODELSPEC:
+        name, resolution = _MODELSPEC[architecture, v_pred]
+        for key, value in {
+            "sai_model_spec": "1.0.1",
+            "architecture": name,
+            "implementation": "sgm",
+            "title": title,
+            "resolution": resolution,
+        }.items():
+            metadata.setdefault(f"modelspec.{key}", value)
+    return metadata
+
+
+def _replace(metadata: dict[str, str], key: str, value: str) -> None:
+    """Change what other programs wrote, so that it does not contradict."""
+    if key in metadata:
+        metadata[key] = value
+
+
+def _channels(header: Header) -> int | None:
+    """How many channels come into the U-Net."""
+    shapes = (header.tensors[name].shape for name in _FIRST_CONVOLUTION if name in header.tensors)
+    return next((shape[1] for shape in shapes if len(shape) == 4), None)
+
+
+def _write(path: Path, header: Header, tensors: dict[str, TensorEntry], metadata: dict[str, str], target: Path) -> None:
+    """Write the data of ``path`` behind a new header.
+
+    A hash of the data is computed again, in a thread of its own, where the file has one.  It is not added where there
+    is none: that takes longer than all the rest.
+    """
+    has_hash = _HASH in metadata
+    if has_hash:
+        metadata = metadata | {_HASH: f"0x{'0' * 64}"}  # of the right length until it is known
+    with (
+        atomic_write(target) as file,
+        ThreadPoolExecutor(1) as thread,
+        _open_data(path, header) as data,  # closed first, so that nobody waits for the thread when copying fails
+    ):
+        hashing = thread.submit(_hash, data) if has_hash else None
+        file.write(_encode(tensors, metadata, like=header))
+        _copy_data(path, header, file)
+        if hashing:
+            file.seek(0)
+            file.write(_encode(tensors, metadata | {_HASH: hashing.result()}, like=header))
+
+
+def _encode(tensors: dict[str, TensorEntry], metadata: dict[str, str], like: Header) -> bytes:
+    """The bytes before the data.
+
+    They are padded so that the data begin at a multiple of 8, and as far into a block as in the file that they are
+    copied from: the kernel copies whole blocks in two thirds of the time.
+    """
+    content: dict[str, Any] = {"__metadata__": metadata} | {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (tensor.begin, tensor.end)}
+        for name, tensor in tensors.items()
+    }
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * ((like.data_start - 8 - len(text)) % BLOCK if like.data_start % 8 == 0 else -len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _open_data(path: Path, header: Header) -> FileIO:
+    """The file, unbuffered, at the beginning of its data."""
+    file = path.open("rb", buffering=0)
+    file.seek(header.data_start)
+    return file
+
+
+def _hash(data: FileIO) -> str:
+    """The SHA-256 of the rest of a file, as ModelSpec writes it."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
+    while count := data.readinto(buffer):
+        digest.update(buffer[:count])
+    return f"0x{digest.hexdigest()}"
+
+
+def _copy_data(path: Path, header: Header, file: BinaryIO) -> None:
+    """Append the data to ``file``; within the kernel, as cp does, where it can do that."""
+    file.flush()
+    start = file.tell()
+    with _open_data(path, header) as data:
+        with suppress(AttributeError, OSError):  # another system, another file system, or a full disk
+            count = -header.data_start % BLOCK or BLOCK  # to where whole blocks begin
+            while os.copy_file_range(data.fileno(), file.fileno(), count):
+                count = 64 * BUFFER
+        file.seek(0, os.SEEK_END)
+        shutil.copyfileobj(data, file, BUFFER)  # what is left
+    if file.tell() - start != _data_size(header):
+        raise ValueError(f"{path} was changed while it was read")
+
+
+def _data_size(header: Header) -> int:
+    return max((tensor.end for tensor in header.tensors.values()), default=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diffusers folders
+
+
+def _mark_folder(folder: Path, v_pred: bool | None, ztsnr: bool | None, swarm: bool) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_scheduler_config(path)
+    if not config:
+        raise ValueError(f"{folder} has no scheduler/scheduler_config.json, where a diffusers folder is marked")
+    if swarm:
+        raise ValueError(f"{folder} is a diffusers folder, which SwarmUI does not read: mark it without swarm")
+    v_pred, ztsnr = _settle(
+        config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr") is True, v_pred, ztsnr
+    )
+    if v_pred is not None:
+        config["prediction_type"] = "v_prediction" if v_pred else "epsilon"
+    if ztsnr is not None:
+        config["rescale_betas_zero_snr"] = ztsnr
+    if ztsnr:
+        config["timestep_spacing"] = "trailing"  # begins at the last timestep, as the usual "leading" does not
+    with atomic_write(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
