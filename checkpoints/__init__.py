@@ -1,15 +1,34 @@
-"""Checkpoint files: what they are and what they say about themselves, read without loading them; and loading them."""
+"""Checkpoint files: what they are, what programs take them for, marking, converting, verifying and loading them."""
+
+from importlib import import_module
 
 from .architecture import SUPPORTED
 from .inspect import CheckpointReport, inspect_checkpoint
+from .mark import mark_checkpoint
 
-__all__ = ["SUPPORTED", "CheckpointReport", "inspect_checkpoint", "load_pipeline"]
+__all__ = [
+    "SUPPORTED",
+    "CheckpointReport",
+    "export_lora",
+    "inspect_checkpoint",
+    "load_pipeline",
+    "mark_checkpoint",
+    "to_folder",
+    "to_single_file",
+    "verify_checkpoint",
+]
+
+_NEED_MORE = {  # diffusers, torch
+    "export_lora": "lora",
+    "load_pipeline": "pipeline",
+    "to_folder": "single_file",
+    "to_single_file": "single_file",
+    "verify_checkpoint": "verify",
+}
 
 
 def __getattr__(name: str):
-    # needs diffusers: loaded on first use, so that ComfyUI can do without it
-    if name == "load_pipeline":
-        from .pipeline import load_pipeline
-
-        return load_pipeline
+    # loaded on first use: reading a header needs neither
+    if name in _NEED_MORE:
+        return getattr(import_module(f".{_NEED_MORE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

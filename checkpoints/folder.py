@@ -1,0 +1,55 @@
+"""The weights of one network of a diffusers folder, in one file or in several."""
+
+import json
+from pathlib import Path
+
+from .header import LONGEST_HEADER, PICKLES, read_header, shorten
+from .stream import TensorStream, stored
+
+
+def read_weights(part: Path) -> dict[str, TensorStream]:
+    """The tensors of a network.  What diffusers loads by default goes before versions such as fp16.
+
+    Args:
+        part: the network's folder, such as FOLDER/unet.
+
+    Raises:
+        ValueError: no such folder, pickles only, a damaged file, or files that are not what their index says.
+    """
+    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    plain, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
+    if plain.is_file():
+        return _of_file(plain)
+    if index.is_file():
+        return _of_index(index)
+    versions = [file for file in sorted(part.glob(f"{stem}.*.safetensors")) if "-of-" not in file.name]
+    if versions:
+        return _of_file(versions[0])
+    if indices := sorted(part.glob(f"{stem}.safetensors.index.*.json")):
+        return _of_index(indices[0])
+    if pickles := [file for file in sorted(part.glob(f"*{stem}*")) if file.suffix in PICKLES]:
+        read_header(pickles[0])  # which refuses it, and says why
+    raise ValueError(f"there is no {plain}: a whole model in a diffusers folder is needed")
+
+
+def _of_file(path: Path) -> dict[str, TensorStream]:
+    header = read_header(path)
+    return {name: stored(path, header, name) for name in header.tensors}
+
+
+def _of_index(index: Path) -> dict[str, TensorStream]:
+    """The tensors of several files, of which an index says where each tensor is."""
+    try:
+        with index.open("rb") as file:
+            content = json.loads(file.read(LONGEST_HEADER).decode("utf-8"))
+        places = {str(name): str(file) for name, file in content["weight_map"].items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is no readable index of weights") from None
+    tensors = {}
+    for name in sorted(set(places.values())):
+        if "/" in name or "\\" in name:
+            raise ValueError(f"{index} names a file outside of its folder: {shorten(name)}")
+        tensors |= _of_file(index.parent / name)
+    if differing := sorted(tensors.keys() ^ places.keys()):
+        raise ValueError(f"{index} and the files it names differ, for one in {shorten(differing[0])}")
+    return tensors

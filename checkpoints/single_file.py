@@ -1,0 +1,288 @@
+"""Checkpoints as diffusers folders and as single files, and from one to the other.
+
+A single file is streamed out of the folder's files, so that a model of any size passes through a few megabytes.  The
+other way goes through diffusers' own loaders, which hold the model in memory.
+"""
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .architecture import SUPPORTED
+from .atomic import atomic_write
+from .folder import read_weights
+from .header import SUFFIXES, read_header, shorten
+from .inspect import DIFFUSERS_FOLDER, CheckpointReport, inspect_checkpoint
+from .layouts import (
+    POSITION_IDS,
+    UNET,
+    VAE,
+    Layout,
+    Recipe,
+    clip_layout,
+    list_names,
+    open_clip_layout,
+    unet_layout,
+    vae_layout,
+)
+from .stream import DTYPE_NAMES, TensorStream, cast, made, stacked, stored, transposed, write_tensors
+
+Tensors = dict[str, TensorStream]
+
+_CLIP_SDXL, _OPEN_CLIP_SDXL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+# the largest that CLIP is trained with; diffusers does not keep it, and no sampler reads it
+_LOGIT_SCALE = math.log(100)
+# architecture -> what ModelSpec calls it, and its resolution
+_MODELSPEC = {
+    "SD 1.x": ("stable-diffusion-v1", "512x512"),
+    "SD 2.x": ("stable-diffusion-v2-512", "512x512"),
+    "SDXL base": ("stable-diffusion-xl-v1-base", "1024x1024"),
+}
+_SAYING_WHAT_IT_PREDICTS = (
+    *("modelspec.prediction_type", "modelspec.predict_key"),
+    *("ss_v_parameterization", "ss_zero_terminal_snr"),
+)
+
+
+def to_single_file(
+    folder: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, base: str | Path | None = None
+) -> None:
+    """Write a diffusers folder of SD 1.x, SD 2.x or the SDXL family as a single file, marked as what it is.
+
+    Whether it is a v-prediction model, and with zero terminal SNR, is taken from the folder's scheduler_config.json and
+    written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.
+
+    Of SD 2.x's text encoder a diffusers folder keeps the layers that are used, 23 of 24, and so does the single file.
+
+    Args:
+        folder: with U-Net, VAE, text encoders and scheduler; with ``base`` the U-Net and the scheduler are enough.
+        out: a .safetensors file that is not there yet.
+        dtype: float32, float16 or bfloat16; by default each tensor's own.
+        base: a single file to take everything but the U-Net from, byte by byte.  The U-Net is then cast to what the
+            base keeps its own in, unless ``dtype`` says otherwise; nothing else is cast.
+
+    Raises:
+        ValueError: the folder is no such model, or lacks a part, or has tensors that a single file has no place for;
+            the base holds another U-Net; a number is too large for the dtype; ``out`` is there or cannot be written.
+    """
+    folder, out = Path(folder), Path(out)
+    check_new_file(out, dtype)
+    report = inspect_folder(folder)
+    wanted = DTYPE_NAMES.get(dtype)
+    if base is None:
+        tensors, metadata = single_file_tensors(folder), {}
+        if wanted is not None:
+            tensors = {name: cast(tensor, wanted) for name, tensor in tensors.items()}
+    else:
+        tensors, metadata = _merge(folder, Path(base), wanted)
+    tensors, metadata = _mark(tensors, metadata, report, out.stem)
+    with atomic_write(out) as file:
+        write_tensors(file, tensors, metadata)
+
+
+def to_folder(
+    file: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+) -> None:
+    """Write a single file as a diffusers folder whose scheduler says what the model is.
+
+    For a model with zero terminal SNR the scheduler begins at the last timestep (``timestep_spacing="trailing"``), and
+    is diffusers' Euler where the published one cannot rescale.
+
+    Args:
+        file: a .safetensors file with everything in it.
+        out: a folder that is not there yet.
+        config: the diffusers folder, or its name on the hub, whose settings and tokenizers complete the file; by
+            default those of the first model of its kind, from the hub or its cache.
+        dtype: float32, float16 or bfloat16; by default the file's, or float32 if it has several.
+        prediction_type, zero_terminal_snr: instead of what the file says.
+
+    Raises:
+        ValueError: see ``load_pipeline``; ``out`` is there or cannot be written.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    from .pipeline import load_pipeline
+
+    file, out = Path(file), Path(out)
+    _check_new(out)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder already")
+    if dtype is None:
+        dtype = _only_dtype(file)
+    loaded = load_pipeline(
+        file, config=config, dtype=dtype, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr
+    )
+    pipeline = loaded.pipeline
+    if dtype == torch.float16:
+        pipeline.vae.half()  # load_pipeline keeps it in float32, for decoding
+    if loaded.zero_terminal_snr:
+        kind = type(pipeline.scheduler)
+        if "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
+            kind = EulerDiscreteScheduler
+        config = {**pipeline.scheduler.config, "_use_default_values": []}
+        pipeline.register_modules(scheduler=kind.from_config(config, timestep_spacing="trailing"))
+
+    unfinished = out.with_name(f".{out.name[:50]}.{secrets.token_hex(4)}.unfinished")
+    try:
+        try:
+            pipeline.save_pretrained(unfinished)
+            _sync(unfinished)
+            os.rename(unfinished, out)
+        except OSError as error:
+            raise ValueError(f"{out} cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def single_file_tensors(folder: Path) -> Tensors:
+    """All tensors of a diffusers folder by their names in a single file, sorted; for the arguments see above."""
+    unet = read_weights(folder / "unet")
+    tensors = _lay_out(unet, unet_layout, UNET) | _lay_out(read_weights(folder / "vae"), vae_layout, VAE)
+    for part, prefix in _text_encoders(unet).items():
+        there = read_weights(folder / part)
+        if prefix in (_CLIP, _CLIP_SDXL):
+            tensors |= _lay_out(there, clip_layout, prefix)
+            positions = torch.arange(tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0])
+            tensors[prefix + POSITION_IDS] = made(positions[None], "I64")
+        else:
+            tensors |= _lay_out(there, open_clip_layout, prefix)
+            if projection := tensors.get(f"{prefix}text_projection"):
+                scale = made(torch.tensor(_LOGIT_SCALE), "F32")
+                tensors[f"{prefix}logit_scale"] = cast(scale, projection.dtype)
+    return dict(sorted(tensors.items()))
+
+
+def _text_encoders(unet: Tensors) -> dict[str, str]:
+    """Part of the folder -> prefix in the single file."""
+    if is_sdxl(unet):
+        return {"text_encoder": _CLIP_SDXL, "text_encoder_2": _OPEN_CLIP_SDXL}
+    projections = [tensor for name, tensor in unet.items() if name.endswith("attentions.0.proj_in.weight")]
+    # SD 1.x projects by 1 x 1 convolutions, SD 2.x by matrices
+    return {"text_encoder": _OPEN_CLIP if projections and len(projections[0].shape) == 2 else _CLIP}
+
+
+def _lay_out(tensors: Tensors, layout: Callable[[Collection[str]], Layout], prefix: str) -> Tensors:
+    return {prefix + name: _make(recipe, tensors) for name, recipe in layout(tensors).items()}
+
+
+def _make(recipe: Recipe, tensors: Tensors) -> TensorStream:
+    sources = [tensors[name] for name in recipe.sources]
+    for name, tensor in zip(recipe.sources, sources, strict=True):
+        if not tensor.shape or not tensor.nbytes:
+            raise ValueError(f"the tensor {shorten(name)} has the shape {tensor.shape}, which no weight has")
+    tensor = sources[0] if len(sources) == 1 else stacked(sources)
+    if recipe.transposed:
+        return transposed(tensor)
+    if recipe.convolution and len(tensor.shape) == 2:  # early folders keep it as a convolution too
+        return replace(tensor, shape=(*tensor.shape, 1, 1))
+    return tensor
+
+
+def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[str, str]]:
+    """The base's tensors, in their order, with the folder's U-Net instead of its own; and its metadata."""
+    header = read_header(base)
+    order = sorted(header.tensors, key=lambda name: (header.tensors[name].begin, header.tensors[name].end, name))
+    tensors = {name: stored(base, header, name) for name in order}
+    unet = _lay_out(read_weights(folder / "unet"), unet_layout, UNET)
+    own = {name for name in tensors if name.startswith(UNET)}
+    if not own:
+        raise ValueError(f"{base} has no U-Net under the names of single files ({UNET}...), and cannot be a base")
+    if differing := sorted(own ^ unet.keys()):
+        raise ValueError(
+            f"{base} has another kind of U-Net than {folder}: only one of them has {list_names(differing)}"
+        )
+    for name, tensor in unet.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{base} has another kind of U-Net than {folder}: {name} is {tensors[name].shape}, not {tensor.shape}"
+            )
+        if dtype is None and tensors[name].dtype not in DTYPE_NAMES.values():
+            raise ValueError(f"{base} keeps its U-Net in {tensors[name].dtype}: say which dtype the new one shall have")
+        tensors[name] = cast(tensor, dtype or tensors[name].dtype)
+    return tensors, header.metadata
+
+
+def _mark(
+    tensors: Tensors, metadata: dict[str, str], report: CheckpointReport, title: str
+) -> tuple[Tensors, dict[str, str]]:
+    """With the marks by which programs know what the model predicts; unchanged where the folder does not say."""
+    if report.prediction_type is not None:
+        v_prediction = report.prediction_type == "v_prediction"
+        marks = {"v_pred": v_prediction, "ztsnr": v_prediction and bool(report.zero_terminal_snr)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in marks}
+        tensors |= {name: made(torch.zeros(0), "F32") for name, marked in marks.items() if marked}
+        metadata = {key: value for key, value in metadata.items() if key not in _SAYING_WHAT_IT_PREDICTS}
+    return tensors, metadata | modelspec(report, title)
+
+
+def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
+    """The metadata of ModelSpec 1.0.1 for a model, as far as they are known."""
+    metadata = {"sai_model_spec": "1.0.1", "title": title.encode("utf-8", "replace").decode()}
+    v_prediction = report.prediction_type == "v_prediction"
+    if report.architecture in _MODELSPEC:
+        metadata["implementation"] = "sgm"
+        metadata["architecture"], metadata["resolution"] = _MODELSPEC[report.architecture]
+        if report.architecture == "SD 2.x" and v_prediction:
+            metadata["architecture"], metadata["resolution"] = "stable-diffusion-v2-768-v", "768x768"
+    if report.prediction_type is not None:
+        metadata["prediction_type"] = "v" if v_prediction else "epsilon"
+    return {f"modelspec.{key}": value for key, value in metadata.items()}
+
+
+def is_sdxl(unet: Collection[str]) -> bool:
+    """Whether a U-Net, by the names of diffusers' tensors, is told the sizes of pictures, as those of SDXL are."""
+    return "add_embedding.linear_1.weight" in unet
+
+
+def inspect_folder(folder: Path) -> CheckpointReport:
+    """What a diffusers folder is, if it is one of a supported model."""
+    report = inspect_checkpoint(folder)
+    if report.format != DIFFUSERS_FOLDER:
+        raise ValueError(f"{folder} is no diffusers folder but a {report.format}")
+    if report.architecture not in SUPPORTED | {"unknown"}:
+        raise ValueError(f"{folder} is {report.architecture}, and only {', '.join(sorted(SUPPORTED))} are converted")
+    return report
+
+
+def check_new_file(out: Path, dtype: torch.dtype | None) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    _check_new(out)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out} must end in {SUFFIXES[0]}, by which programs know such files")
+    if dtype not in (None, *DTYPE_NAMES):
+        raise ValueError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
+
+
+def _check_new(out: Path) -> None:
+    if os.path.lexists(out):
+        raise ValueError(f"{out} is there already: choose another name, or remove it first")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
+
+
+def _only_dtype(file: Path) -> torch.dtype:
+    """The type that all numbers of a file are in, float32 if they are in several."""
+    precision = inspect_checkpoint(file).precision
+    found = [dtype for dtype, name in DTYPE_NAMES.items() if name in precision]
+    return found[0] if len(found) == 1 else torch.float32
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())

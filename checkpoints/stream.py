@@ -1,0 +1,151 @@
+"""Tensors on their way from file to file, a few megabytes at a time: no checkpoint is too large for the memory."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .header import BITS, Header
+
+CHUNK = 16 * 2**20  # bytes
+HASH = "modelspec.hash_sha256"  # of everything behind the header (ModelSpec 1.0.1)
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOATS = {
+    **{name: dtype for dtype, name in DTYPE_NAMES.items()},
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorStream:
+    """A tensor that is read when it is written.
+
+    Attributes:
+        dtype: as safetensors names it.
+        read: gives its bytes, piece by piece, each piece of whole numbers.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Iterator[bytearray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+def stored(path: Path, header: Header, name: str) -> TensorStream:
+    """A tensor of a safetensors file."""
+    entry = header.tensors[name]
+
+    def read() -> Iterator[bytearray]:
+        for begin in range(entry.begin, entry.end, CHUNK):
+            piece = bytearray(min(CHUNK, entry.end - begin))
+            try:
+                with path.open("rb") as file:
+                    file.seek(header.data_start + begin)
+                    size = file.readinto(piece)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+            if size != len(piece):
+                raise ValueError(f"{path} became shorter while it was read")
+            yield piece
+
+    return TensorStream(entry.dtype, entry.shape, read)
+
+
+def made(tensor: torch.Tensor, dtype: str) -> TensorStream:
+    """A small tensor that comes from no file."""
+    return TensorStream(dtype, tuple(tensor.shape), lambda: iter([_to_bytes(tensor.flatten())]))
+
+
+def stacked(tensors: list[TensorStream]) -> TensorStream:
+    """Tensors of one type and width, one behind the other along the first axis."""
+    first, *others = tensors
+    if any((tensor.dtype, tensor.shape[1:]) != (first.dtype, first.shape[1:]) for tensor in others):
+        raise ValueError("parts of one tensor differ in type or width")
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return TensorStream(first.dtype, (rows, *first.shape[1:]), lambda: (p for t in tensors for p in t.read()))
+
+
+def transposed(tensor: TensorStream) -> TensorStream:
+    """A matrix, which is held in memory while it is turned."""
+    if len(tensor.shape) != 2:
+        raise ValueError(f"a tensor of shape {tensor.shape} is no matrix")
+    rows, columns = tensor.shape
+
+    def read() -> Iterator[bytearray]:
+        bytes_of_each = torch.frombuffer(bytearray().join(tensor.read()), dtype=torch.uint8).view(rows, columns, -1)
+        yield _to_bytes(bytes_of_each.transpose(0, 1).flatten())
+
+    return replace(tensor, shape=(columns, rows), read=read)
+
+
+def cast(tensor: TensorStream, dtype: str) -> TensorStream:
+    """The same numbers in another type of floating point; whole numbers stay as they are.
+
+    ``read`` raises OverflowError where a number is too large for the type.
+    """
+    if tensor.dtype == dtype or tensor.dtype not in _FLOATS:
+        return tensor
+
+    def read() -> Iterator[bytearray]:
+        for piece in tensor.read():
+            numbers = torch.frombuffer(piece, dtype=_FLOATS[tensor.dtype])
+            numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+            converted = numbers.to(_FLOATS[dtype])
+            if (converted.isinf() & ~numbers.isinf()).any():
+                raise OverflowError
+            yield _to_bytes(converted)
+
+    return replace(tensor, dtype=dtype, read=read)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, TensorStream], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the types with the widest numbers first so that every number is aligned, and the hash
+    of its data into the metadata.
+
+    The same tensors and metadata in the same order give the same bytes.
+
+    Args:
+        file: empty and seekable.
+
+    Raises:
+        ValueError: a number is too large for the type it is cast to, or a source became shorter.
+    """
+    order = sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype])
+    unknown = f"0x{0:064x}"
+    content, end = {"__metadata__": {HASH: unknown, **{k: v for k, v in metadata.items() if k != HASH}}}, 0
+    for name, tensor in order:
+        begin, end = end, end + tensor.nbytes
+        content[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+
+    digest = hashlib.sha256()
+    for name, tensor in order:
+        written = 0
+        try:
+            for piece in tensor.read():
+                file.write(piece)
+                digest.update(piece)
+                written += len(piece)
+        except OverflowError:
+            raise ValueError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider type") from None
+        if written != tensor.nbytes:
+            raise RuntimeError(f"{name} took {written} bytes instead of {tensor.nbytes}")
+    file.seek(8 + header.index(unknown.encode()))  # the first of all values
+    file.write(f"0x{digest.hexdigest()}".encode())
+
+
+def _to_bytes(numbers: torch.Tensor) -> bytearray:
+    return bytearray(numbers.contiguous().view(torch.uint8).numpy())
