@@ -26,6 +26,14 @@ SHORT = ("--seeds", 2, "--steps", 3, "--reference-steps", 10)
 TWO_PROMPTS = ("--prompt", "", "--prompt", "solid black background=black")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_sheet():
+    """Three steps for each start of the sheet, which otherwise takes most of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leak_run, "SHEET_STEPS", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "model")
