@@ -135,10 +135,11 @@ def leak(
     out: Path,
     gate: float | None,
 ) -> None:
-    """Is MODEL really zero-SNR trained, and does the sampler leak the noise's mean into the picture?
+    """Is a model zero-SNR trained? Does its sampler leak?
 
-    MODEL is a diffusers folder, a single .safetensors file, or a name on the Hugging Face hub.  Prints a table and the
-    verdict, and writes report.html and report.json.
+    That is, does the network or the sampler take the mean of the noise for the picture's brightness.  MODEL is a
+    diffusers folder, a single .safetensors file, or a name on the Hugging Face hub.  Prints a table and the verdict,
+    and writes report.html and report.json.
     """
     with mistakes_in_one_sentence():
         from .diagnostics.leak_run import PROMPTS, parse_prompt, run_leak
@@ -185,7 +186,7 @@ def leak(
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect(path: Path, as_json: bool) -> None:
-    """What a checkpoint is, and what each program will take it for.
+    """What a file is, and what programs take it for.
 
     PATH is a .safetensors file or a diffusers folder.  Only its header is read.
     """
@@ -208,9 +209,9 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 def verify(path: Path, other: Path | None) -> None:
-    """Read every tensor of a checkpoint and say what is wrong; beside OTHER, what changed.
+    """Read every tensor and say what is wrong.
 
-    Exits with status 1 if something is wrong.
+    Beside OTHER, also what changed.  Exits with status 1 if something is wrong.
     """
     with mistakes_in_one_sentence():
         from .checkpoints import verify_checkpoint
@@ -229,7 +230,7 @@ def verify(path: Path, other: Path | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The file to write.")
 @click.option("--in-place", is_flag=True, help="Replace the file itself; the only way for a folder.")
 def mark(path: Path, v_pred: bool | None, ztsnr: bool | None, swarm: bool, out: Path | None, in_place: bool) -> None:
-    """Mark a checkpoint so that programs load it as what it is.
+    """Mark a file so that programs load it right.
 
     PATH is a .safetensors file or a diffusers folder.  Tensor data are copied as they are.
     """
@@ -277,7 +278,7 @@ def convert(
     prediction: str | None,
     zero_snr: bool | None,
 ) -> None:
-    """Make a single file of a diffusers folder, a folder of a file, or a kohya LoRA of a peft adapter.
+    """Turn a diffusers folder into a single file, or back.
 
     SOURCE decides: a folder becomes the file TARGET, a file the folder TARGET, and a folder with an adapter_config.json
     a LoRA file that ComfyUI and web UIs read.
