@@ -6,15 +6,19 @@ everything that the rest of the file must agree with is checked: a bad one ends 
 memory.
 """
 
+import hashlib
 import json
 import math
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 LONGEST_HEADER = 10_000_000  # bytes.  SDXL's takes 0.3 million; this bounds the memory and the time of parsing
 MOST_DIMENSIONS = 64  # PyTorch's own limit
+HASH = "modelspec.hash_sha256"  # in the metadata: of everything behind the header (ModelSpec 1.0.1)
+HASH_BUFFER = 1 << 20  # bytes
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -105,6 +109,21 @@ def parse_header(text: bytes, data_size: int) -> Header:
     if end < data_size:
         raise ValueError(f"{data_size - end:,} bytes behind the last tensor belong to none")
     return Header(tensors, metadata, 8 + len(text))
+
+
+def open_data(path: Path, header: Header) -> FileIO:
+    """The file, unbuffered, at the beginning of its data."""
+    file = path.open("rb", buffering=0)
+    file.seek(header.data_start)
+    return file
+
+
+def hash_data(data: FileIO) -> str:
+    """The SHA-256 of the rest of a file, as ModelSpec writes it."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BUFFER))
+    while count := data.readinto(buffer):
+        digest.update(buffer[:count])
+    return f"0x{digest.hexdigest()}"
 
 
 def shorten(text: str, longest: int = 60) -> str:

@@ -5,20 +5,18 @@ and the metadata of ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec).
 header is written anew and the data are copied as they are.  A diffusers folder gets its scheduler's settings changed.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .architecture import SUPPORTED
 from .atomic import atomic_write
-from .header import SUFFIXES, Header, TensorEntry, read_header
+from .header import HASH, SUFFIXES, Header, TensorEntry, hash_data, open_data, read_header
 from .inspect import (
     BARE_UNET,
     DIFFUSERS_FOLDER,
@@ -34,7 +32,6 @@ from .markers import read_scheduler_config
 BUFFER = 1 << 20  # bytes
 BLOCK = 64 << 10  # bytes
 
-_HASH = "modelspec.hash_sha256"
 _FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight")
 # (architecture, v-prediction) -> ModelSpec's name of the architecture, resolution; it names no others of SUPPORTED
 _MODELSPEC = {
@@ -214,20 +211,20 @@ def _write(path: Path, header: Header, tensors: dict[str, TensorEntry], metadata
     A hash of the data is computed again, in a thread of its own, where the file has one.  It is not added where there
     is none: that takes longer than all the rest.
     """
-    has_hash = _HASH in metadata
+    has_hash = HASH in metadata
     if has_hash:
-        metadata = metadata | {_HASH: f"0x{'0' * 64}"}  # of the right length until it is known
+        metadata = metadata | {HASH: f"0x{'0' * 64}"}  # of the right length until it is known
     with (
         atomic_write(target) as file,
         ThreadPoolExecutor(1) as thread,
-        _open_data(path, header) as data,  # closed first, so that nobody waits for the thread when copying fails
+        open_data(path, header) as data,  # closed first, so that nobody waits for the thread when copying fails
     ):
-        hashing = thread.submit(_hash, data) if has_hash else None
+        hashing = thread.submit(hash_data, data) if has_hash else None
         file.write(_encode(tensors, metadata, like=header))
         _copy_data(path, header, file)
         if hashing:
             file.seek(0)
-            file.write(_encode(tensors, metadata | {_HASH: hashing.result()}, like=header))
+            file.write(_encode(tensors, metadata | {HASH: hashing.result()}, like=header))
 
 
 def _encode(tensors: dict[str, TensorEntry], metadata: dict[str, str], like: Header) -> bytes:
@@ -245,26 +242,11 @@ def _encode(tensors: dict[str, TensorEntry], metadata: dict[str, str], like: Hea
     return struct.pack("<Q", len(text)) + text
 
 
-def _open_data(path: Path, header: Header) -> FileIO:
-    """The file, unbuffered, at the beginning of its data."""
-    file = path.open("rb", buffering=0)
-    file.seek(header.data_start)
-    return file
-
-
-def _hash(data: FileIO) -> str:
-    """The SHA-256 of the rest of a file, as ModelSpec writes it."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
-    while count := data.readinto(buffer):
-        digest.update(buffer[:count])
-    return f"0x{digest.hexdigest()}"
-
-
 def _copy_data(path: Path, header: Header, file: BinaryIO) -> None:
     """Append the data to ``file``; within the kernel, as cp does, where it can do that."""
     file.flush()
     start = file.tell()
-    with _open_data(path, header) as data:
+    with open_data(path, header) as data:
         with suppress(AttributeError, OSError):  # another system, another file system, or a full disk
             count = -header.data_start % BLOCK or BLOCK  # to where whole blocks begin
             while os.copy_file_range(data.fileno(), file.fileno(), count):

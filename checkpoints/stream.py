@@ -10,10 +10,9 @@ from typing import BinaryIO
 
 import torch
 
-from .header import BITS, Header
+from .header import BITS, HASH, Header
 
 CHUNK = 16 * 2**20  # bytes
-HASH = "modelspec.hash_sha256"  # of everything behind the header (ModelSpec 1.0.1)
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOATS = {

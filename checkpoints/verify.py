@@ -3,19 +3,18 @@
 Files are read one tensor at a time, so a check takes no more memory than the largest tensor.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from .header import read_header, shorten
+from .header import HASH, hash_data, open_data, read_header, shorten
 from .inspect import CheckpointReport, inspect_checkpoint
 
-CHUNK = 1 << 24  # bytes read at once for the hash
 MOST_NAMES = 5  # in a sentence
 
 
@@ -86,27 +85,28 @@ def verify_checkpoint(path: str | Path, other: str | Path | None = None) -> Veri
     """
     path = Path(path)
     report = inspect_checkpoint(path)
-    files = _files(path)
-    known = _locations(_files(Path(other))) if other is not None else None
-    problems, remarks, changes, names = [], [], [], []
+    problems, remarks, changes, names = [], [], [], set()
     zero, constant = [], []
-    for file in files:
-        problems += _wrong_hash(file)
-        for name, tensor in _tensors(file, _part(path, file)):
-            names.append(name)
+    with ExitStack() as opened:
+        known = {} if other is None else _places(Path(other), opened)
+        for file in _files(path):
+            problems += _wrong_hash(file)
+        for name, (file, key) in _places(path, opened).items():
+            names.add(name)
+            tensor = file.get_tensor(key)
             if tensor.is_floating_point() and not tensor.float().isfinite().all():
                 problems.append(f"{shorten(name)} holds NaN or infinite values.")
             elif tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
                 (constant if tensor.any() else zero).append(name)
-            if known is not None and name in known:
-                change = _change(name, tensor, known[name])
-                if change is not None:
+            if name in known:
+                before, key = known[name]
+                if change := _change(name, tensor, before.get_tensor(key)):
                     changes.append(change)
     if zero:
         remarks.append(f"{len(zero)} tensors are all zero: {_list(zero)}.")
     if constant:
         remarks.append(f"{len(constant)} tensors hold one value throughout: {_list(constant)}.")
-    if known is None:
+    if other is None:
         return VerifyReport(report, len(names), tuple(problems), tuple(remarks))
     return VerifyReport(
         report,
@@ -114,44 +114,29 @@ def verify_checkpoint(path: str | Path, other: str | Path | None = None) -> Veri
         tuple(problems),
         tuple(remarks),
         tuple(sorted(changes, key=lambda change: -change.relative)),
-        tuple(name for name in names if name not in known),
-        tuple(name for name in known if name not in set(names)),
+        tuple(sorted(names - known.keys())),
+        tuple(sorted(known.keys() - names)),
     )
 
 
 def _files(path: Path) -> list[Path]:
     """The weights of a file or a folder."""
-    if not path.is_dir():
-        return [path]
-    return sorted(path.glob("*/*.safetensors"))
+    return sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]
 
 
-def _part(path: Path, file: Path) -> str:
-    """Names in a folder begin with the part's: unet, vae, ..."""
-    return f"{file.parent.name}." if path.is_dir() else ""
-
-
-def _tensors(file: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    read_header(file)  # which refuses what safetensors would stumble over
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 (not a dict)
-            yield prefix + name, opened.get_tensor(name)
-
-
-def _locations(files: list[Path]) -> dict[str, tuple[Path, str]]:
-    folder = len(files) > 1
+def _places(path: Path, opened: ExitStack) -> dict[str, tuple[Any, str]]:
+    """Tensor -> the opened file that holds it and its name there; in a folder names begin with the part's: unet, ..."""
     found = {}
-    for file in files:
-        prefix = f"{file.parent.name}." if folder else ""
-        found |= {prefix + name: (file, name) for name in read_header(file).tensors}
+    for file in _files(path):
+        names = read_header(file).tensors  # which refuses what safetensors would stumble over
+        prefix = f"{file.parent.name}." if path.is_dir() else ""
+        tensors = opened.enter_context(safe_open(file, framework="pt"))
+        found |= {prefix + name: (tensors, name) for name in names}
     return found
 
 
-def _change(name: str, tensor: torch.Tensor, place: tuple[Path, str]) -> Change | None:
+def _change(name: str, tensor: torch.Tensor, before: torch.Tensor) -> Change | None:
     """None for equal values, whatever their types."""
-    file, key = place
-    with safe_open(file, framework="pt") as opened:
-        before = opened.get_tensor(key)
     if before.shape != tensor.shape:
         return Change(name, math.inf, math.inf)
     difference = tensor.double() - before.double()
@@ -162,19 +147,15 @@ def _change(name: str, tensor: torch.Tensor, place: tuple[Path, str]) -> Change 
 
 
 def _wrong_hash(file: Path) -> list[str]:
-    """modelspec.hash_sha256 is of the bytes behind the header (ModelSpec 1.0.1)."""
     header = read_header(file)
-    said = header.metadata.get("modelspec.hash_sha256")
+    said = header.metadata.get(HASH)
     if said is None:
         return []
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        opened.seek(header.data_start)
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() == said.lower().removeprefix("0x"):
+    with open_data(file, header) as data:
+        found = hash_data(data)
+    if found.removeprefix("0x") == said.lower().removeprefix("0x"):
         return []
-    return [f"The metadata's hash {shorten(said)} is not that of the tensors, 0x{digest.hexdigest()}."]
+    return [f"The metadata's hash {shorten(said)} is not that of the tensors, {found}."]
 
 
 def _list(names) -> str:

@@ -444,7 +444,7 @@ def test_a_file_that_changes_meanwhile(write, monkeypatch, change):
 
 def test_nobody_waits_for_the_hash_when_copying_fails(tmp_path, write_checkpoint, monkeypatch):
     path = write_checkpoint(tmp_path / "a.safetensors", {UNET + "a": ("U8", 2_000_000_000)}, HASH)
-    hash_rest, started, finished = mark._hash, [], []
+    hash_rest, started, finished = mark.hash_data, [], []
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -454,7 +454,7 @@ def test_nobody_waits_for_the_hash_when_copying_fails(tmp_path, write_checkpoint
         finished.append(hash_rest(data))
 
     monkeypatch.setattr(mark, "_copy_data", interrupted)
-    monkeypatch.setattr(mark, "_hash", watched)
+    monkeypatch.setattr(mark, "hash_data", watched)
     with pytest.raises(KeyboardInterrupt):
         mark_checkpoint(path, v_pred=True, in_place=True)
     assert started
