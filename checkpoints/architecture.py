@@ -9,6 +9,15 @@ from collections.abc import Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# what kind of file it is
+SINGLE_FILE = "single file"
+PREFIXED_UNET = "U-Net only, single-file names"
+BARE_UNET = "U-Net only, bare names"
+DIFFUSERS_UNET = "diffusers U-Net file"
+DIFFUSERS_FOLDER = "diffusers folder"
+LORA = "LoRA"
+UNKNOWN = "unknown format"
+
 SUPPORTED = frozenset({"SD 1.x", "SD 2.x", "SDXL base", "SSD-1B", "Vega", "KOALA"})
 
 # (channels, width of the text, width of SDXL's sizes or of unCLIP's image)

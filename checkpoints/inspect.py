@@ -7,19 +7,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .architecture import SUPPORTED, lora_architecture, transformer_architecture, unet_architecture
+from .architecture import (
+    BARE_UNET,
+    DIFFUSERS_FOLDER,
+    DIFFUSERS_UNET,
+    LORA,
+    PREFIXED_UNET,
+    SINGLE_FILE,
+    SUPPORTED,
+    UNKNOWN,
+    lora_architecture,
+    transformer_architecture,
+    unet_architecture,
+)
 from .header import PICKLES, Header, read_header
 from .markers import find_marks, read_scheduler_config, settle
 from .programs import Marked, ProgramRow
 from .programs import rows as program_rows
-
-SINGLE_FILE = "single file"
-PREFIXED_UNET = "U-Net only, single-file names"
-BARE_UNET = "U-Net only, bare names"
-DIFFUSERS_UNET = "diffusers U-Net file"
-DIFFUSERS_FOLDER = "diffusers folder"
-LORA = "LoRA"
-UNKNOWN = "unknown format"
 
 _PREFIX = "model.diffusion_model."
 _TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
@@ -32,7 +36,7 @@ class CheckpointReport:
     """What ``inspect_checkpoint`` found.  ``str()`` of it is a text for people."""
 
     path: Path
-    format: str  # one of the names above
+    format: str  # one of architecture.py's
     architecture: str  # one of architecture.SUPPORTED, the name of another one, or "unknown"
     prediction_type: str | None  # "v_prediction", "epsilon", or None if nothing says
     zero_terminal_snr: bool | None  # None if nothing says

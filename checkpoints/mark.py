@@ -27,21 +27,12 @@ from .inspect import (
     CheckpointReport,
     inspect_checkpoint,
 )
-from .markers import read_scheduler_config
+from .markers import MODELSPEC_ARCHITECTURES, read_scheduler_config
 
 BUFFER = 1 << 20  # bytes
 BLOCK = 64 << 10  # bytes
 
 _FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight")
-# (architecture, v-prediction) -> ModelSpec's name of the architecture, resolution; it names no others of SUPPORTED
-_MODELSPEC = {
-    ("SD 1.x", False): ("stable-diffusion-v1", "512x512"),
-    ("SD 1.x", True): ("stable-diffusion-v1", "512x512"),
-    ("SD 2.x", False): ("stable-diffusion-v2-512", "512x512"),
-    ("SD 2.x", True): ("stable-diffusion-v2-768-v", "768x768"),
-    ("SDXL base", False): ("stable-diffusion-xl-v1-base", "1024x1024"),
-    ("SDXL base", True): ("stable-diffusion-xl-v1-base", "1024x1024"),
-}
 
 
 def mark_checkpoint(
@@ -180,8 +171,8 @@ def _mark_metadata(
     if ztsnr is not None:
         _replace(metadata, "ss_zero_terminal_snr", str(ztsnr))
     # with more channels it paints into pictures, or edits them
-    if _channels(header) == 4 and (architecture, v_pred) in _MODELSPEC:
-        name, resolution = _MODELSPEC[architecture, v_pred]
+    if _channels(header) == 4 and (architecture, v_pred) in MODELSPEC_ARCHITECTURES:
+        name, resolution = MODELSPEC_ARCHITECTURES[architecture, v_pred]
         for key, value in {
             "sai_model_spec": "1.0.1",
             "architecture": name,

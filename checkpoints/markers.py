@@ -29,6 +29,15 @@ _MODELSPEC = {
     "epsilon": ("epsilon", None),
     "eps": ("epsilon", None),
 }
+# (architecture, v-prediction) -> ModelSpec's name of the architecture, resolution; it names no others of SUPPORTED
+MODELSPEC_ARCHITECTURES = {
+    ("SD 1.x", False): ("stable-diffusion-v1", "512x512"),
+    ("SD 1.x", True): ("stable-diffusion-v1", "512x512"),
+    ("SD 2.x", False): ("stable-diffusion-v2-512", "512x512"),
+    ("SD 2.x", True): ("stable-diffusion-v2-768-v", "768x768"),
+    ("SDXL base", False): ("stable-diffusion-xl-v1-base", "1024x1024"),
+    ("SDXL base", True): ("stable-diffusion-xl-v1-base", "1024x1024"),
+}
 _YES_NO = {"true": True, "1": True, "false": False, "0": False}
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .architecture import DIFFUSERS_FOLDER, DIFFUSERS_UNET, PREFIXED_UNET, SINGLE_FILE
+
 SDXL_FAMILY = frozenset({"SDXL base", "SSD-1B", "Vega", "KOALA"})
 
 
@@ -57,7 +59,7 @@ class Marked:
     """What programs look at.
 
     Attributes:
-        form: one of the formats of inspect.py.
+        form: one of architecture.py's formats.
         names: of the tensors, "v_pred" and "ztsnr" among them.
         scheduler_config: of a diffusers folder, else empty.
     """
@@ -71,11 +73,11 @@ class Marked:
 
     @property
     def is_single_file(self) -> bool:
-        return self.form == "single file"
+        return self.form == SINGLE_FILE
 
     @property
     def is_folder(self) -> bool:
-        return self.form == "diffusers folder"
+        return self.form == DIFFUSERS_FOLDER
 
 
 def rows(marked: Marked, prediction_type: str | None, zero_terminal_snr: bool | None) -> tuple[ProgramRow, ...]:
@@ -121,7 +123,7 @@ def _not_loaded(what: str) -> Taken:
 def _comfyui(marked: Marked) -> Taken:
     if marked.is_folder:
         return Taken("epsilon", False, "its diffusers loader reads no marks")
-    if marked.form in ("U-Net only, single-file names", "diffusers U-Net file"):
+    if marked.form in (PREFIXED_UNET, DIFFUSERS_UNET):
         return Taken("epsilon", False, "its loader drops the marks of such U-Net files")
     if marked.architecture == "SD 2.x":
         return Taken(None, None, "guesses v-prediction from a weight, never zero SNR")

@@ -31,6 +31,7 @@ from .layouts import (
     unet_layout,
     vae_layout,
 )
+from .markers import MODELSPEC_ARCHITECTURES
 from .stream import DTYPE_NAMES, TensorStream, cast, made, stacked, stored, transposed, write_tensors
 
 Tensors = dict[str, TensorStream]
@@ -39,12 +40,6 @@ _CLIP_SDXL, _OPEN_CLIP_SDXL = "conditioner.embedders.0.transformer.text_model.",
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 # the largest that CLIP is trained with; diffusers does not keep it, and no sampler reads it
 _LOGIT_SCALE = math.log(100)
-# architecture -> what ModelSpec calls it, and its resolution
-_MODELSPEC = {
-    "SD 1.x": ("stable-diffusion-v1", "512x512"),
-    "SD 2.x": ("stable-diffusion-v2-512", "512x512"),
-    "SDXL base": ("stable-diffusion-xl-v1-base", "1024x1024"),
-}
 _SAYING_WHAT_IT_PREDICTS = (
     *("modelspec.prediction_type", "modelspec.predict_key"),
     *("ss_v_parameterization", "ss_zero_terminal_snr"),
@@ -233,11 +228,9 @@ def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
     """The metadata of ModelSpec 1.0.1 for a model, as far as they are known."""
     metadata = {"sai_model_spec": "1.0.1", "title": title.encode("utf-8", "replace").decode()}
     v_prediction = report.prediction_type == "v_prediction"
-    if report.architecture in _MODELSPEC:
+    if known := MODELSPEC_ARCHITECTURES.get((report.architecture, v_prediction)):
         metadata["implementation"] = "sgm"
-        metadata["architecture"], metadata["resolution"] = _MODELSPEC[report.architecture]
-        if report.architecture == "SD 2.x" and v_prediction:
-            metadata["architecture"], metadata["resolution"] = "stable-diffusion-v2-768-v", "768x768"
+        metadata["architecture"], metadata["resolution"] = known
     if report.prediction_type is not None:
         metadata["prediction_type"] = "v" if v_prediction else "epsilon"
     return {f"modelspec.{key}": value for key, value in metadata.items()}

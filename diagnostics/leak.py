@@ -429,6 +429,21 @@ def _channel_fits(probes: Sequence[SamplerProbe], references: Sequence[SamplerPr
     return fits
 
 
+def fit_pictures(noise_mean: np.ndarray, picture_mean: np.ndarray) -> list[ChannelFit]:
+    """Least-squares lines of pictures' channel means on their noises', (B, C) both, at least 3 that are finite."""
+    from scipy import stats
+
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(noise_mean) - 2)
+    fits = []
+    for x, y in zip(noise_mean.T, picture_mean.T, strict=True):
+        line = stats.linregress(x, y)
+        slope = Estimate(float(line.slope), float(quantile * line.stderr), len(x))
+        intercept = Estimate(float(line.intercept), float(quantile * line.intercept_stderr), len(x))
+        r_squared = float(line.rvalue**2) if np.ptp(y) > 0 else 0.0
+        fits.append(ChannelFit(slope, intercept, r_squared, None, None))
+    return fits
+
+
 def _lines(probes: Sequence[SamplerProbe]) -> tuple[np.ndarray, np.ndarray]:
     """Slopes and intercepts of each seed's pair, (K, C) both; the noises' means are opposite."""
     return np.stack([probe.slopes for probe in probes]), np.stack([probe.picture_mean.mean(0) for probe in probes])

@@ -32,6 +32,7 @@ from .leak import (
     LeakReport,
     expected_denoised_mean,
     expected_slope,
+    fit_pictures,
 )
 from .leak_probes import SamplerProbe
 from .plots import ALARM, COLORS, INK, MARKERS, contact_sheet, sigma_axis
@@ -521,8 +522,6 @@ def _draw_std(axes: Axes, statistics: LatentStatistics, channels: Sequence[int],
 
 def _fit_run(statistics: LatentStatistics, picture_mean: np.ndarray | None) -> tuple[list[ChannelFit], str]:
     """Least-squares lines of the pictures' means on the noises', a channel each; or none, and why."""
-    from scipy import stats
-
     noise = statistics.noise_mean
     if noise is None:
         return [], "the noise that the run began with is not known"
@@ -534,14 +533,7 @@ def _fit_run(statistics: LatentStatistics, picture_mean: np.ndarray | None) -> t
         return [], "that takes 3 samples"
     if np.ptp(noise, axis=0).min() * math.sqrt(statistics.canvas) < 1e-3:
         return [], "all samples began with the same mean of the noise"
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(noise) - 2)
-    fits = []
-    for x, y in zip(noise.T, picture_mean.T, strict=True):
-        line = stats.linregress(x, y)
-        slope = Estimate(float(line.slope), float(quantile * line.stderr), len(x))
-        intercept = Estimate(float(line.intercept), float(quantile * line.intercept_stderr), len(x))
-        fits.append(ChannelFit(slope, intercept, float(line.rvalue**2) if np.ptp(y) > 0 else 0.0, None, None))
-    return fits, ""
+    return fit_pictures(noise, picture_mean), ""
 
 
 def _open_band(levels: np.ndarray, start: float, first: float, last: float, canvas: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import CONFIDENCE, Estimate
+from ..diagnostics.leak import CONFIDENCE, ChannelFit, fit_pictures
 from ..diagnostics.leak_probes import measure_pictures
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
@@ -136,8 +136,8 @@ def describe_run(statistics: LatentStatistics, picture_mean: np.ndarray) -> list
             mean, std = (values[:, channel].mean() for values in (statistics.noise_mean, statistics.noise_std))
             parts.insert(0, f"noise {number(mean)} (std {number(std)})")
         if fits is not None:
-            slope, r_squared = fits[channel]
-            parts.append(f"slope of the pictures' means on the noise's {slope}, R^2 {r_squared:.2f}")
+            fit = fits[channel]
+            parts.append(f"slope of the pictures' means on the noise's {fit.slope}, R^2 {fit.r_squared:.2f}")
         lines.append(f"Channel {channel + 1}: {', '.join(parts)}.")
     if fits is not None:
         lines.append(f"Intervals hold {CONFIDENCE:.0%}.")
@@ -152,19 +152,11 @@ def describe_run(statistics: LatentStatistics, picture_mean: np.ndarray) -> list
     return lines
 
 
-def slopes_of(noise_mean: np.ndarray | None, picture_mean: np.ndarray) -> list[tuple[Estimate, float]] | None:
-    """For each channel the slope of the pictures' means (B, C) on the noise's, with its interval, and R^2."""
-    from scipy import stats
-
+def slopes_of(noise_mean: np.ndarray | None, picture_mean: np.ndarray) -> list[ChannelFit] | None:
+    """The line of each channel's pictures' means (B, C) on the noise's; None where there is none to see."""
     if noise_mean is None or len(noise_mean) < FEWEST or is_constant(noise_mean) or not np.isfinite(picture_mean).all():
         return None
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(noise_mean) - 2)
-    fits = []
-    for x, y in zip(noise_mean.T, picture_mean.T, strict=True):
-        line = stats.linregress(x, y)
-        r_squared = line.rvalue**2 if np.ptp(y) > 0 else 0.0
-        fits.append((Estimate(float(line.slope), float(quantile * line.stderr), len(x)), float(r_squared)))
-    return fits
+    return fit_pictures(noise_mean, picture_mean)
 
 
 def is_constant(noise_mean: np.ndarray) -> bool:
