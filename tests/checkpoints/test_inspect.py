@@ -10,61 +10,12 @@ import torch
 
 from ztsnr.checkpoints import SUPPORTED, inspect_checkpoint
 
-# The published configurations (config.json of each model's U-Net), as far as they shape it
-SD = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-UNETS = {
-    "SD 1.x": {**SD, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "SD 2.x": {
-        **SD,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "SDXL base": {**SDXL, "transformer_layers_per_block": (1, 2, 10)},
-    "SSD-1B": {
-        **SDXL,
-        "transformer_layers_per_block": (1, 2, 4),
-        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
-    },
-    "Vega": {**SDXL, "transformer_layers_per_block": (1, 1, 2)},
-    "SDXL refiner": {
-        **SDXL,
-        "block_out_channels": (384, 768, 1536, 1536),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 1280,
-        "attention_head_dim": (6, 12, 24, 24),
-        "transformer_layers_per_block": 4,
-        "projection_class_embeddings_input_dim": 2560,
-    },
-}
-
-
-def diffusers_unet(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a full-size U-Net, as diffusers builds it; without weights."""
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**UNETS[name])
-    return {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
+from ..full_size import UNETS, unet_shapes
 
 
 @pytest.fixture(scope="module")
 def sdxl_unet():
-    return diffusers_unet("SDXL base")
+    return unet_shapes("SDXL base")
 
 
 def ldm_unet(channels=320, text=2048, sizes=2816, depths=((0, 0), (2, 2), (10, 10)), prefix="model.diffusion_model."):
@@ -94,7 +45,7 @@ MARKS = {"v_pred": ("F32", 0), "ztsnr": ("F32", 0)}
 
 @pytest.mark.parametrize("name", UNETS)
 def test_diffusers_unets(tmp_path, write_checkpoint, name):
-    report = inspect_checkpoint(write_checkpoint(tmp_path / "unet.safetensors", diffusers_unet(name)))
+    report = inspect_checkpoint(write_checkpoint(tmp_path / "unet.safetensors", unet_shapes(name)))
     assert report.format == "diffusers U-Net file"
     assert report.architecture == name
     assert report.supported == (name != "SDXL refiner")
@@ -297,10 +248,10 @@ def test_a_unet_in_parts(tmp_path, write_checkpoint, sdxl_unet):
         write_checkpoint(path, {name: sdxl_unet[name] for name in names[part::3]})
     assert inspect_checkpoint(tmp_path).architecture == "SDXL base"
     # a smaller version beside the parts is the whole of it
-    write_checkpoint(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors", diffusers_unet("SD 1.x"))
+    write_checkpoint(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors", unet_shapes("SD 1.x"))
     assert inspect_checkpoint(tmp_path).architecture == "SD 1.x"
     # and what diffusers loads unless asked for a version is the plain file
-    write_checkpoint(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", diffusers_unet("SD 2.x"), dtype="F32")
+    write_checkpoint(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", unet_shapes("SD 2.x"), dtype="F32")
     report = inspect_checkpoint(tmp_path)
     assert (report.architecture, report.precision) == ("SD 2.x", {"F32": 1})
 

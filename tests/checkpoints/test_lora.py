@@ -14,8 +14,8 @@ from ztsnr.checkpoints import inspect_checkpoint
 from ztsnr.checkpoints.layouts import unet_modules
 from ztsnr.checkpoints.lora import export_lora
 
+from ..full_size import unet_shapes
 from ..tiny_pipelines import make_tiny_sdxl
-from .test_inspect import diffusers_unet
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -112,7 +112,7 @@ def test_names_of_sdxl_are_those_of_the_single_file(tmp_path, write_checkpoint):
         f"up_blocks.1.attentions.2.{block}.0.ff.net.0.proj": f"output_blocks_5_1_{block}_0_ff_net_0_proj",
         "up_blocks.2.resnets.2.time_emb_proj": "output_blocks_8_0_emb_layers_1",
     }
-    write_adapter(tmp_path / "adapter", layers, diffusers_unet("SDXL base"))
+    write_adapter(tmp_path / "adapter", layers, unet_shapes("SDXL base"))
     export_lora(tmp_path / "adapter", tmp_path / "lora.safetensors", model=full)
     assert modules(tmp_path / "lora.safetensors") == {f"lora_unet_{name}" for name in layers.values()}
     report = inspect_checkpoint(tmp_path / "lora.safetensors")
@@ -138,7 +138,7 @@ def test_names_of_sdxl_are_those_of_the_single_file(tmp_path, write_checkpoint):
 def test_names_of_sd_are_those_of_diffusers(tmp_path, write_checkpoint, name, width):
     full = full_size(tmp_path / "sd", write_checkpoint, name)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-    write_adapter(tmp_path / "adapter", [layer], diffusers_unet(name))
+    write_adapter(tmp_path / "adapter", [layer], unet_shapes(name))
     export_lora(tmp_path / "adapter", tmp_path / "lora.safetensors", model=full)
     assert modules(tmp_path / "lora.safetensors") == {
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -151,7 +151,7 @@ def test_names_of_sd_are_those_of_diffusers(tmp_path, write_checkpoint, name, wi
 
 def full_size(folder, write_checkpoint, name, **scheduler):
     """A folder with a U-Net that is all header."""
-    write_checkpoint(folder / "unet" / "diffusion_pytorch_model.safetensors", diffusers_unet(name))
+    write_checkpoint(folder / "unet" / "diffusion_pytorch_model.safetensors", unet_shapes(name))
     (folder / "scheduler").mkdir()
     if scheduler:
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))

@@ -26,8 +26,8 @@ from ztsnr.checkpoints.mark import mark_checkpoint
 from ztsnr.checkpoints.single_file import _mark as mark
 from ztsnr.checkpoints.single_file import single_file_tensors, to_folder, to_single_file
 
+from ..full_size import networks, shapes, unet_shapes
 from ..tiny_pipelines import make_tiny_sdxl, write_single_file
-from .test_inspect import diffusers_unet
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 MODELS = ("SDXL", "SD 1.x", "SD 2.x")
@@ -138,22 +138,6 @@ def data_of(path, name):
 # ----------------------------------------------------------------------------------------------------------------------
 # The names of published files
 
-CLIP = {
-    "ViT-L": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "ViT-H": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
-    "ViT-bigG": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-    },
-}
-FULL_SIZE = {
-    "SDXL base": ("ViT-L", "ViT-bigG"),
-    "SD 1.x": ("ViT-L",),
-    "SD 2.x": ("ViT-H",),
-}
 PUBLISHED = {
     "SDXL base": {
         UNET: "SDXL U-Net",
@@ -200,33 +184,14 @@ def expand(pattern):
 
 def write_full_size(folder, write_checkpoint, name, unet=None):
     """A folder of the full-size model whose files are all header."""
-    with torch.device("meta"):
-        text_encoders = [
-            (transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel)(
-                transformers.CLIPTextConfig(**CLIP[size])
-            )
-            for i, size in enumerate(FULL_SIZE[name])
-        ]
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            layers_per_block=2,
-        )
-    shapes = {
-        "unet/diffusion_pytorch_model": unet or diffusers_unet(name),
-        "vae/diffusion_pytorch_model": {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()},
-    }
-    for i, text_encoder in enumerate(text_encoders):
-        part = "text_encoder_2" if i else "text_encoder"
-        shapes[f"{part}/model"] = {key: tuple(tensor.shape) for key, tensor in text_encoder.state_dict().items()}
-    for file, tensors in shapes.items():
-        write_checkpoint(folder / f"{file}.safetensors", tensors)
+    for part, network in networks(name).items():
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+        names = unet if unet and part == "unet" else shapes(network)
+        write_checkpoint(folder / part / f"{stem}.safetensors", names)
     return folder
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_the_published_ones(tmp_path, write_checkpoint, name):
     tensors = single_file_tensors(write_full_size(tmp_path, write_checkpoint, name))
     expected = published(name)
@@ -241,9 +206,9 @@ def test_names_and_shapes_are_the_published_ones(tmp_path, write_checkpoint, nam
 def test_smaller_relatives_of_sdxl(tmp_path, write_checkpoint):
     full = published("SDXL base")
     for name in ("SSD-1B", "Vega"):
-        write_full_size(tmp_path / name, write_checkpoint, "SDXL base", unet=diffusers_unet(name))
+        write_full_size(tmp_path / name, write_checkpoint, "SDXL base", unet=unet_shapes(name))
         tensors = single_file_tensors(tmp_path / name)
-        assert len(tensors) == len(full) - 1680 + len(diffusers_unet(name))
+        assert len(tensors) == len(full) - 1680 + len(unet_shapes(name))
         # fewer transformer blocks, and besides nothing new
         assert {key for key in tensors if "transformer_blocks" not in key} <= full.keys()
 
@@ -713,7 +678,7 @@ def test_pickles(copy, tmp_path):
 
 def test_other_architectures(tmp_path, write_checkpoint):
     refiner = tmp_path / "refiner"
-    write_checkpoint(refiner / "unet" / "diffusion_pytorch_model.safetensors", diffusers_unet("SDXL refiner"))
+    write_checkpoint(refiner / "unet" / "diffusion_pytorch_model.safetensors", unet_shapes("SDXL refiner"))
     with pytest.raises(ValueError, match=r"is SDXL refiner, and only KOALA, SD 1\.x, .* are converted"):
         convert(refiner, tmp_path)
     flux = tmp_path / "flux"
