@@ -1,4 +1,7 @@
-"""Models of full size: the published settings of their networks, and a whole SDXL of random weights (6.9 GB)."""
+"""Models of full size: the published settings of their networks, and whole ones of random weights (SDXL: 6.9 GB).
+
+Those with the smallest U-Nets that ComfyUI knows have the text encoders and the VAE of full size all the same.
+"""
 
 import json
 import math
@@ -41,8 +44,16 @@ UNETS = {
         **SDXL,
         "transformer_layers_per_block": (1, 2, 4),
         "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
     },
-    "Vega": {**SDXL, "transformer_layers_per_block": (1, 1, 2)},
+    "Vega": {**SDXL, "transformer_layers_per_block": (1, 1, 2), "mid_block_type": "UNetMidBlock2D"},
+    "KOALA 700M": {
+        **SDXL,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (0, 2, 5),
+        "mid_block_type": None,
+    },
+    "KOALA 1B": {**SDXL, "layers_per_block": 1, "transformer_layers_per_block": (0, 2, 6)},
     "SDXL refiner": {
         **SDXL,
         "block_out_channels": (384, 768, 1536, 1536),
@@ -87,51 +98,84 @@ VAE = {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
+# ComfyUI tells U-Nets by the width of the first block and of the text, and SDXL's by the depths of the first half
+SMALLEST_UNETS = {
+    name: {
+        **UNETS[name],
+        "block_out_channels": (320, 320),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": heads,
+    }
+    for name, heads in {"SD 1.x": 8, "SD 2.x": 5}.items()
+} | {
+    "KOALA": {
+        **SDXL,
+        "block_out_channels": (320, 320, 320),
+        "layers_per_block": 1,
+        "attention_head_dim": 5,
+        "transformer_layers_per_block": (1, 2, 5),
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D",) * 3,
+    }
+}
 TEXT_ENCODERS = {"SDXL base": ("ViT-L", "ViT-bigG"), "SD 1.x": ("ViT-L",), "SD 2.x": ("ViT-H",)}
 
 
 def unet_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a U-Net, as diffusers builds it; without weights."""
-    return shapes(_unet(name))
+    return shapes(_unet(UNETS[name]))
 
 
 def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def networks(name: str) -> dict[str, torch.nn.Module]:
-    """The networks of a model by the names of their folders; without weights."""
+def networks(name: str, unet: dict | None = None) -> dict[str, torch.nn.Module]:
+    """The networks of a model by the names of their folders, with a U-Net of other settings if given; no weights."""
     with torch.device("meta"):
-        found = {"unet": _unet(name), "vae": diffusers.AutoencoderKL(**VAE)}
+        found = {"unet": _unet(unet or UNETS[name]), "vae": diffusers.AutoencoderKL(**VAE)}
         for i, size in enumerate(TEXT_ENCODERS[name]):
             kind = transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel
             found[f"text_encoder{'_2' if i else ''}"] = kind(transformers.CLIPTextConfig(**CLIP[size]))
     return found
 
 
-def _unet(name: str) -> diffusers.UNet2DConditionModel:
+def _unet(settings: dict) -> diffusers.UNet2DConditionModel:
     with torch.device("meta"):
-        return diffusers.UNet2DConditionModel(**UNETS[name])
+        return diffusers.UNet2DConditionModel(**settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With weights
 
 
-def write_sdxl(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
-    """Write a diffusers folder of SDXL of random weights in float16, zero-SNR v-prediction, and return it.
+def write_folder(
+    folder: Path,
+    name: str,
+    tokenizer: Path,
+    *,
+    unet: dict | None = None,
+    prediction_type: str = "v_prediction",
+    zero_snr: bool = True,
+) -> Path:
+    """Write a diffusers folder of random weights in float16, and return it.
 
-    Takes about a minute, and memory for one tensor.
+    SDXL takes half a minute, and memory for one tensor.
 
     Args:
+        name: a key of TEXT_ENCODERS.
         tokenizer: a folder with the vocab.json and merges.txt of CLIP, or of any tokenizer of its kind.
+        unet: settings of another U-Net.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for part, network in networks("SDXL base").items():
+    generator = torch.Generator().manual_seed(0)
+    for part, network in networks(name, unet).items():
         (folder / part).mkdir(parents=True)
-        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+        is_text = part.startswith("text_encoder")
+        stem = "model" if is_text else "diffusion_pytorch_model"
         _write_random(folder / part / f"{stem}.safetensors", shapes(network), generator)
-        if part.startswith("text_encoder"):
+        if is_text:
             network.config.save_pretrained(folder / part)
         else:
             network.save_config(folder / part)
@@ -139,25 +183,30 @@ def write_sdxl(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing="trailing" if zero_snr else "leading",
+        steps_offset=1,
     ).save_config(folder / "scheduler")
-    for part, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        transformers.CLIPTokenizer.from_pretrained(tokenizer, pad_token=pad, model_max_length=77).save_pretrained(
-            folder / part
-        )
     index = {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "force_zeros_for_empty_prompt": True,
     }
+    pads = {"tokenizer": "!" if name == "SD 2.x" else "<|endoftext|>"}
+    if name == "SDXL base":
+        index["_class_name"] = "StableDiffusionXLPipeline"
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        pads["tokenizer_2"] = "!"
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    for part, pad in pads.items():
+        clip = transformers.CLIPTokenizer.from_pretrained(tokenizer, pad_token=pad, model_max_length=77)
+        clip.save_pretrained(folder / part)
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

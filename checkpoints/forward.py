@@ -1,0 +1,244 @@
+"""Do the programs that load a checkpoint get the same networks out of it?
+
+A prompt goes through the text encoders, a canvas at the last timestep T through the U-Net, a latent through the VAE: in
+diffusers from the single file, in diffusers from the folder, and from the single file in ComfyUI, all in float32 on the
+CPU.  Each network is given the same numbers everywhere, so that a difference tells which one it is.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ..samplers.noise_schedule import NoiseSchedule
+from ..samplers.prediction import alpha_s, to_denoised
+from .architecture import SUPPORTED
+from .inspect import inspect_checkpoint
+from .pipeline import load_pipeline
+
+LIMIT = 1e-5  # between two programs in float32; a network that was read wrong differs by about 1
+INSIDE_COMFYUI = Path(__file__).resolve().parent.parent / "nodes" / "forward_inside.py"  # a program of its own
+PROMPT = "a photograph of a red fox in the snow"
+LATENT_SIZE = (16, 24)  # small, and not square
+# no two alike, so that none can be taken for another
+SIZES = {"height": 1024, "width": 832, "crop_h": 8, "crop_w": 24, "target_height": 960, "target_width": 768}
+# by the names of its classes in comfy/supported_models.py
+_IN_COMFYUI = {
+    "SD 1.x": ("SD15", "SD15_instructpix2pix"),
+    "SD 2.x": ("SD20",),
+    "SDXL base": ("SDXL", "SDXL_instructpix2pix"),
+    "SSD-1B": ("SSD1B",),
+    "Vega": ("Segmind_Vega",),
+    "KOALA": ("KOALA_700M", "KOALA_1B"),
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a program is from diffusers' reading of the checkpoint.
+
+    Attributes:
+        program: which one, and what it read.
+        what: a network's output, or the table of sigmas.
+        difference: norm of the difference over the norm of diffusers'.
+    """
+
+    program: str
+    what: str
+    difference: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= LIMIT
+
+    def __str__(self) -> str:
+        return f"{self.program}: {self.what} differs by {self.difference:.1e} of its norm"
+
+
+def compare_forwards(
+    path: Path, other: Path | None = None, *, config: str | Path | None = None, comfyui: str | Path | None = None
+) -> tuple[list[Agreement], list[str]]:
+    """One forward of a checkpoint in each program and from each layout that there is of it.
+
+    Takes the memory of the model in float32, for one program at a time.
+
+    Args:
+        path: a single file or a diffusers folder.
+        other: the same checkpoint in the other layout.
+        config: the diffusers folder, or its name on the hub, that completes a single file; by default the folder of the
+            two, or the first model of its kind.
+        comfyui: the folder of a ComfyUI; by default the one that is found (``find_comfyui``).  Not asked about U-Nets
+            that have no name, since it knows none of those.
+
+    Returns:
+        what was compared, and a sentence for each thing that is wrong.
+
+    Raises:
+        ValueError: there is nothing to compare with, or no such ComfyUI; see also ``load_pipeline``.
+    """
+    places = [path] if other is None else [path, other]
+    file = next((place for place in places if not place.is_dir()), None)
+    folder = next((place for place in places if place.is_dir()), None)
+    if other is not None and (file is None or folder is None):
+        raise ValueError(f"{path} and {other} are of one layout: to run, give a single file and its diffusers folder")
+    comfyui = find_comfyui() if comfyui is None else _check_comfyui(Path(comfyui))
+    architecture = inspect_checkpoint(path).architecture
+    asks_comfyui = file is not None and comfyui is not None and architecture in SUPPORTED
+    if other is None and not asks_comfyui:
+        lacking = "its single file" if file is None else "its diffusers folder, or a ComfyUI that knows it"
+        raise ValueError(f"there is nothing to run {path} beside: give {lacking}")
+
+    loaded = load_pipeline(path, config=config or folder)
+    schedule = NoiseSchedule.from_config(loaded.pipeline.scheduler.config)
+    prediction_type = loaded.prediction_type
+    inputs, settings = _inputs(loaded.pipeline, schedule)
+    expected = _forward(loaded.pipeline, inputs, schedule)
+    del loaded  # no two models in memory together
+    agreements, problems = [], []
+    if other is not None:
+        found = _forward(load_pipeline(other, config=config or folder).pipeline, inputs, schedule)
+        agreements += _compare(f"diffusers, {other.name}", found, expected)
+    if asks_comfyui:
+        try:
+            about, found = _run_comfyui(comfyui, file, inputs, settings)
+        except RuntimeError as error:
+            return agreements, [*problems, str(error)]
+        program = f"ComfyUI {about['version']}"
+        if about["architecture"] not in _IN_COMFYUI[architecture]:
+            problems.append(f"{program} takes it for {about['architecture']}, and it is {architecture}.")
+        seen = {"V_PREDICTION": "v_prediction", "EPS": "epsilon"}.get(about["model_type"], about["model_type"])
+        if seen != prediction_type:
+            problems.append(f"{program} takes it for {seen}, and it is {prediction_type}.")
+        sigmas = found.pop("sigmas")
+        agreements.append(Agreement(program, "sigma table", _table_difference(sigmas, schedule)))
+        # at the finite sigma that its table ends with
+        expected["denoised"] = to_denoised(
+            expected.pop("prediction"), inputs["state"], sigmas[-1].item(), prediction_type
+        )
+        agreements += _compare(program, found, expected)
+    problems += [f"{agreement}, and at most {LIMIT} is rounding." for agreement in agreements if not agreement.holds]
+    return agreements, problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In diffusers
+
+
+def _inputs(pipeline: StableDiffusionMixin, schedule: NoiseSchedule) -> tuple[Tensors, dict[str, Any]]:
+    """What every program is given: tensors, and the numbers of the tokens and the sizes."""
+    generator = torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(2, 1, 4, *LATENT_SIZE, generator=generator)
+    alpha, s = alpha_s(schedule.sigma_max)
+    text = _encode(pipeline)
+    inputs = {"latent": latent, "state": alpha * latent + s * noise, **text}
+    tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if "pooled" in text else [])]
+    tokens = [tokenizer(PROMPT, padding="max_length", max_length=77).input_ids for tokenizer in tokenizers]
+    return inputs, {"tokens": tokens, "sizes": SIZES}
+
+
+@torch.inference_mode()
+def _encode(pipeline: StableDiffusionMixin) -> Tensors:
+    """Text (1, 77, width) and, of SDXL, pooled text (1, width)."""
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    text, _, *pooled = pipeline.encode_prompt(PROMPT, **options)
+    return {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
+
+
+@torch.inference_mode()
+def _forward(pipeline: StableDiffusionMixin, inputs: Tensors, schedule: NoiseSchedule) -> Tensors:
+    """Each network's answer to the inputs; the text encoders' to the prompt."""
+    sizes = torch.tensor([list(SIZES.values())], dtype=torch.float32)
+    added = {"text_embeds": inputs["pooled"], "time_ids": sizes} if "pooled" in inputs else None
+    prediction = pipeline.unet(inputs["state"], schedule.last_timestep, inputs["text"], added_cond_kwargs=added).sample
+    return {**_encode(pipeline), "prediction": prediction, "picture": pipeline.vae.decode(inputs["latent"]).sample}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In ComfyUI
+
+
+def find_comfyui() -> Path | None:
+    """The folder of a ComfyUI: COMFYUI_PATH, or the one whose custom_nodes this package is in, or comfy-cli's."""
+    if named := os.environ.get("COMFYUI_PATH"):
+        return _check_comfyui(Path(named).expanduser())
+    package = Path(__file__).absolute().parent.parent
+    around = [package.parent.parent] if package.parent.name == "custom_nodes" else []
+    candidates = [*around, Path.home() / "comfy" / "ComfyUI"]
+    return next((folder for folder in candidates if (folder / "main.py").is_file()), None)
+
+
+def _check_comfyui(folder: Path) -> Path:
+    if not (folder / "main.py").is_file():
+        raise ValueError(f"there is no ComfyUI in {folder}")
+    return folder
+
+
+def _python_of(comfyui: Path) -> str:
+    """The interpreter that runs a ComfyUI: COMFYUI_PYTHON, or that of its environment, or else ours."""
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return named
+    environments = [*(comfyui / name for name in (".venv", "venv")), comfyui.parent / "python_embeded"]
+    names = ("bin/python", "Scripts/python.exe", "python.exe")
+    found = (folder / name for folder in environments for name in names)
+    return str(next((python for python in found if python.is_file()), sys.executable))
+
+
+def _run_comfyui(
+    comfyui: Path, file: Path, inputs: Tensors, settings: dict[str, Any]
+) -> tuple[dict[str, str], Tensors]:
+    """What ComfyUI takes a file for, and what comes out of it.
+
+    Raises:
+        RuntimeError: it could not, with the reason in one sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sent, received = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+        save_file({name: t.contiguous() for name, t in inputs.items()}, sent, {"settings": json.dumps(settings)})
+        command = [_python_of(comfyui), INSIDE_COMFYUI, comfyui.resolve(), file.resolve(), sent, received]
+        try:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder)
+        except OSError as error:
+            raise RuntimeError(f"ComfyUI does not start by {command[0]}: {error.strerror}.") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            reason = (
+                lines[-1] if done.returncode > 0 else f"signal {-done.returncode} ended it, as when memory is short"
+            )
+            raise RuntimeError(f"The ComfyUI in {comfyui} could not run {file.name}: {reason}.")
+        with safe_open(received, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+        return about, load_file(received)
+
+
+def _table_difference(sigmas: torch.Tensor, schedule: NoiseSchedule) -> float:
+    """The largest relative difference of ComfyUI's table, in which a large number stands for infinity."""
+    expected = schedule.sigma(torch.arange(schedule.last_timestep + 1))
+    if sigmas.shape != expected.shape:
+        return math.inf
+    if schedule.zero_terminal_snr:
+        if sigmas[-1] < 4000:
+            return math.inf
+        sigmas, expected = sigmas[:-1], expected[:-1]
+    return (sigmas.double() / expected - 1).abs().max().item()
+
+
+def _compare(program: str, found: Tensors, expected: Tensors) -> list[Agreement]:
+    return [Agreement(program, what, _difference(found[what], expected[what])) for what in expected if what in found]
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
