@@ -1,15 +1,16 @@
 """What the checkpoint tools cost: seconds and peak memory beside ``cp`` and beside loading and saving.
 
-    python benchmarks/checkpoints.py [--folder FOLDER] [--gigabytes N] [--runs N]
+    python benchmarks/checkpoints.py [--folder FOLDER] [--runs N] [mark] [convert] [inspect]
 
-Works on a file of random tensors in FOLDER, whose disk is what is measured.  Prints the tables and puts them into
-benchmarks/RESULTS.md.
+Works on random files in FOLDER, whose disk is what is measured: 2 GB for mark, a full-size SDXL of 6.9 GB for the
+others (30 GB in all).  Prints the tables and puts them into benchmarks/RESULTS.md.
 """
 
 import datetime
 import json
 import math
 import os
+import shutil
 import statistics
 import struct
 import subprocess
@@ -22,36 +23,26 @@ import click
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
-LIMIT = 0.8  # of the speed of cp
-MEMORY_LIMIT = 100  # MB
-TENSOR = 32 << 20  # numbers in each tensor
+ROOT = Path(__file__).resolve().parent.parent
+TENSOR = 32 << 20  # numbers in each tensor of the file to mark
+MB = 1e6
+# what the tools are asked to reach
+MARK_SPEED = 0.8  # of that of cp
+MARK_MEMORY = 100 * MB
+CONVERT_MEMORY = 500 * MB  # beyond the largest tensor
+INSPECT_SECONDS = 0.05
+INSPECT_MEMORY = 50 * MB
 
-# Each way is two pieces of a program of its own, of which the second one is timed.  `source` and `hashed`, which has a
-# hash in its metadata, are there; `target` is to be written.
+# Each way is two pieces of a program of its own, of which the second one is timed.  `place` is the folder with what
+# there is to work on, `target` a file or folder to be written.
 Ways = Mapping[str, tuple[str, str]]
-COPY, COPY_TO_DISK, HASH = "cp", "cp, then sync", "mark, hash"
-MARK: Ways = {
-    COPY: ("import subprocess", 'subprocess.run(["cp", source, target], check=True)'),
-    COPY_TO_DISK: (
-        "import subprocess",
-        'subprocess.run(["cp", source, target], check=True); subprocess.run(["sync", target], check=True)',
-    ),
-    "mark": (
-        "from ztsnr.checkpoints.mark import mark_checkpoint",
-        "mark_checkpoint(source, v_pred=True, ztsnr=True, out=target)",
-    ),
-    HASH: (
-        "from ztsnr.checkpoints.mark import mark_checkpoint",
-        "mark_checkpoint(hashed, v_pred=True, ztsnr=True, out=target)",
-    ),
-    "safetensors load_file, save_file": (
-        "import torch; from safetensors.torch import load_file, save_file; empty = torch.empty(0)",
-        'save_file(load_file(source) | {"v_pred": empty, "ztsnr": empty}, target)',
-    ),
-}
+Results = Mapping[str, tuple[float, float]]  # seconds, bytes of memory
+COPY, COPY_TO_DISK = "cp", "cp, then sync"
 PROGRAM = """
 import sys, time
-source, hashed, target = (f"{{sys.argv[1]}}/{{name}}.safetensors" for name in ("source", "hashed", "target"))
+from pathlib import Path
+place = Path(sys.argv[1])
+target = place / "target.safetensors"
 {prepare}
 start = time.perf_counter()
 {work}
@@ -59,6 +50,47 @@ seconds = time.perf_counter() - start
 kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(seconds, kilobytes)
 """
+
+
+def copying(source: str) -> Ways:
+    copy = f'subprocess.run(["cp", place / "{source}", target], check=True)'
+    return {
+        COPY: ("import subprocess", copy),
+        COPY_TO_DISK: ("import subprocess", f'{copy}; subprocess.run(["sync", target], check=True)'),
+        "safetensors load_file, save_file": (
+            "from safetensors.torch import load_file, save_file",
+            f'save_file(load_file(place / "{source}"), target)',
+        ),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Marking
+
+MARK = copying("source.safetensors") | {
+    name: (
+        "from ztsnr.checkpoints import mark_checkpoint",
+        f'mark_checkpoint(place / "{source}.safetensors", v_pred=True, ztsnr=True, out=target)',
+    )
+    for name, source in (("mark", "source"), ("mark, hash", "hashed"))
+}
+
+
+def mark(place: Path, runs: int) -> str:
+    for name, metadata in (("source", {}), ("hashed", {"modelspec.hash_sha256": "0x"})):
+        write_random_checkpoint(place / f"{name}.safetensors", 2_000_000_000, metadata)
+    nbytes = (place / "source.safetensors").stat().st_size
+    results = measure(MARK, place, runs)
+    memory = max(results[name][1] for name in ("mark", "mark, hash"))
+    verdicts = {
+        f"at least {MARK_SPEED} of the speed of `{copy}`": results[copy][0] / results["mark"][0] >= MARK_SPEED
+        for copy in (COPY, COPY_TO_DISK)
+    } | {f"at most {MARK_MEMORY / MB:.0f} MB": memory <= MARK_MEMORY}
+    return (
+        f"A file of {nbytes / 1e9:.2f} GB, in the page cache. `{COPY_TO_DISK}` and `mark` return when all is on the "
+        f"disk, the others\nleave that to the system. `mark, hash`: of a file that has the data's SHA-256 in its "
+        f"metadata, which is computed\nagain. Of `mark`: {told(verdicts)}.\n\n{table(results, nbytes)}"
+    )
 
 
 def write_random_checkpoint(path: Path, nbytes: int, metadata: dict[str, str]) -> None:
@@ -80,25 +112,128 @@ def write_random_checkpoint(path: Path, nbytes: int, metadata: dict[str, str]) -
             file.write(os.urandom(2 * TENSOR))
 
 
-def run(way: tuple[str, str], folder: Path) -> tuple[float, float]:
-    """Seconds, and peak memory in MB, of one run in a process of its own; what it wrote is removed."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Converting
+
+CONVERT = copying("sdxl.safetensors") | {
+    "convert to a single file": (
+        "import torch; from ztsnr.checkpoints import to_single_file",
+        'to_single_file(place / "sdxl", target)',
+    ),
+    "convert to a single file, --base": (
+        "import torch; from ztsnr.checkpoints import to_single_file",
+        'to_single_file(place / "sdxl", target, base=place / "sdxl.safetensors")',
+    ),
+    "convert to a folder": (
+        "import torch, diffusers; from ztsnr.checkpoints import to_folder",
+        'to_folder(place / "sdxl.safetensors", target.with_suffix(""), config=place / "sdxl")',
+    ),
+    "diffusers from_single_file, save_pretrained": (
+        "import torch, diffusers",
+        "diffusers.StableDiffusionXLPipeline.from_single_file(place / 'sdxl.safetensors', config=place / 'sdxl', "
+        "local_files_only=True, torch_dtype=torch.float16).save_pretrained(target.with_suffix(''))",
+    ),
+    "verify": (
+        "import torch; from ztsnr.checkpoints import verify_checkpoint",
+        'verify_checkpoint(place / "sdxl.safetensors")',
+    ),
+    "verify, beside the folder's own": (
+        "import torch; from ztsnr.checkpoints import verify_checkpoint",
+        'verify_checkpoint(place / "sdxl.safetensors", place / "sdxl.safetensors")',
+    ),
+}
+
+
+def convert(place: Path, runs: int) -> str:
+    from safetensors import safe_open
+
+    make_sdxl(place)
+    source = place / "sdxl.safetensors"
+    nbytes = source.stat().st_size
+    with safe_open(source, "pt") as file:
+        largest = max(2 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    results = measure(CONVERT, place, runs)
+    most = largest + CONVERT_MEMORY
+    verdicts = {
+        f"`{name}`, at most the largest tensor and {CONVERT_MEMORY / MB:.0f} MB": memory <= most
+        for name, (_, memory) in results.items()
+        if name.startswith("convert")
+    }
+    return (
+        f"SDXL of full size in float16, of random weights; the single file has {nbytes / 1e9:.2f} GB, its largest "
+        f"tensor {largest / MB:.0f} MB.\n`convert` and `{COPY_TO_DISK}` return when all is on the disk. "
+        f"{told(verdicts).capitalize()}.\n\n{table(results, nbytes)}"
+    )
+
+
+def make_sdxl(place: Path) -> None:
+    """sdxl, a diffusers folder, and sdxl.safetensors."""
+    if (place / "sdxl.safetensors").exists():
+        return
+    sys.path.insert(0, str(ROOT))
+    from tests.full_size import write_folder
+    from tests.tiny_pipelines import make_tokenizer
+    from ztsnr.checkpoints import to_single_file
+
+    make_tokenizer(place / "words", pad="!")
+    write_folder(place / "sdxl", "SDXL base", place / "words")
+    to_single_file(place / "sdxl", place / "sdxl.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inspecting
+
+INSPECT: Ways = {
+    "inspect": (
+        "from ztsnr.checkpoints import inspect_checkpoint",
+        'inspect_checkpoint(place / "sdxl.safetensors")',
+    ),
+    "safetensors safe_open, keys": (
+        "from safetensors import safe_open",
+        'opened = safe_open(place / "sdxl.safetensors", "numpy"); opened.keys(); opened.metadata()',
+    ),
+}
+
+
+def inspect(place: Path, runs: int) -> str:
+    make_sdxl(place)
+    results = measure(INSPECT, place, max(runs, 20))
+    seconds, memory = results["inspect"]
+    verdicts = {
+        f"at most {1000 * INSPECT_SECONDS:.0f} ms": seconds <= INSPECT_SECONDS,
+        f"at most {INSPECT_MEMORY / MB:.0f} MB": memory <= INSPECT_MEMORY,
+    }
+    rows = [[f"`{name}`", f"{1000 * s:.1f}", f"{m / MB:.0f}"] for name, (s, m) in results.items()]
+    nbytes = (place / "sdxl.safetensors").stat().st_size
+    return (
+        f"SDXL of full size, {nbytes / 1e9:.2f} GB; memory is that of the whole process. {told(verdicts).capitalize()}."
+        f"\n\n{markdown([['way', 'ms', 'peak MB'], *rows])}\n"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(way: tuple[str, str], place: Path) -> tuple[float, float]:
+    """Seconds, and peak memory in bytes, of one run in a process of its own; what it wrote is removed."""
     prepare, work = way
     os.sync()  # what was written before shall not keep the disk busy
     try:
-        command = [sys.executable, "-c", PROGRAM.format(prepare=prepare, work=work), folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        command = [sys.executable, "-c", PROGRAM.format(prepare=prepare, work=work), place]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     finally:
-        (folder / "target.safetensors").unlink(missing_ok=True)
+        (place / "target.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(place / "target", ignore_errors=True)
     seconds, kilobytes = map(float, done.stdout.split())
-    return seconds, kilobytes * 1024 / 1e6
+    return seconds, 1024 * kilobytes
 
 
-def measure(ways: Ways, folder: Path, runs: int) -> dict[str, tuple[float, float]]:
+def measure(ways: Ways, place: Path, runs: int) -> Results:
     """Median seconds and largest peak memory of each way, which take turns; a first round warms up."""
     results = {name: [] for name in ways}
     for i in tqdm(range(runs + 1)):
         for name, way in ways.items():
-            result = run(way, folder)
+            result = run(way, place)
             if i:
                 results[name].append(result)
     return {
@@ -107,57 +242,49 @@ def measure(ways: Ways, folder: Path, runs: int) -> dict[str, tuple[float, float
     }
 
 
-def mark_text(results: Mapping[str, tuple[float, float]], nbytes: int, runs: int) -> str:
+def table(results: Results, nbytes: int) -> str:
     rows = [
         [
             f"`{name}`",
             f"{seconds:.2f}",
             f"{nbytes / seconds / 1e9:.2f}",
             *(f"{results[copy][0] / seconds:.2f}" for copy in (COPY, COPY_TO_DISK)),
-            "" if name in (COPY, COPY_TO_DISK) else f"{memory:.0f}",
+            "" if name in (COPY, COPY_TO_DISK) else f"{memory / MB:.0f}",
         ]
         for name, (seconds, memory) in results.items()
     ]
     heads = ["way", "s", "GB/s", f"speed over `{COPY}`", f"over `{COPY_TO_DISK}`", "peak MB"]
-    verdicts = [
-        f"{name} {'reached' if reached else 'missed'}"
-        for name, reached in (
-            (f"at least {LIMIT} of the speed of `{COPY}`", results[COPY][0] / results["mark"][0] >= LIMIT),
-            (f"at least {LIMIT} of that of `{COPY_TO_DISK}`", results[COPY_TO_DISK][0] / results["mark"][0] >= LIMIT),
-            (f"at most {MEMORY_LIMIT} MB", max(results[name][1] for name in ("mark", HASH)) <= MEMORY_LIMIT),
-        )
-    ]
-    return (
-        f"A file of {nbytes / 1e9:.2f} GB, in the page cache; median seconds and largest memory of {runs} runs each, "
-        f"taking turns. `{COPY_TO_DISK}`\nand `mark` return when all is on the disk, the others leave that to the "
-        f"system. `{HASH}`: of a file that has the data's\nSHA-256 in its metadata, which is computed again.\nTargets "
-        f"of `mark`: {', '.join(verdicts)}.\n\n{markdown([heads, *rows])}\n"
-    )
+    return f"{markdown([heads, *rows])}\n"
+
+
+def told(verdicts: Mapping[str, bool]) -> str:
+    return ", ".join(f"{name} {'reached' if reached else 'missed'}" for name, reached in verdicts.items())
+
+
+SECTIONS = {"mark": mark, "convert": convert, "inspect": inspect}
 
 
 @click.command(help=__doc__.split("\n")[0])
+@click.argument("sections", nargs=-1, type=click.Choice(list(SECTIONS)))
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="On the disk to measure; by default where temporary files go.",
 )
-@click.option("--gigabytes", type=click.FloatRange(min=0.01), default=2.0, show_default=True, help="Size of the file.")
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="Runs of each way.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
-def main(folder: Path | None, gigabytes: float, runs: int, write: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        source = Path(name) / "source.safetensors"
-        write_random_checkpoint(source, int(gigabytes * 1e9), {})
-        hashed = source.with_name("hashed.safetensors")
-        write_random_checkpoint(hashed, int(gigabytes * 1e9), {"modelspec.hash_sha256": "0x"})
-        text = mark_text(measure(MARK, Path(name), runs), source.stat().st_size, runs)
-    text = (
-        f"`python benchmarks/{Path(__file__).name} --gigabytes {gigabytes:g} --runs {runs}`, "
-        f"{datetime.date.today().isoformat()}.\n{machine(None)}.\n\n{text}"
-    )
-    print(text)
-    if write:
-        write_section(RESULTS, "Checkpoints: mark", text)
+def main(sections: tuple[str, ...], folder: Path | None, runs: int, write: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for name in sections or SECTIONS:
+            found = SECTIONS[name](Path(place), runs)
+            text = (
+                f"`python benchmarks/{Path(__file__).name} --runs {runs} {name}`, "
+                f"{datetime.date.today().isoformat()}.\n{machine(None)}.\n\n"
+                f"Median time and largest memory of the runs, the ways taking turns.\n\n{found}"
+            )
+            print(text)
+            if write:
+                write_section(RESULTS, f"Checkpoints: {name}", text)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def make_tiny_sdxl(folder: Path, *, prediction_type: str = "v_prediction", zero_
         networks = _networks()
     pipeline = StableDiffusionXLPipeline(
         **networks,
-        tokenizer=_tokenizer(folder / "tokenizer", pad=END),
-        tokenizer_2=_tokenizer(folder / "tokenizer_2", pad="!"),
+        tokenizer=make_tokenizer(folder / "tokenizer", pad=END),
+        tokenizer_2=make_tokenizer(folder / "tokenizer_2", pad="!"),
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
             beta_start=0.00085,
@@ -94,7 +94,7 @@ def _vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def _tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
     """A tokenizer from the two files in which CLIP's are published."""
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(_vocabulary()))
