@@ -22,13 +22,13 @@ from .architecture import (
 )
 from .header import PICKLES, Header, read_header
 from .markers import find_marks, read_scheduler_config, settle
-from .programs import Marked, ProgramRow
+from .programs import SDXL_FAMILY, Marked, ProgramRow
 from .programs import rows as program_rows
 
 _PREFIX = "model.diffusion_model."
 _TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 _VAE = ("first_stage_model.", "vae.")
-_LORA = re.compile(r"[._]lora[._](up|down|A|B)\b|\.(hada_w|lokr_w|oft_blocks|oft_diag|dora_scale)")
+_LORA = re.compile(r"[._]lora[._](up|down|A|B)\b|\.(hada_w|lokr_w|oft_blocks|oft_diag|oft_R|dora_scale)")
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,22 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             "Nothing in the file says what the model predicts, and programs take such files for epsilon. If its author "
             "says v-prediction, set that by hand where you load it."
         )
+    if (prediction_type, zero_terminal_snr) == ("v_prediction", None) and architecture in SDXL_FAMILY and form != LORA:
+        warnings.append(
+            "Nothing in the file says whether it is for zero terminal SNR, as most v-prediction models of SDXL are. If "
+            "its author says so, mark it (ztsnr mark --v-pred --ztsnr), or set that by hand where you load it."
+        )
     programs = ()
     if architecture in SUPPORTED and form != LORA:
-        marked = Marked(path.name, form, architecture, header.tensors.keys(), header.metadata, scheduler_config)
+        marked = Marked(
+            file_name=path.name,
+            form=form,
+            architecture=architecture,
+            names=header.tensors.keys(),
+            metadata=header.metadata,
+            scheduler_config=scheduler_config,
+            has_yaml=os.path.isfile(path.with_suffix(".yaml")),
+        )
         programs = program_rows(marked, prediction_type, zero_terminal_snr)
     return CheckpointReport(
         path=path,

@@ -8,7 +8,8 @@ because more programs act on it:
    ``modelspec.predict_key``, ComfyUI's name for it when it saves a checkpoint
 3. ``ss_v_parameterization`` and ``ss_zero_terminal_snr`` in the metadata, the trainers' options as text.  kohya's
    sd-scripts write the second one into LoRAs; the first one comes from tools that follow its naming
-4. ``scheduler_config.json`` of a diffusers model, which lies beside the file and is easily lost or exchanged
+4. ``ot_config`` in the metadata, OneTrainer's settings as JSON, where its user asked for them to be kept
+5. ``scheduler_config.json`` of a diffusers model, which lies beside the file and is easily lost or exchanged
 """
 
 import json
@@ -52,7 +53,12 @@ class Mark:
 
 def find_marks(header: Header, scheduler_config: dict[str, Any]) -> list[Mark]:
     """All marks, the more trustworthy ones first (see above)."""
-    return [*_tensor_marks(header), *_metadata_marks(header.metadata), *_scheduler_marks(scheduler_config)]
+    return [
+        *_tensor_marks(header),
+        *_metadata_marks(header.metadata),
+        *_onetrainer_marks(header.metadata),
+        *_scheduler_marks(scheduler_config),
+    ]
 
 
 def settle(marks: list[Mark]) -> tuple[str | None, bool | None, list[str]]:
@@ -124,6 +130,20 @@ def _metadata_marks(metadata: dict[str, str]) -> Iterator[Mark]:
             f"The metadata say ss_zero_terminal_snr = {shorten(metadata['ss_zero_terminal_snr'])}.",
             zero_terminal_snr=zero_terminal_snr,
         )
+
+
+def _onetrainer_marks(metadata: dict[str, str]) -> Iterator[Mark]:
+    """A setting that is off says nothing: a model that had been v-prediction before stays so."""
+    try:
+        settings = json.loads(metadata.get("ot_config", "{}"))
+    except (ValueError, RecursionError):
+        return
+    for setting, zero_terminal_snr in (
+        ("rescale_noise_scheduler_to_zero_terminal_snr", True),  # which OneTrainer trains with v-prediction
+        ("force_v_prediction", None),
+    ):
+        if isinstance(settings, dict) and settings.get(setting) is True:
+            yield Mark(f"OneTrainer's settings in the metadata say {setting}.", "v_prediction", zero_terminal_snr)
 
 
 def _option(metadata: dict[str, str], key: str) -> bool | None:

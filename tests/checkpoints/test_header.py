@@ -2,8 +2,13 @@
 
 import json
 import os
+import statistics
 import struct
+import subprocess
+import sys
+import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -12,7 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ztsnr.checkpoints import inspect_checkpoint, mark_checkpoint, to_folder, to_single_file, verify_checkpoint
 from ztsnr.checkpoints.header import LONGEST_HEADER, parse_header, read_header
+from ztsnr.checkpoints.published import published_names
+
+from ..tiny_pipelines import make_tiny_sdxl
 
 DTYPES = safetensors.torch._TYPES  # name in the file -> PyTorch's
 
@@ -229,10 +238,115 @@ def peak_memory(call) -> int:
         tracemalloc.stop()
 
 
+PROCESS = """
+import sys, time
+from ztsnr.checkpoints import inspect_checkpoint
+start = time.process_time()
+try:
+    inspect_checkpoint(sys.argv[1])
+    sentence = ""
+except ValueError as error:
+    sentence = str(error)
+print(time.process_time() - start)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+print(sentence)
+"""
+
+
+def inspect_in_a_process(path) -> tuple[float, float, str]:
+    """What it costs in a process of its own: seconds of the processor, megabytes of memory; and the refusal."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("only Linux tells the peak of memory")
+    done = subprocess.run([sys.executable, "-c", PROCESS, path], capture_output=True, text=True, check=True)
+    seconds, kilobytes, sentence = done.stdout.split("\n", 2)
+    return float(seconds), int(kilobytes) / 1e3, sentence.strip()
+
+
 def test_only_the_header_is_read(tmp_path):
     size = 7_000_000_000
     path = write(tmp_path / "large.safetensors", json.dumps({"a": entry(0, size)}).encode(), size)
     assert peak_memory(lambda: read_header(path)) < 1_000_000
+
+
+def test_a_whole_sdxl_is_told_in_50_ms_and_50_mb(tmp_path, write_checkpoint):
+    shapes = {**published_names("SDXL base"), "v_pred": (0,), "ztsnr": (0,)}
+    path = write_checkpoint(tmp_path / "noob.safetensors", shapes)
+    assert path.stat().st_size > 6.9e9
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()
+        report = inspect_checkpoint(path)
+        seconds.append(time.process_time() - start)
+    assert (report.architecture, report.format, report.zero_terminal_snr) == ("SDXL base", "single file", True)
+    assert statistics.median(seconds) < 0.05
+    _, megabytes, sentence = inspect_in_a_process(path)
+    assert sentence == ""
+    assert megabytes < 50
+
+
+def fill(start: bytes, piece: str, end: bytes, length: int = LONGEST_HEADER) -> bytes:
+    """A header of pieces, each of which may count itself, and about as long as is asked for."""
+    count = (length - len(start) - len(end)) // len(piece % 0 if "%" in piece else piece)
+    pieces = (piece % i for i in range(count)) if "%" in piece else [piece] * count
+    return start + "".join(pieces).encode().rstrip(b",") + end
+
+
+TENSORS = (b"{", '"%08d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},', b"}")
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "end", "sentence"),
+    [
+        (*TENSORS, ""),
+        (b'{"__metadata__":{', '"%07x":"",', b"}}", ""),
+        (b'{"a":[', "{},", b"]}", "is not described by"),
+        (b'{"a":[', "[],", b"]}", "is not described by"),
+        (b'{"a":{"dtype":"U8","data_offsets":[0,0],"shape":[', "9999999999999999999,", b"]}}", "no proper shape"),
+    ],
+    ids=["tensors", "metadata", "objects", "lists", "dimensions"],
+)
+def test_the_longest_headers_take_seconds_and_some_memory(tmp_path, start, piece, end, sentence):
+    path = write(tmp_path / "long.safetensors", fill(start, piece, end))
+    assert LONGEST_HEADER - 100 < path.stat().st_size <= LONGEST_HEADER + 8
+    seconds, megabytes, refusal = inspect_in_a_process(path)
+    assert sentence in refusal
+    assert bool(refusal) == bool(sentence)
+    assert seconds < 20
+    assert megabytes < 400
+
+
+@pytest.fixture(scope="module")
+def hundred_megabytes(tmp_path_factory):
+    """All of it JSON, and valid."""
+    text = fill(*TENSORS, length=100_000_000)
+    assert len(text) > 99_999_900
+    folder = tmp_path_factory.mktemp("hundred")
+    yield write(folder / "huge.safetensors", text)
+    (folder / "huge.safetensors").unlink()
+
+
+def test_a_hundred_megabytes_of_json_are_refused_unread(hundred_megabytes, tmp_path):
+    for call in (
+        read_header,
+        inspect_checkpoint,
+        verify_checkpoint,
+        lambda path: mark_checkpoint(path, v_pred=True, out=tmp_path / "out.safetensors"),
+        lambda path: mark_checkpoint(path, v_pred=True, in_place=True),
+        lambda path: to_folder(path, tmp_path / "out"),
+    ):
+
+        def refused(call=call):
+            with pytest.raises(ValueError, match="more than any checkpoint needs"):
+                call(hundred_megabytes)
+
+        start = time.process_time()
+        refused()
+        assert time.process_time() - start < 1
+        assert peak_memory(refused) < 1_000_000
+    assert list(tmp_path.iterdir()) == []
+    seconds, megabytes, _ = inspect_in_a_process(hundred_megabytes)
+    assert seconds < 1
+    assert megabytes < 50
 
 
 def test_a_huge_header_is_refused_unread(tmp_path):
@@ -280,3 +394,87 @@ def test_a_file_without_permission_is_refused(tmp_path):
     path.chmod(0)
     with pytest.raises(ValueError, match="cannot be read: Permission denied"):
         read_header(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names that would be paths
+
+
+PATHS = (
+    "../escaped", "../../escaped", "/tmp/escaped-by-ztsnr", "..", ".", "", "a/b", "..\\escaped", "C:\\escaped",
+    "nul\0nul", "~/escaped", "$HOME", "%s%n", "-rf", "\x1b]0;title\x07", "\u202egnp", "x" * 5000,
+)  # fmt: skip
+
+
+def everything_in(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def hostile(tmp_path, write_checkpoint, monkeypatch):
+    """Models of names that would be paths, a single file and a folder; and the folder that holds all there is."""
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    named = [f"{prefix}{name}" for name in PATHS for prefix in ("", "model.diffusion_model.", "first_stage_model.")]
+    unet = {"input_blocks.0.0.weight": (320, 4, 3, 3), "out.2.weight": (4, 320, 3, 3)}
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in unet.items()} | dict.fromkeys(named, (2,))
+    metadata = {name: name for name in PATHS} | {"modelspec.title": "../escaped", "ot_config": "../escaped"}
+    file = write_checkpoint(here / "hostile.safetensors", shapes, metadata)
+    names = dict.fromkeys(("conv_in.weight", "conv_out.weight", "add_embedding.linear_1.weight", *PATHS), (2,))
+    for part in ("unet", "vae"):
+        write_checkpoint(here / "folder" / part / "diffusion_pytorch_model.safetensors", names, metadata)
+    (here / "folder" / "scheduler").mkdir()
+    (here / "folder" / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "../escaped"}))
+    (here / "folder" / "model_index.json").write_text(json.dumps({"unet": ["../escaped", "../escaped"]}))
+    return file, here / "folder", tmp_path
+
+
+def test_names_that_would_be_paths_are_names(hostile):
+    file, folder, everywhere = hostile
+    before = everything_in(everywhere)
+    header = read_header(file)
+    assert set(PATHS) <= header.tensors.keys()
+    for path in (file, folder):
+        report = inspect_checkpoint(path)
+        assert str(report).replace("\n", "").isprintable()
+    verified = verify_checkpoint(file)
+    assert all(line.isprintable() for line in str(verified).splitlines())
+    assert everything_in(everywhere) == before  # reading writes nothing
+
+    out = mark_checkpoint(file, v_pred=True, ztsnr=True, out=file.with_name("marked.safetensors"))
+    marked = read_header(out)
+    assert marked.tensors.keys() == header.tensors.keys() | {"v_pred", "ztsnr"}
+    assert header.metadata.items() <= marked.metadata.items()
+    assert everything_in(everywhere).keys() == before.keys() | {out}
+    out.unlink()
+
+    for convert in (
+        lambda: to_single_file(folder, file.with_name("single.safetensors")),
+        lambda: to_single_file(folder, file.with_name("single.safetensors"), base=file),
+        lambda: to_folder(file, file.with_name("diffusers")),
+    ):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 the sentences differ
+            convert()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
+    assert everything_in(everywhere) == before
+    assert not Path("/tmp/escaped-by-ztsnr").exists()
+
+
+def test_a_base_keeps_such_names_and_no_other_file_is_written(tmp_path, monkeypatch):
+    here = tmp_path / "a" / "b"
+    folder = make_tiny_sdxl(here / "folder")
+    monkeypatch.chdir(here)
+    base, out, back = (here / name for name in ("base.safetensors", "out.safetensors", "back"))
+    to_single_file(folder, base)
+    tensors = safetensors.torch.load_file(base) | {name: torch.ones(2) for name in PATHS}
+    safetensors.torch.save_file(tensors, base, {name: name for name in PATHS})
+    before = everything_in(tmp_path)
+    to_single_file(folder, out, base=base)
+    assert set(PATHS) <= read_header(out).tensors.keys()
+    assert everything_in(tmp_path).keys() == before.keys() | {out}
+    assert verify_checkpoint(out, base).sound
+    to_folder(out, back, config=folder)
+    assert {path for path in everything_in(tmp_path) if back not in path.parents} == before.keys() | {out}
+    assert {path.name for path in back.iterdir()} == {path.name for path in folder.iterdir()}

@@ -47,7 +47,7 @@ MARKS = {"v_pred": ("F32", 0), "ztsnr": ("F32", 0)}
 def test_diffusers_unets(tmp_path, write_checkpoint, name):
     report = inspect_checkpoint(write_checkpoint(tmp_path / "unet.safetensors", unet_shapes(name)))
     assert report.format == "diffusers U-Net file"
-    assert report.architecture == name
+    assert report.architecture == ("KOALA" if name.startswith("KOALA") else name)
     assert report.supported == (name != "SDXL refiner")
 
 
@@ -152,12 +152,14 @@ def test_precision_is_a_share_of_bytes(tmp_path, write_checkpoint):
 @pytest.mark.parametrize(
     ("architecture", "name", "shape"),
     [
-        # kohya, both naming schemes; peft; old diffusers; LyCORIS
+        # kohya, both naming schemes; peft; old diffusers; LyCORIS; OneTrainer
         ("SDXL base", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", (16, 2048)),
         ("SD 1.x", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 768)),
         ("SDXL base", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", (4, 2048)),
         ("SD 2.x", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight", (4, 1024)),
         ("unknown", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.hada_w1_a", (640, 4)),
+        ("SDXL base", "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.lora_A.weight", (16, 2048)),
+        ("unknown", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.oft_R.weight", (20, 496)),
     ],
 )
 def test_loras(tmp_path, write_checkpoint, architecture, name, shape):
@@ -276,6 +278,29 @@ def test_silence_is_told(tmp_path, write_checkpoint):
     assert (report.prediction_type, report.zero_terminal_snr, report.evidence) == (None, None, ())
     (warning,) = report.warnings
     assert warning.startswith("Nothing in the file says what the model predicts")
+
+
+def test_v_prediction_without_a_word_on_zero_snr_is_told(tmp_path, write_checkpoint):
+    metadata = {"modelspec.prediction_type": "v"}
+    sdxl, sd2 = ldm_unet(), ldm_unet(text=1024, sizes=None, depths=((1, 1), (1, 1), (1, 1), (0, 0)))
+    (warning,) = inspect_checkpoint(write_checkpoint(tmp_path / "a.safetensors", {**sdxl, **VAE}, metadata)).warnings
+    assert "whether it is for zero terminal SNR" in warning
+    # SD 2.x was published as v-prediction without it
+    assert inspect_checkpoint(write_checkpoint(tmp_path / "b.safetensors", {**sd2, **VAE}, metadata)).warnings == ()
+    # LoRAs are not marked
+    lora = {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 2048)}
+    assert inspect_checkpoint(write_checkpoint(tmp_path / "lora.safetensors", lora, metadata)).warnings == ()
+    said = metadata | {"ss_zero_terminal_snr": "False"}
+    assert inspect_checkpoint(write_checkpoint(tmp_path / "c.safetensors", {**sdxl, **VAE}, said)).warnings == ()
+
+
+def test_a_yaml_beside_the_file_is_seen(tmp_path, write_checkpoint):
+    longest = "x" * (255 - len(".sft"))  # whose .yaml is too long a name
+    for name in ("a.safetensors", f"{longest}.sft"):
+        path = write_checkpoint(tmp_path / name, {**ldm_unet(), **VAE, **MARKS})
+        assert inspect_checkpoint(path).programs[2].right, name
+    (tmp_path / "a.yaml").write_text("model: {}\n")
+    assert "believes the .yaml" in str(inspect_checkpoint(tmp_path / "a.safetensors").programs[2])
 
 
 def test_disagreement_is_told(tmp_path, write_checkpoint):

@@ -38,6 +38,24 @@ SAYINGS = {
     "v_parameterization": ((), {"ss_v_parameterization": "true"}, {}, "v_prediction", None),
     "no v_parameterization": ((), {"ss_v_parameterization": "False"}, {}, "epsilon", None),
     "not set": ((), {"ss_v_parameterization": "None", "ss_zero_terminal_snr": ""}, {}, None, None),
+    "OneTrainer LoRA, settings included": (
+        (),
+        {"ot_config": '{"rescale_noise_scheduler_to_zero_terminal_snr": true, "force_v_prediction": false}'},
+        {},
+        "v_prediction",
+        True,
+    ),
+    "OneTrainer, v": ((), {"ot_config": '{"force_v_prediction": true}'}, {}, "v_prediction", None),
+    "OneTrainer, both off": (
+        (),
+        {"ot_config": '{"rescale_noise_scheduler_to_zero_terminal_snr": false, "force_v_prediction": false}'},
+        {},
+        None,
+        None,
+    ),
+    "OneTrainer, wrong types": ((), {"ot_config": '{"force_v_prediction": "True"}'}, {}, None, None),
+    "OneTrainer, a list": ((), {"ot_config": "[1]"}, {}, None, None),
+    "OneTrainer, no JSON": ((), {"ot_config": "[" * 100_000}, {}, None, None),
     "diffusers": (
         (),
         {},
@@ -77,12 +95,13 @@ def test_no_warning_where_all_agree():
         assert bool(settle(marks_of(tensors, metadata, config))[2]) == (name == "ztsnr alone")
 
 
-# in the order of precedence; no tensor says epsilon
+# in the order of precedence; no tensor says epsilon, nor do OneTrainer's settings
 SAYING_V = [
     {"tensors": ("v_pred",)},
     {"metadata": {"modelspec.prediction_type": "v"}},
     {"metadata": {"modelspec.predict_key": "v"}},
     {"metadata": {"ss_v_parameterization": "True"}},
+    {"metadata": {"ot_config": '{"force_v_prediction": true}'}},
     {"config": {"prediction_type": "v_prediction"}},
 ]
 SAYING_EPSILON = [
@@ -90,16 +109,17 @@ SAYING_EPSILON = [
     {"metadata": {"modelspec.prediction_type": "epsilon"}},
     {"metadata": {"modelspec.predict_key": "epsilon"}},
     {"metadata": {"ss_v_parameterization": "False"}},
+    None,
     {"config": {"prediction_type": "epsilon"}},
 ]
 PAIRS = [
     (values[0][first], values[1][second], expected)
-    for first, second in itertools.combinations(range(5), 2)
+    for first, second in itertools.combinations(range(6), 2)
     for values, expected in (
         ((SAYING_V, SAYING_EPSILON), "v_prediction"),
         ((SAYING_EPSILON, SAYING_V), "epsilon"),
     )
-    if values[0][first]
+    if values[0][first] and values[1][second]
 ]
 
 

@@ -16,9 +16,9 @@ V, EPSILON = "v_prediction", "epsilon"
 
 
 def read(form=SINGLE, architecture="SDXL base", names=(), metadata=None, config=None, file_name="model.safetensors",
-         truth=(V, True)):  # fmt: skip
+         has_yaml=False, truth=(V, True)):  # fmt: skip
     """Program -> its row."""
-    marked = Marked(file_name, form, architecture, set(names), metadata or {}, config or {})
+    marked = Marked(file_name, form, architecture, set(names), metadata or {}, config or {}, has_yaml)
     return {row.program: row for row in rows(marked, *truth)}
 
 
@@ -50,10 +50,14 @@ def test_a_file_without_marks():
     assert all(row.right is None and row.change == "" for row in found.values())
 
 
-def test_ztsnr_alone_does_nothing():
+def test_ztsnr_alone_is_zero_snr_without_v_prediction_to_some():
     found = read(names=("ztsnr",))
-    assert taken(found["ComfyUI"]) == (EPSILON, False)
-    assert "ztsnr mark --v-pred --ztsnr" in found["ComfyUI"].change
+    for program in ("ComfyUI", "SD.Next", "SwarmUI"):
+        assert taken(found[program]) == (EPSILON, False), program
+    for program in ("Forge, reForge", "AUTOMATIC1111 (dev)"):  # which rescale the noise levels all the same
+        assert taken(found[program]) == (EPSILON, True), program
+    for program in ("ComfyUI", "SD.Next", "Forge, reForge"):
+        assert "ztsnr mark --v-pred --ztsnr" in found[program].change
 
 
 def test_v_without_zero_snr_is_told_apart():
@@ -63,21 +67,113 @@ def test_v_without_zero_snr_is_told_apart():
     assert "--no-ztsnr" in wrong.change
 
 
+def test_zero_snr_counts_where_it_is_said():
+    for names in (("v_pred",), ("v_pred", "ztsnr")):
+        row = read(names=names, truth=(V, None))["ComfyUI"]
+        assert (row.right, row.change) == (None, "")
+    unmarked = read(truth=(V, None))["ComfyUI"]
+    assert unmarked.right is False
+    assert unmarked.change == "Run: ztsnr mark --v-pred."
+    assert read(truth=(EPSILON, None))["ComfyUI"].right
+    rescaled = read(names=("ztsnr",), truth=(EPSILON, None))["Forge, reForge"]
+    assert not rescaled.right
+    assert "--no-v-pred --no-ztsnr" in rescaled.change
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
-    [("v", (V, False)), ("v-zsnr", (V, True)), ("epsilon", (EPSILON, False)), (None, (V, True))],
+    [
+        ("v", (V, False)),
+        ("v-zsnr", (V, True)),
+        ("v_prediction", (V, False)),
+        ("epsilon", (EPSILON, False)),
+        ("eps", (EPSILON, False)),
+        ("lcm", (None, None)),
+        ("v-prediction", (None, None)),  # ComfyUI's node knows no such value
+        (" ", (V, True)),
+        (None, (V, True)),
+    ],
 )
-def test_swarmui_believes_modelspec_before_the_tensors(said, expected):
-    metadata = {} if said is None else {"modelspec.prediction_type": said}
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "prediction_type"])
+def test_swarmui_believes_the_metadata_before_the_tensors(said, expected, key):
+    metadata = {} if said is None else {key: said}
     row = read(names=("v_pred", "ztsnr"), metadata=metadata)["SwarmUI"]
     assert taken(row) == expected
-    assert ("--swarm" in row.change) == (expected != (V, True))
+    assert ("--swarm" in row.change) == (row.right is False)
 
 
-def test_sdnext_believes_the_name_first():
-    assert taken(read(file_name="Some-VPred.safetensors")["SD.Next"]) == (V, False)
-    assert taken(read(file_name="some_v-pred.safetensors", names=("ztsnr",))["SD.Next"]) == (V, True)
-    assert taken(read(names=("v_pred",))["SD.Next"]) == (V, False)
+def test_what_swarmui_is_told_to_be_marked_with_can_be_marked():
+    both = {"modelspec.prediction_type": "epsilon", "prediction_type": "v-zsnr"}
+    row = read(names=("v_pred",), metadata=both, truth=(V, False))["SwarmUI"]
+    assert taken(row) == (EPSILON, False)  # the first of the two
+    assert row.change == "Run: ztsnr mark --v-pred --no-ztsnr."  # which takes no --swarm
+    assert "--swarm" in read(metadata=both)["SwarmUI"].change
+
+
+def test_metadata_cannot_write_on_the_terminal():
+    said = "\x1b[2J\n" + "x" * 500
+    found = read(FOLDER, config={"prediction_type": said}), read(metadata={"prediction_type": said})
+    for row in (found[0]["InvokeAI"], found[0]["diffusers, folder"], found[1]["SwarmUI"]):
+        assert taken(row) == (None, None)
+        assert str(row).isprintable()
+        assert len(str(row)) < 200
+    assert taken(read(FOLDER, config={"prediction_type": ["v_prediction"]})["SD.Next"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "expected"),
+    [
+        ("Some-VPred.safetensors", (V, True)),
+        ("some_v-pred.safetensors", (V, True)),
+        ("some_V_pred.safetensors", (V, True)),
+        ("noobai-rf-vpred.safetensors", ("flow_prediction", False)),
+        ("bigASPv25.safetensors", ("flow_prediction", False)),
+        ("overflow.safetensors", ("flow_prediction", False)),
+        ("sunflower-vpred.safetensors", (V, True)),
+        ("sunflower.safetensors", (EPSILON, False)),
+    ],
+)
+def test_sdnext_believes_the_name_first(file_name, expected):
+    row = read(file_name=file_name)["SD.Next"]
+    assert taken(row) == expected
+    marks = ("v_pred",) if expected[0] != EPSILON else ()
+    assert taken(read(file_name=file_name, names=marks)["SD.Next"]) == expected
+    assert row.right is (expected == (V, True))
+    if not row.right:
+        assert ("Rename it" in row.change) == (expected[0] != EPSILON)
+
+
+def test_sdnext_reads_the_tensors_of_every_architecture():
+    for architecture in ("SDXL base", "SD 1.x", "SD 2.x"):
+        assert taken(read(architecture=architecture, names=("v_pred", "ztsnr"))["SD.Next"]) == (V, True)
+        assert taken(read(architecture=architecture, names=("v_pred",))["SD.Next"]) == (V, False)
+    assert "by hand" in read(architecture="SD 2.x", truth=(EPSILON, False))["SD.Next"].change
+
+
+def test_sd_2_is_v_prediction_to_those_that_do_not_look():
+    found = read(architecture="SD 2.x", truth=(EPSILON, False))
+    for program in ("SD.Next", "InvokeAI", "diffusers, single file"):
+        assert taken(found[program]) == (V, False), program
+        assert not found[program].right
+    for program in ("ComfyUI", "Forge, reForge", "AUTOMATIC1111 (dev)", "SwarmUI"):  # by the weights
+        assert taken(found[program]) == (None, None), program
+    assert taken(read(FOLDER, architecture="SD 2.x")["ComfyUI"]) == (None, None)
+
+
+def test_web_uis_read_a_yaml_beside_the_file():
+    marks = ("v_pred", "ztsnr")
+    assert taken(read(has_yaml=True, names=marks)["Forge, reForge"]) == (V, True)  # it cannot take v away there
+    assert taken(read(has_yaml=True, names=marks)["AUTOMATIC1111 (dev)"]) == (None, None)
+    for program in ("Forge, reForge", "AUTOMATIC1111 (dev)"):
+        assert taken(read(has_yaml=True)[program]) == (None, None), program
+        assert ".yaml" in str(read(has_yaml=True)[program])
+    assert taken(read(has_yaml=True, names=marks)["ComfyUI"]) == (V, True)
+    # SD 1.x has no other way to be v-prediction there
+    for program in ("Forge, reForge", "AUTOMATIC1111 (dev)"):
+        row = read(architecture="SD 1.x", names=marks)[program]
+        assert taken(row) == (EPSILON, True), program
+        assert "parameterization: v" in row.change
+        assert taken(read(architecture="SD 1.x", names=marks, has_yaml=True)[program]) == (None, None), program
 
 
 def test_comfyui_drops_marks_of_some_unet_files():
@@ -95,7 +191,8 @@ def test_a_folder_says_it_in_its_scheduler():
     for program in ("InvokeAI", "SD.Next", "diffusers, folder"):
         assert taken(found[program]) == (V, True), program
     assert taken(found["ComfyUI"]) == (EPSILON, False)
-    assert taken(found["Forge, reForge"]) == (None, None)
+    for program in ("Forge, reForge", "SwarmUI"):  # which load none
+        assert taken(found[program]) == (None, None)
     assert taken(read(FOLDER)["diffusers, folder"]) == (EPSILON, False)
     assert "ztsnr mark" in read(FOLDER)["InvokeAI"].change
 
