@@ -208,7 +208,20 @@ def inspect(path: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
-def verify(path: Path, other: Path | None) -> None:
+@click.option(
+    "--run",
+    is_flag=True,
+    help="Also run the networks once, in diffusers from a single file and from a folder (PATH and OTHER), and in "
+    "ComfyUI, where one is found.",
+)
+@click.option("--config", help="With --run: a diffusers folder or hub name whose settings complete a single file.")
+@click.option(
+    "--comfyui",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="With --run.  [default: $COMFYUI_PATH, the one that this package is in, or ~/comfy/ComfyUI]",
+)
+def verify(path: Path, other: Path | None, run: bool, config: str | None, comfyui: Path | None) -> None:
     """Read every tensor and say what is wrong.
 
     Beside OTHER, also what changed.  Exits with status 1 if something is wrong.
@@ -216,7 +229,9 @@ def verify(path: Path, other: Path | None) -> None:
     with mistakes_in_one_sentence():
         from .checkpoints import verify_checkpoint
 
-        report = verify_checkpoint(path, other)
+        if not run and (config or comfyui):
+            raise ValueError("--config and --comfyui do nothing without --run")
+        report = verify_checkpoint(path, other, run=run, config=config, comfyui=comfyui)
     click.echo(report)
     if not report.sound:
         raise SystemExit(1)

@@ -21,7 +21,7 @@ __all__ = [
 _NEED_MORE = {  # diffusers, torch
     "export_lora": "lora",
     "load_pipeline": "pipeline",
-    "to_folder": "single_file",
+    "to_folder": "diffusers_folder",
     "to_single_file": "single_file",
     "verify_checkpoint": "verify",
 }

@@ -1,4 +1,5 @@
-"""Writing a file so that its name stands for the old content or for the whole new one, whatever happens meanwhile.
+"""Writing a file or a folder so that its name stands for the old content or for the whole new one, whatever happens
+meanwhile.
 
 A neighbour is written, brought to the disk and renamed.  A killed program leaves its neighbour behind: it is named
 ``.NAME.RANDOM.unfinished``, and the next write of NAME removes it.  Who is still writing is told from who was killed by
@@ -8,10 +9,11 @@ a lock on the neighbour, which the system lifts when the program ends, however i
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     try:
         old = _replaceable(target)
         _remove_leftovers(target)
-        file, temporary = _create(target, private=old is not None)
+        file, temporary = _new_file(target, private=old is not None)
         try:
             with file:
                 if old is not None:
@@ -60,6 +62,40 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ValueError(f"{target} cannot be written: {error.strerror or error}") from None
     _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to write into, that takes the name ``path`` when the block ends without an error.
+
+    Raises:
+        ValueError: see ``check_new``, before the block and after it; or it cannot be written.  An OSError within the
+            block is taken for such a one, so those of reading must be caught there.
+    """
+    target = Path(path)
+    check_new(target)
+    try:
+        _remove_leftovers(target)
+        with _new_folder(target) as temporary:
+            try:
+                yield temporary
+                _sync_tree(temporary)
+                check_new(target)  # the system would replace an empty folder
+                os.rename(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error.strerror or error}") from None
+    _sync_folder(target.parent)
+
+
+def check_new(path: Path) -> None:
+    """Refuse a name that is taken already, or in no folder."""
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already: choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def _replaceable(target: Path) -> os.stat_result | None:
@@ -86,18 +122,44 @@ def _is_neighbour(name: str, target: Path) -> bool:
     return re.fullmatch(re.escape(_stem(target)) + "[0-9a-f]{8}" + re.escape(SUFFIX), name) is not None
 
 
-def _create(target: Path, private: bool) -> tuple[BinaryIO, Path]:
+def _new_neighbour(target: Path) -> Path:
+    return target.with_name(f"{_stem(target)}{secrets.token_hex(4)}{SUFFIX}")
+
+
+def _new_file(target: Path, private: bool) -> tuple[BinaryIO, Path]:
     """A new locked neighbour of the target, and its path."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
-        temporary = target.with_name(f"{_stem(target)}{secrets.token_hex(4)}{SUFFIX}")
+        temporary = _new_neighbour(target)
         file = os.fdopen(os.open(temporary, flags, 0o600 if private else 0o666), "wb")
-        if fcntl is not None:
-            with suppress(OSError):  # file systems without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():
+        if _lock(file.fileno(), temporary):
             return file, temporary
-        file.close()  # another writer took it for a leftover before it was locked
+        file.close()
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A new neighbour of the target that is a folder, locked within the block."""
+    with ExitStack() as opened:
+        while True:
+            temporary = _new_neighbour(target)
+            temporary.mkdir()
+            if fcntl is None:  # where folders cannot be opened
+                break
+            with suppress(FileNotFoundError):  # gone already
+                descriptor = os.open(temporary, os.O_RDONLY)
+                opened.callback(os.close, descriptor)
+                if _lock(descriptor, temporary):
+                    break
+        yield temporary
+
+
+def _lock(descriptor: int, temporary: Path) -> bool:
+    """Lock a new neighbour.  False if another writer took it for a leftover before."""
+    if fcntl is not None:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return temporary.exists()
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -105,18 +167,24 @@ def _remove_leftovers(target: Path) -> None:
     with suppress(OSError):
         for neighbour in list(target.parent.iterdir()):
             if _is_neighbour(neighbour.name, target):
-                with suppress(OSError):  # locked, so somebody is writing it; or gone by now
+                with suppress(OSError):  # locked, so somebody is writing it; or gone by now; or a link, and not ours
                     _remove_if_abandoned(neighbour)
 
 
-def _remove_if_abandoned(temporary: Path) -> None:
+def _remove_if_abandoned(neighbour: Path) -> None:
+    is_folder = stat.S_ISDIR(neighbour.lstat().st_mode)
+    remove = shutil.rmtree if is_folder else os.unlink
     if fcntl is None:
-        if time.time() - temporary.stat().st_mtime > ABANDONED:
-            temporary.unlink()
-    else:
-        with temporary.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
+        last_change = max(path.lstat().st_mtime for path in (neighbour, *neighbour.rglob("*")))
+        if time.time() - last_change > ABANDONED:
+            remove(neighbour)
+        return
+    descriptor = os.open(neighbour, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove(neighbour)
+    finally:
+        os.close(descriptor)
 
 
 def _take_over_permissions(temporary: Path, old: os.stat_result) -> None:
@@ -127,8 +195,17 @@ def _take_over_permissions(temporary: Path, old: os.stat_result) -> None:
     os.chmod(temporary, stat.S_IMODE(old.st_mode))
 
 
+def _sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(place, name), "r+b") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(place))
+
+
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk.  The file is in place already, so where this cannot be done nothing is wrong."""
+    """Bring the names in a folder to the disk, where this can be done; else the system does it a little later."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

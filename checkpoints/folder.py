@@ -16,8 +16,8 @@ def read_weights(part: Path) -> dict[str, TensorStream]:
     Raises:
         ValueError: no such folder, pickles only, a damaged file, or files that are not what their index says.
     """
-    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
-    plain, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
+    plain = weights_file(part)
+    stem, index = plain.stem, part / f"{plain.name}.index.json"
     if plain.is_file():
         return _of_file(plain)
     if index.is_file():
@@ -30,6 +30,11 @@ def read_weights(part: Path) -> dict[str, TensorStream]:
     if pickles := [file for file in sorted(part.glob(f"*{stem}*")) if file.suffix in PICKLES]:
         read_header(pickles[0])  # which refuses it, and says why
     raise ValueError(f"there is no {plain}: a whole model in a diffusers folder is needed")
+
+
+def weights_file(part: Path) -> Path:
+    """The file that a network is saved in as a whole: transformers' text encoders have another name than the rest."""
+    return part / f"{'model' if part.name.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
 
 
 def _of_file(path: Path) -> dict[str, TensorStream]:

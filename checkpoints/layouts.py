@@ -13,8 +13,13 @@ from itertools import count
 
 from .header import shorten
 
+# What the names of a network begin with in a single file
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer.text_model."  # SD 1.x
+OPEN_CLIP = "cond_stage_model.model."  # SD 2.x
+SDXL_CLIP = "conditioner.embedders.0.transformer.text_model."
+SDXL_OPEN_CLIP = "conditioner.embedders.1.model."
 
 
 @dataclass(frozen=True)

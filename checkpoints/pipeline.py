@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -23,6 +24,7 @@ from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
 from .header import PICKLES, SUFFIXES, read_header
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
+from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_TIMEOUT = 10  # seconds
@@ -37,6 +39,12 @@ _SETTINGS = {
 }
 _SETTINGS_FILES = ["*.json", "*.txt"]  # a star stands for slashes too
 _WORDS = ("vocab.json", "tokenizer.json")
+# by which diffusers sees that a single file has text encoders; without them it takes those of the settings' folder
+_TEXT_ENCODERS = {
+    f"{CLIP}embeddings.position_embedding.weight",
+    f"{OPEN_CLIP}token_embedding.weight",
+    f"{SDXL_OPEN_CLIP}positional_embedding",
+}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -86,24 +94,16 @@ def load_pipeline(
     device = _check_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"models run in {', '.join(map(str, DTYPES))}, not in {dtype}")
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
 
     path = _find(model)
-    report = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
-    said = _settle(report, prediction_type, zero_terminal_snr)  # a contradiction is found before gigabytes are read
-    if report.format == DIFFUSERS_FOLDER:
-        settings, pipeline = path, _load_folder(path, dtype)
-    else:
-        settings = _settings_folder(report, config)
-        pipeline = _load_file(path, settings, dtype)
-    if lacking := _lacking(pipeline, settings):
-        raise ValueError(f"{settings} has no {' and no '.join(lacking)}: a whole model is needed")
+    report = _inspect_folder(path) if path.is_dir() else inspect_file(path)
+    said = settle(report, prediction_type, zero_terminal_snr)  # a contradiction is found before gigabytes are read
+    pipeline = _load_folder(path, dtype) if report.format == DIFFUSERS_FOLDER else _load_file(report, config, dtype)
     # a weight that the files lack stays without data
     if lacking := [name for name, network in _networks(pipeline) if any(p.is_meta for p in network.parameters())]:
         raise ValueError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
 
-    said["warnings"] += _rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    said["warnings"] += rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
 
     if dtype == torch.float16:
         pipeline.vae.float()
@@ -137,7 +137,7 @@ def _find(model: str | Path) -> Path:
         raise ValueError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
     way_out = "it is no folder here either; run once with network, or give a folder or file"
     index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
-    _pipeline_class(index.parent)  # before gigabytes are loaded
+    pipeline_class(index.parent)  # before gigabytes are loaded
     return _from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
 
 
@@ -156,8 +156,8 @@ def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> 
         raise ValueError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
 
 
-def _settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
-    """The diffusers folder whose settings and tokenizers complete a single file."""
+def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
+    """The diffusers folder, whole but for its weights, whose settings and tokenizers complete a single file."""
     name = _SETTINGS.get(report.architecture) if config is None else os.fspath(config)
     if name is None:
         raise ValueError(
@@ -165,14 +165,18 @@ def _settings_folder(report: CheckpointReport, config: str | Path | None) -> Pat
             "diffusers folder of such a model, or its name on the hub, as config"
         )
     if os.path.isdir(name):
-        return Path(name)
-    if not _HUB_NAME.fullmatch(name):
+        folder = Path(name)
+    elif _HUB_NAME.fullmatch(name):
+        way_out = (
+            "a single file needs the settings and tokenizers of its kind; run once with network, or give any diffusers "
+            "folder of the same kind as config"
+        )
+        folder = _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
+    else:
         raise ValueError(f"there is no folder {name} to take the settings from")
-    way_out = (
-        "a single file needs the settings and tokenizers of its kind; run once with network, or give any diffusers "
-        "folder of the same kind as config"
-    )
-    return _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
+    _check_programs(folder)
+    _check_whole(folder)
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,12 +185,11 @@ def _settings_folder(report: CheckpointReport, config: str | Path | None) -> Pat
 
 def _inspect_folder(folder: Path) -> CheckpointReport:
     if not (folder / "unet").is_dir():
-        _pipeline_class(folder)  # which has the name of what it is instead
+        pipeline_class(folder)  # which has the name of what it is instead
     report = inspect_checkpoint(folder)
     _check_architecture(report)
-    _pipeline_class(folder)
-    if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
-        raise ValueError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
+    _check_whole(folder)
+    _check_programs(folder)
     for part in (part for part in folder.iterdir() if part.is_dir()):
         pickles = [file for file in part.iterdir() if file.suffix in PICKLES]
         if pickles and not any(part.glob("*.safetensors")):
@@ -194,7 +197,8 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
     return report
 
 
-def _inspect_file(path: Path) -> CheckpointReport:
+def inspect_file(path: Path) -> CheckpointReport:
+    """What a single file is, if it is a whole model of a supported kind."""
     report = inspect_checkpoint(path)
     if report.format == LORA:
         raise ValueError(f"{path} is a LoRA, which changes a model and is none: merge it into a checkpoint first")
@@ -208,13 +212,13 @@ def _inspect_file(path: Path) -> CheckpointReport:
     ]
     if missing:
         raise ValueError(f"{path} holds a U-Net without {' and '.join(missing)}: a whole checkpoint is needed")
-    if path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
-        raise ValueError(f"{path} must be renamed: diffusers only opens names that end in .safetensors")
     return report
 
 
-def _settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_snr: bool | None) -> dict:
+def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_snr: bool | None) -> dict:
     """The fields of ``LoadedPipeline`` that say what the model is."""
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     said = {"prediction_type": report.prediction_type, "zero_terminal_snr": report.zero_terminal_snr}
     by_hand = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     by_hand = {key: value for key, value in by_hand.items() if value is not None}
@@ -238,18 +242,44 @@ def _settle(report: CheckpointReport, prediction_type: str | None, zero_terminal
     return {**said, "evidence": tuple(evidence), "warnings": tuple(warnings)}
 
 
-def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
     """The class of pipeline that a diffusers folder is saved from, if it is one that is for this package."""
+    name = read_index(folder).get("_class_name")
+    if not isinstance(name, str) or name not in _PIPELINES:
+        raise ValueError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
+    return _PIPELINES[name]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a diffusers folder: its class, its settings, and the class of each part."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         index = None
     if not isinstance(index, dict):
         raise ValueError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in _PIPELINES:
-        raise ValueError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
-    return _PIPELINES[name]
+    return index
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a folder without one of the parts that its pipeline needs."""
+    kind, index = pipeline_class(folder), read_index(folder)
+    parts, _ = kind._get_signature_keys(kind)
+    lacking = [
+        name
+        for name in sorted(set(parts) - left_out(kind).keys())
+        if index.get(name) in (None, [None, None])
+        # for want of its files, a tokenizer comes without words
+        or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
+    ]
+    if lacking:
+        raise ValueError(f"{folder} has no {' and no '.join(lacking)}: a whole model is needed")
+
+
+def _check_programs(folder: Path) -> None:
+    """Refuse a folder with programs, which diffusers might run."""
+    if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+        raise ValueError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
 
 
 def _architecture(report: CheckpointReport) -> str:
@@ -268,27 +298,32 @@ def _check_architecture(report: CheckpointReport) -> None:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    kind = _pipeline_class(folder)
-    with _loading(folder):
+    kind = pipeline_class(folder)
+    with loading(folder):
         return kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             variant=_variant(folder),
             use_safetensors=True,
             local_files_only=True,
-            **_left_out(kind),
+            **left_out(kind),
         )
 
 
-def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    kind = _pipeline_class(settings)
-    with _loading(path):
+def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+    if report.path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
+        raise ValueError(f"{report.path} must be renamed: diffusers only opens names that end in .safetensors")
+    settings = settings_folder(report, config)
+    kind = pipeline_class(settings)
+    if not read_header(report.path).tensors.keys() & _TEXT_ENCODERS:
+        raise ValueError(f"{report.path} has text encoders that diffusers does not see: make it a folder and load that")
+    with loading(report.path):
         return kind.from_single_file(
-            str(path), config=str(settings), torch_dtype=dtype, local_files_only=True, **_left_out(kind)
+            str(report.path), config=str(settings), torch_dtype=dtype, local_files_only=True, **left_out(kind)
         )
 
 
-def _left_out(kind: type[DiffusionPipeline]) -> dict:
+def left_out(kind: type[DiffusionPipeline]) -> dict:
     """Arguments that leave out the parts that no measurement needs."""
     names = {"safety_checker", "feature_extractor", "image_encoder"} & set(kind._get_signature_types())
     return dict.fromkeys(names) | ({"requires_safety_checker": False} if "safety_checker" in names else {})
@@ -302,7 +337,8 @@ def _variant(folder: Path) -> str | None:
 
 
 @contextmanager
-def _loading(path: Path) -> Iterator[None]:
+def loading(path: Path) -> Iterator[None]:
+    """Make one sentence of whatever goes wrong in the block."""
     try:
         with warnings.catch_warnings():
             # the name that every diffusers until 1.0 understands
@@ -312,17 +348,7 @@ def _loading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
-def _lacking(pipeline: DiffusionPipeline, folder: Path) -> list[str]:
-    """The parts that a pipeline should have and has not.  For want of its files, a tokenizer comes without words."""
-    return [
-        name
-        for name, part in pipeline.components.items()
-        if (part is None and name not in _left_out(type(pipeline)))
-        or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
-    ]
-
-
-def _rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:
+def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:
     """Give the pipeline's scheduler, and any that is built from its config, what the model is.  Returns warnings."""
     kind = type(pipeline.scheduler)
     model = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}

@@ -1,13 +1,10 @@
-"""Checkpoints as diffusers folders and as single files, and from one to the other.
+"""Diffusers folders written as single files, as CompVis and Stability AI publish them.
 
-A single file is streamed out of the folder's files, so that a model of any size passes through a few megabytes.  The
-other way goes through diffusers' own loaders, which hold the model in memory.
+Tensors are streamed from the folder's files, so that a model of any size passes through a few megabytes.
+diffusers_folder.py is the way back.
 """
 
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +12,16 @@ from pathlib import Path
 import torch
 
 from .architecture import SUPPORTED
-from .atomic import atomic_write
+from .atomic import atomic_write, check_new
 from .folder import read_weights
 from .header import SUFFIXES, read_header, shorten
 from .inspect import DIFFUSERS_FOLDER, CheckpointReport, inspect_checkpoint
 from .layouts import (
+    CLIP,
+    OPEN_CLIP,
     POSITION_IDS,
+    SDXL_CLIP,
+    SDXL_OPEN_CLIP,
     UNET,
     VAE,
     Layout,
@@ -32,12 +33,10 @@ from .layouts import (
     vae_layout,
 )
 from .markers import MODELSPEC_ARCHITECTURES
-from .stream import DTYPE_NAMES, TensorStream, cast, made, stacked, stored, transposed, write_tensors
+from .stream import DTYPE_NAMES, TensorStream, cast, dtype_name, made, stacked, stored, transposed, write_tensors
 
 Tensors = dict[str, TensorStream]
 
-_CLIP_SDXL, _OPEN_CLIP_SDXL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
-_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 # the largest that CLIP is trained with; diffusers does not keep it, and no sampler reads it
 _LOGIT_SCALE = math.log(100)
 _SAYING_WHAT_IT_PREDICTS = (
@@ -70,7 +69,7 @@ def to_single_file(
     folder, out = Path(folder), Path(out)
     check_new_file(out, dtype)
     report = inspect_folder(folder)
-    wanted = DTYPE_NAMES.get(dtype)
+    wanted = dtype_name(dtype)
     if base is None:
         tensors, metadata = single_file_tensors(folder), {}
         if wanted is not None:
@@ -82,74 +81,13 @@ def to_single_file(
         write_tensors(file, tensors, metadata)
 
 
-def to_folder(
-    file: str | Path,
-    out: str | Path,
-    *,
-    config: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
-) -> None:
-    """Write a single file as a diffusers folder whose scheduler says what the model is.
-
-    For a model with zero terminal SNR the scheduler begins at the last timestep (``timestep_spacing="trailing"``), and
-    is diffusers' Euler where the published one cannot rescale.
-
-    Args:
-        file: a .safetensors file with everything in it.
-        out: a folder that is not there yet.
-        config: the diffusers folder, or its name on the hub, whose settings and tokenizers complete the file; by
-            default those of the first model of its kind, from the hub or its cache.
-        dtype: float32, float16 or bfloat16; by default the file's, or float32 if it has several.
-        prediction_type, zero_terminal_snr: instead of what the file says.
-
-    Raises:
-        ValueError: see ``load_pipeline``; ``out`` is there or cannot be written.
-    """
-    from diffusers import EulerDiscreteScheduler
-
-    from .pipeline import load_pipeline
-
-    file, out = Path(file), Path(out)
-    _check_new(out)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder already")
-    if dtype is None:
-        dtype = _only_dtype(file)
-    loaded = load_pipeline(
-        file, config=config, dtype=dtype, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr
-    )
-    pipeline = loaded.pipeline
-    if dtype == torch.float16:
-        pipeline.vae.half()  # load_pipeline keeps it in float32, for decoding
-    if loaded.zero_terminal_snr:
-        kind = type(pipeline.scheduler)
-        if "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
-            kind = EulerDiscreteScheduler
-        config = {**pipeline.scheduler.config, "_use_default_values": []}
-        pipeline.register_modules(scheduler=kind.from_config(config, timestep_spacing="trailing"))
-
-    unfinished = out.with_name(f".{out.name[:50]}.{secrets.token_hex(4)}.unfinished")
-    try:
-        try:
-            pipeline.save_pretrained(unfinished)
-            _sync(unfinished)
-            os.rename(unfinished, out)
-        except OSError as error:
-            raise ValueError(f"{out} cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
 def single_file_tensors(folder: Path) -> Tensors:
     """All tensors of a diffusers folder by their names in a single file, sorted; for the arguments see above."""
     unet = read_weights(folder / "unet")
     tensors = _lay_out(unet, unet_layout, UNET) | _lay_out(read_weights(folder / "vae"), vae_layout, VAE)
     for part, prefix in _text_encoders(unet).items():
         there = read_weights(folder / part)
-        if prefix in (_CLIP, _CLIP_SDXL):
+        if prefix in (CLIP, SDXL_CLIP):
             tensors |= _lay_out(there, clip_layout, prefix)
             positions = torch.arange(tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0])
             tensors[prefix + POSITION_IDS] = made(positions[None], "I64")
@@ -164,10 +102,10 @@ def single_file_tensors(folder: Path) -> Tensors:
 def _text_encoders(unet: Tensors) -> dict[str, str]:
     """Part of the folder -> prefix in the single file."""
     if is_sdxl(unet):
-        return {"text_encoder": _CLIP_SDXL, "text_encoder_2": _OPEN_CLIP_SDXL}
+        return {"text_encoder": SDXL_CLIP, "text_encoder_2": SDXL_OPEN_CLIP}
     projections = [tensor for name, tensor in unet.items() if name.endswith("attentions.0.proj_in.weight")]
     # SD 1.x projects by 1 x 1 convolutions, SD 2.x by matrices
-    return {"text_encoder": _OPEN_CLIP if projections and len(projections[0].shape) == 2 else _CLIP}
+    return {"text_encoder": OPEN_CLIP if projections and len(projections[0].shape) == 2 else CLIP}
 
 
 def _lay_out(tensors: Tensors, layout: Callable[[Collection[str]], Layout], prefix: str) -> Tensors:
@@ -215,20 +153,25 @@ def _mark(
     tensors: Tensors, metadata: dict[str, str], report: CheckpointReport, title: str
 ) -> tuple[Tensors, dict[str, str]]:
     """With the marks by which programs know what the model predicts; unchanged where the folder does not say."""
+    said = modelspec(report, title)
     if report.prediction_type is not None:
         v_prediction = report.prediction_type == "v_prediction"
         marks = {"v_pred": v_prediction, "ztsnr": v_prediction and bool(report.zero_terminal_snr)}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in marks}
         tensors |= {name: made(torch.zeros(0), "F32") for name, marked in marks.items() if marked}
+        if marks["ztsnr"] and metadata.get("modelspec.prediction_type") == "v-zsnr":  # a base marked for SwarmUI
+            said["modelspec.prediction_type"] = "v-zsnr"
         metadata = {key: value for key, value in metadata.items() if key not in _SAYING_WHAT_IT_PREDICTS}
-    return tensors, metadata | modelspec(report, title)
+    return tensors, metadata | said
 
 
 def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
-    """The metadata of ModelSpec 1.0.1 for a model, as far as they are known."""
+    """The metadata of ModelSpec 1.0.1 for a model in a diffusers folder, as far as they are known."""
     metadata = {"sai_model_spec": "1.0.1", "title": title.encode("utf-8", "replace").decode()}
     v_prediction = report.prediction_type == "v_prediction"
-    if known := MODELSPEC_ARCHITECTURES.get((report.architecture, v_prediction)):
+    known = MODELSPEC_ARCHITECTURES.get((report.architecture, v_prediction))
+    # with more channels it paints into pictures, or edits them
+    if known and read_weights(report.path / "unet")["conv_in.weight"].shape[1:2] == (4,):
         metadata["implementation"] = "sgm"
         metadata["architecture"], metadata["resolution"] = known
     if report.prediction_type is not None:
@@ -253,29 +196,7 @@ def inspect_folder(folder: Path) -> CheckpointReport:
 
 def check_new_file(out: Path, dtype: torch.dtype | None) -> None:
     """Refuse what cannot be written, before anything is read."""
-    _check_new(out)
+    check_new(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out} must end in {SUFFIXES[0]}, by which programs know such files")
-    if dtype not in (None, *DTYPE_NAMES):
-        raise ValueError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
-
-
-def _check_new(out: Path) -> None:
-    if os.path.lexists(out):
-        raise ValueError(f"{out} is there already: choose another name, or remove it first")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
-
-
-def _only_dtype(file: Path) -> torch.dtype:
-    """The type that all numbers of a file are in, float32 if they are in several."""
-    precision = inspect_checkpoint(file).precision
-    found = [dtype for dtype, name in DTYPE_NAMES.items() if name in precision]
-    return found[0] if len(found) == 1 else torch.float32
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+    dtype_name(dtype)

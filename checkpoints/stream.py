@@ -15,7 +15,7 @@ from .header import BITS, HASH, Header
 CHUNK = 16 * 2**20  # bytes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_FLOATS = {
+FLOATS = {
     **{name: dtype for dtype, name in DTYPE_NAMES.items()},
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -41,16 +41,27 @@ class TensorStream:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-def stored(path: Path, header: Header, name: str) -> TensorStream:
-    """A tensor of a safetensors file."""
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """How safetensors names a type that checkpoints are written in."""
+    if dtype not in (None, *DTYPE_NAMES):
+        raise ValueError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
+    return DTYPE_NAMES.get(dtype)
+
+
+def stored(path: Path, header: Header, name: str, rows: range | None = None) -> TensorStream:
+    """A tensor of a safetensors file, or some of its rows."""
     entry = header.tensors[name]
+    shape, start, stop = entry.shape, header.data_start + entry.begin, header.data_start + entry.end
+    if rows is not None:
+        row = entry.nbytes // shape[0]
+        shape, start, stop = (len(rows), *shape[1:]), start + rows.start * row, start + rows.stop * row
 
     def read() -> Iterator[bytearray]:
-        for begin in range(entry.begin, entry.end, CHUNK):
-            piece = bytearray(min(CHUNK, entry.end - begin))
+        for begin in range(start, stop, CHUNK):
+            piece = bytearray(min(CHUNK, stop - begin))
             try:
                 with path.open("rb") as file:
-                    file.seek(header.data_start + begin)
+                    file.seek(begin)
                     size = file.readinto(piece)
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -58,7 +69,7 @@ def stored(path: Path, header: Header, name: str) -> TensorStream:
                 raise ValueError(f"{path} became shorter while it was read")
             yield piece
 
-    return TensorStream(entry.dtype, entry.shape, read)
+    return TensorStream(entry.dtype, shape, read)
 
 
 def made(tensor: torch.Tensor, dtype: str) -> TensorStream:
@@ -93,14 +104,14 @@ def cast(tensor: TensorStream, dtype: str) -> TensorStream:
 
     ``read`` raises OverflowError where a number is too large for the type.
     """
-    if tensor.dtype == dtype or tensor.dtype not in _FLOATS:
+    if tensor.dtype == dtype or tensor.dtype not in FLOATS:
         return tensor
 
     def read() -> Iterator[bytearray]:
         for piece in tensor.read():
-            numbers = torch.frombuffer(piece, dtype=_FLOATS[tensor.dtype])
-            numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-            converted = numbers.to(_FLOATS[dtype])
+            numbers = torch.frombuffer(piece, dtype=FLOATS[tensor.dtype])
+            numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
+            converted = numbers.to(FLOATS[dtype])
             if (converted.isinf() & ~numbers.isinf()).any():
                 raise OverflowError
             yield _to_bytes(converted)
@@ -108,21 +119,24 @@ def cast(tensor: TensorStream, dtype: str) -> TensorStream:
     return replace(tensor, dtype=dtype, read=read)
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, TensorStream], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, the types with the widest numbers first so that every number is aligned, and the hash
-    of its data into the metadata.
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, TensorStream], metadata: Mapping[str, str], *, hashed: bool = True
+) -> None:
+    """Write a safetensors file, the types with the widest numbers first so that every number is aligned.
 
     The same tensors and metadata in the same order give the same bytes.
 
     Args:
         file: empty and seekable.
+        hashed: write ModelSpec's hash of the data into the metadata.
 
     Raises:
         ValueError: a number is too large for the type it is cast to, or a source became shorter.
     """
     order = sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype])
     unknown = f"0x{0:064x}"
-    content, end = {"__metadata__": {HASH: unknown, **{k: v for k, v in metadata.items() if k != HASH}}}, 0
+    metadata = {key: value for key, value in metadata.items() if key != HASH}
+    content, end = {"__metadata__": {HASH: unknown, **metadata} if hashed else metadata}, 0
     for name, tensor in order:
         begin, end = end, end + tensor.nbytes
         content[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -136,14 +150,16 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, TensorStream], metadata:
         try:
             for piece in tensor.read():
                 file.write(piece)
-                digest.update(piece)
+                if hashed:
+                    digest.update(piece)
                 written += len(piece)
         except OverflowError:
             raise ValueError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider type") from None
         if written != tensor.nbytes:
             raise RuntimeError(f"{name} took {written} bytes instead of {tensor.nbytes}")
-    file.seek(8 + header.index(unknown.encode()))  # the first of all values
-    file.write(f"0x{digest.hexdigest()}".encode())
+    if hashed:
+        file.seek(8 + header.index(unknown.encode()))  # the first of all values
+        file.write(f"0x{digest.hexdigest()}".encode())
 
 
 def _to_bytes(numbers: torch.Tensor) -> bytearray:

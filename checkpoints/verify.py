@@ -1,21 +1,46 @@
-"""Is a checkpoint sound, and how does it differ from another?
+"""Is a checkpoint whole and sound, and how does it differ from another?
 
-Files are read one tensor at a time, so a check takes no more memory than the largest tensor.
+Each file is read once, in the order of its bytes and a few megabytes at a time.
 """
 
+import hashlib
 import math
-from contextlib import ExitStack
-from dataclasses import dataclass
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
-from .header import HASH, hash_data, open_data, read_header, shorten
+from .architecture import LORA
+from .complete import MARKS, find_missing
+from .header import BITS, HASH, Header, read_header, shorten
 from .inspect import CheckpointReport, inspect_checkpoint
+from .single_file import single_file_tensors
+from .stream import CHUNK, TensorStream, stored
+
+if TYPE_CHECKING:
+    from .forward import Agreement
 
 MOST_NAMES = 5  # in a sentence
+AT_ONCE = 1 << 18  # numbers that are looked at together
+
+_NUMBERS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.uint8,
+}  # fmt: skip
+_WIDENED = {"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "U64", "U32", "U16"}  # PyTorch cannot compare them
+
+_NOT_FINITE = "hold NaN or infinite values"
+_THROUGHOUT = _ZERO, _CONSTANT = "are zero throughout", "hold one value throughout"
+_UNREAD = "are of types whose numbers are not read here"
+_FORMATS = {"pt", "tf", "flax", "mlx"}  # that transformers knows
 
 
 @dataclass(frozen=True)
@@ -43,6 +68,7 @@ class VerifyReport:
         remarks: a sentence for each thing that may be meant.
         changes: tensors that differ from the other checkpoint's, the largest change first; None without one.
         only_here, only_there: names that the other checkpoint lacks, or has besides.
+        agreements: what came out of running it, beside diffusers' first run; empty if it was not run.
     """
 
     report: CheckpointReport
@@ -52,6 +78,7 @@ class VerifyReport:
     changes: tuple[Change, ...] | None = None
     only_here: tuple[str, ...] = ()
     only_there: tuple[str, ...] = ()
+    agreements: tuple["Agreement", ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -70,92 +97,210 @@ class VerifyReport:
             for where, names in (("here", self.only_here), ("there", self.only_there)):
                 if names:
                     lines.append(f"Only {where}: {_list(names)}.")
+        lines += [f"Run in {agreement}." for agreement in self.agreements]
         return "\n".join(lines)
 
 
-def verify_checkpoint(path: str | Path, other: str | Path | None = None) -> VerifyReport:
+def verify_checkpoint(
+    path: str | Path,
+    other: str | Path | None = None,
+    *,
+    run: bool = False,
+    config: str | Path | None = None,
+    comfyui: str | Path | None = None,
+) -> VerifyReport:
     """Read every tensor of a checkpoint and say what is wrong with it.
+
+    Problems are values that are not finite, matrices and convolutions of one value throughout, tensors that are missing
+    or of another shape than those of the published model of the same architecture, a hash in the metadata that is not
+    that of the data, and with ``run`` a program that gets something else out of it.
 
     Args:
         path: a .safetensors file or a diffusers folder.
-        other: a checkpoint of the same layout to compare with.
+        other: a checkpoint to compare with; a file and a folder are compared by the names in a single file.
+        run: run its networks once in diffusers, from ``path`` and from ``other`` if that is the other layout of the
+            same checkpoint, and in ComfyUI (``compare_forwards``).
+        config, comfyui: see ``compare_forwards``.
 
     Raises:
-        ValueError: what cannot be read at all: no such file, a pickle, a header that does not fit its file.
+        ValueError: what cannot be read at all: no such file, a pickle, a header that does not fit its file; with
+            ``run`` also what ``compare_forwards`` raises.
     """
-    path = Path(path)
+    path, other = Path(path), None if other is None else Path(other)
     report = inspect_checkpoint(path)
-    problems, remarks, changes, names = [], [], [], set()
-    zero, constant = [], []
-    with ExitStack() as opened:
-        known = {} if other is None else _places(Path(other), opened)
-        for file in _files(path):
-            problems += _wrong_hash(file)
-        for name, (file, key) in _places(path, opened).items():
-            names.add(name)
-            tensor = file.get_tensor(key)
-            if tensor.is_floating_point() and not tensor.float().isfinite().all():
-                problems.append(f"{shorten(name)} holds NaN or infinite values.")
-            elif tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
-                (constant if tensor.any() else zero).append(name)
-            if name in known:
-                before, key = known[name]
-                if change := _change(name, tensor, before.get_tensor(key)):
-                    changes.append(change)
-    if zero:
-        remarks.append(f"{len(zero)} tensors are all zero: {_list(zero)}.")
-    if constant:
-        remarks.append(f"{len(constant)} tensors hold one value throughout: {_list(constant)}.")
-    if other is None:
-        return VerifyReport(report, len(names), tuple(problems), tuple(remarks))
+    problems, remarks = find_missing(report)
+    agreements = []
+    if run:
+        from .forward import compare_forwards  # which takes diffusers
+
+        agreements, differences = compare_forwards(path, other, config=config, comfyui=comfyui)
+        problems += differences
+    found, count = defaultdict(list), 0
+    for file, prefix, header in _read_headers(path):
+        remarks += _stumbling_blocks(file, prefix, header)
+        digest = hashlib.sha256() if HASH in header.metadata else None
+        for name, tensor in _tensors([(file, prefix, header)]):
+            count += 1
+            if what := _look_at(tensor, digest):
+                found[what, len(tensor.shape) > 1].append(name)
+        if digest:
+            problems += _wrong_hash(file, header, digest.hexdigest())
+    for (what, of_weights), those in found.items():
+        # fresh norms and biases are constant, and so is a layer of a LoRA that was not trained
+        wrong = what == _NOT_FINITE or (what in _THROUGHOUT and of_weights and report.format != LORA)
+        (problems if wrong else remarks).append(f"{'Weights' if of_weights else 'Vectors'} {what}: {_list(those)}.")
+    changes, only_here, only_there = None, (), ()
+    if other is not None:
+        try:
+            changes, only_here, only_there = _compare(path, other)
+        except ValueError as error:
+            problems.append(f"It cannot be compared with {other}: {error}.")
     return VerifyReport(
         report,
-        len(names),
+        count,
         tuple(problems),
         tuple(remarks),
-        tuple(sorted(changes, key=lambda change: -change.relative)),
-        tuple(sorted(names - known.keys())),
-        tuple(sorted(known.keys() - names)),
+        changes,
+        tuple(sorted(only_here)),
+        tuple(sorted(only_there)),
+        tuple(agreements),
     )
 
 
-def _files(path: Path) -> list[Path]:
-    """The weights of a file or a folder."""
-    return sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]
+def _read_headers(path: Path) -> list[tuple[Path, str, Header]]:
+    """Each file of a checkpoint, what its tensors' names begin with here, and its header.
 
-
-def _places(path: Path, opened: ExitStack) -> dict[str, tuple[Any, str]]:
-    """Tensor -> the opened file that holds it and its name there; in a folder names begin with the part's: unet, ..."""
-    found = {}
-    for file in _files(path):
-        names = read_header(file).tensors  # which refuses what safetensors would stumble over
-        prefix = f"{file.parent.name}." if path.is_dir() else ""
-        tensors = opened.enter_context(safe_open(file, framework="pt"))
-        found |= {prefix + name: (tensors, name) for name in names}
+    In a folder that is the network's name, or, of another version of the same network, also the file's.
+    """
+    if not os.path.isdir(path):
+        return [(path, "", read_header(path))]
+    found, names = [], set()
+    # the shortest name first: the plain file before its versions (.fp16)
+    for file in sorted(path.glob("*/*.safetensors"), key=lambda file: (file.parent.name, len(file.name), file.name)):
+        header, prefix = read_header(file), f"{file.parent.name}."
+        if any(prefix + name in names for name in header.tensors):
+            prefix = f"{file.parent.name}/{file.name}: "
+        names |= {prefix + name for name in header.tensors}
+        found.append((file, prefix, header))
+    if not found:
+        raise ValueError(f"{path} has no safetensors files in its folders")
     return found
 
 
-def _change(name: str, tensor: torch.Tensor, before: torch.Tensor) -> Change | None:
+def _tensors(files: list[tuple[Path, str, Header]]) -> Iterator[tuple[str, TensorStream]]:
+    """All tensors by name, in the order of their bytes."""
+    for file, prefix, header in files:
+        for name, _ in sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+            yield prefix + name, stored(file, header, name)
+
+
+def _numbers(tensor: TensorStream, digest=None) -> Iterator[torch.Tensor]:
+    """The numbers of a tensor, some at a time, their bytes added to a digest on the way."""
+    for piece in tensor.read():
+        if digest:
+            digest.update(piece)
+        if tensor.dtype in _NUMBERS:
+            for numbers in torch.frombuffer(piece, dtype=_NUMBERS[tensor.dtype]).split(AT_ONCE):
+                yield numbers.double() if tensor.dtype in _WIDENED else numbers
+
+
+def _look_at(tensor: TensorStream, digest) -> str | None:
+    """What is to be said of a tensor's numbers."""
+    # NaN is the least and the greatest of all numbers here, and this is many times as fast as isfinite
+    ends = [end.item() for numbers in _numbers(tensor, digest) for end in numbers.aminmax()]
+    if tensor.dtype not in _NUMBERS:
+        return _UNREAD
+    if not all(map(math.isfinite, ends)):
+        return _NOT_FINITE
+    if math.prod(tensor.shape) > 1 and min(ends) == max(ends):
+        return _CONSTANT if ends[0] else _ZERO
+    return None
+
+
+def _wrong_hash(file: Path, header: Header, found: str) -> list[str]:
+    said = header.metadata[HASH].lower().removeprefix("0x")
+    if said == found or said == _hash_by_name(file, header):
+        return []
+    return [f"The metadata's hash {shorten(header.metadata[HASH])} is not that of the tensors, 0x{found}."]
+
+
+def _hash_by_name(file: Path, header: Header) -> str:
+    """The hash as OneTrainer computes it, of the tensors in the order of their names and not of their bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(header.tensors):
+        for piece in stored(file, header, name).read():
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _compare(path: Path, other: Path) -> tuple[tuple[Change, ...], set[str], set[str]]:
+    """Changes, and the names that only one has."""
+    if os.path.isdir(path) == os.path.isdir(other):
+        ours, theirs = (dict(_tensors(_read_headers(place))) for place in (path, other))
+    else:
+        ours, theirs = (_as_single_file(place) for place in (path, other))
+    both = [_change(name, tensor, theirs[name]) for name, tensor in ours.items() if name in theirs]
+    changes = sorted(filter(None, both), key=lambda change: -change.relative)
+    return tuple(changes), ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+
+
+def _as_single_file(path: Path) -> dict[str, TensorStream]:
+    """The tensors by their names in a single file, in pieces of one size however they are stored."""
+    tensors = single_file_tensors(path) if os.path.isdir(path) else dict(_tensors(_read_headers(path)))
+    return {
+        name: replace(tensor, read=partial(_regroup, tensor)) for name, tensor in tensors.items() if name not in MARKS
+    }
+
+
+def _regroup(tensor: TensorStream) -> Iterator[bytearray]:
+    pending = bytearray()
+    for piece in tensor.read():
+        pending += piece
+        while len(pending) >= CHUNK:
+            yield pending[:CHUNK]
+            del pending[:CHUNK]
+    if pending:
+        yield pending
+
+
+def _change(name: str, tensor: TensorStream, before: TensorStream) -> Change | None:
     """None for equal values, whatever their types."""
-    if before.shape != tensor.shape:
-        return Change(name, math.inf, math.inf)
-    difference = tensor.double() - before.double()
-    if not difference.any():
+    pieces = zip(tensor.read(), before.read(), strict=True)
+    if (tensor.dtype, tensor.shape) == (before.dtype, before.shape) and all(ours == theirs for ours, theirs in pieces):
         return None
-    norm = before.double().norm().item()
-    return Change(name, difference.norm().item() / norm if norm else math.inf, difference.abs().max().item())
+    if tensor.shape != before.shape or not {tensor.dtype, before.dtype} <= _NUMBERS.keys():
+        return Change(name, math.inf, math.inf)
+    of_difference = of_before = largest = torch.zeros((), dtype=torch.float64)
+    for ours, theirs in zip(_numbers(tensor), _numbers(before), strict=True):  # both in pieces of AT_ONCE
+        ours, theirs = ours.double(), theirs.double()
+        difference = ours - theirs
+        of_difference = of_difference + difference.dot(difference)
+        of_before = of_before + theirs.dot(theirs)
+        largest = torch.maximum(largest, difference.abs().max())
+    if not largest:
+        return None
+    relative = (of_difference / of_before).sqrt().item()  # x / 0 is inf
+    return Change(name, math.inf if math.isnan(relative) else relative, largest.item())
 
 
-def _wrong_hash(file: Path) -> list[str]:
-    header = read_header(file)
-    said = header.metadata.get(HASH)
-    if said is None:
-        return []
-    with open_data(file, header) as data:
-        found = hash_data(data)
-    if found.removeprefix("0x") == said.lower().removeprefix("0x"):
-        return []
-    return [f"The metadata's hash {shorten(said)} is not that of the tensors, {found}."]
+def _stumbling_blocks(file: Path, prefix: str, header: Header) -> list[str]:
+    """What is valid, and what some programs do not take all the same."""
+    remarks = []
+    odd = [
+        name
+        for name, entry in header.tensors.items()
+        if entry.nbytes and (header.data_start + entry.begin) % max(1, BITS[entry.dtype] // 8)
+    ]
+    if odd:
+        remarks.append(
+            f"{shorten(file.name)}: numbers do not begin at multiples of their size, so that programs which map files "
+            f"into memory have to copy them, or refuse them: {_list(odd)}."
+        )
+    if prefix.startswith("text_encoder") and header.metadata and header.metadata.get("format") not in _FORMATS:
+        remarks.append(
+            f"{file.parent.name}/{shorten(file.name)}: transformers 4 refuses it, as its metadata have no format."
+        )
+    return remarks
 
 
 def _list(names) -> str:

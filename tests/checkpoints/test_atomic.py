@@ -1,5 +1,6 @@
 """A name stands for the old content or for the whole new one."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ztsnr.checkpoints import atomic
-from ztsnr.checkpoints.atomic import atomic_write
+from ztsnr.checkpoints.atomic import atomic_folder, atomic_write
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions, links and signals of POSIX")
 
@@ -23,6 +24,12 @@ LEFTOVER = ".a.bin.0123abcd.unfinished"  # as a killed program names it
 def write(path, content=NEW):
     with atomic_write(path) as file:
         file.write(content)
+
+
+def write_folder(path, content=NEW):
+    with atomic_folder(path) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "a.bin").write_bytes(content)
 
 
 def listing(folder) -> list[str]:
@@ -303,9 +310,25 @@ def test_files_of_others_stay(tmp_path, old):
     others = [".a.bin.unfinished", ".a.bin.notes.unfinished", "a.bin.0123abcd.unfinished", ".a.bin.0123abcd"]
     for name in others:
         (tmp_path / name).touch()
-    (tmp_path / LEFTOVER).mkdir()  # cannot be removed, and does not disturb
     write(old)
-    assert listing(tmp_path) == sorted(["a.bin", LEFTOVER, *others])
+    assert listing(tmp_path) == sorted(["a.bin", *others])
+
+
+def test_links_are_never_followed(tmp_path, old):
+    precious = tmp_path / "precious"
+    write_folder(precious)
+    leftover = tmp_path / LEFTOVER
+    for target in (precious, precious / "part" / "a.bin", "nothing"):
+        leftover.symlink_to(target)
+        write(old)
+        assert leftover.is_symlink()
+        leftover.unlink()
+    leftover.mkdir()
+    (leftover / "folder").symlink_to(precious)
+    (leftover / "file").symlink_to(precious / "part" / "a.bin")
+    write(old)
+    assert listing(tmp_path) == ["a.bin", "precious"]
+    assert (precious / "part" / "a.bin").read_bytes() == NEW
 
 
 def test_who_still_writes_is_not_disturbed(tmp_path, old):
@@ -393,3 +416,180 @@ def test_a_file_system_without_locks(old, monkeypatch):
     write(old)
     assert old.read_bytes() == NEW
     assert listing(old.parent) == [LEFTOVER, "a.bin"]  # it might be somebody's
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_folder_is_made(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_folder(str(tmp_path / "a")) as folder:
+            (folder / "part").mkdir()
+            (folder / "part" / "a.bin").write_bytes(NEW)
+            assert listing(tmp_path) == [folder.name]
+    finally:
+        os.umask(before)
+    assert listing(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "part" / "a.bin").read_bytes() == NEW
+    assert (tmp_path / "a").stat().st_mode & 0o7777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt(), SystemExit(1), MemoryError()])
+def test_no_folder_is_made_if_the_block_fails(tmp_path, error):
+    def fail():
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "part").mkdir()
+            (folder / "part" / "a.bin").write_bytes(NEW)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_must_be_new(tmp_path, old):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = listing(tmp_path)
+    for name in before:
+        with pytest.raises(ValueError, match=f"{name} is there already"):
+            write_folder(tmp_path / name)
+    with pytest.raises(ValueError, match="there is no folder"):
+        write_folder(tmp_path / "missing" / "a")
+    with pytest.raises(ValueError, match="cannot be written: File name too long"):
+        write_folder(tmp_path / ("x" * 300))
+    assert listing(tmp_path) == before
+    assert old.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("meanwhile", [Path.mkdir, Path.touch])
+def test_a_folder_that_another_makes_meanwhile_is_not_replaced(tmp_path, meanwhile):
+    with pytest.raises(ValueError, match="a is there already"), atomic_folder(tmp_path / "a") as folder:
+        meanwhile(tmp_path / "a")
+    assert not folder.exists()
+    assert listing(tmp_path) == ["a"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+    events, names = [], {}
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor):
+        names.update({path.stat().st_ino: path.name for path in tmp_path.rglob("*")})
+        events.append(names.get(os.fstat(descriptor).st_ino, "around"))
+        fsync(descriptor)
+
+    def watched_rename(*paths):
+        events.append("rename")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    write_folder(tmp_path / "a")
+    assert events[0].startswith(".a.")
+    assert events[1:] == ["a.bin", "part", "rename", "around"]
+
+
+def test_a_folder_on_a_full_disk(small_disk):
+    with pytest.raises(ValueError, match=r"a cannot be written: No space left on device$"):
+        write_folder(small_disk / "a", b"x" * 100_000)
+    assert listing(small_disk) == []
+    write_folder(small_disk / "a", b"x" * 10_000)
+    assert listing(small_disk) == ["a"]
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match="a cannot be written: Input/output error"):
+        write_folder(tmp_path / "a")
+    assert listing(tmp_path) == []
+
+
+def test_what_killed_writers_of_folders_leave_is_removed(tmp_path):
+    program = """
+import sys, time
+from ztsnr.checkpoints.atomic import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "part").mkdir()
+    (folder / "part" / "a.bin").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    for path, write_again in ((tmp_path / "a", write_folder), (tmp_path / "b", write)):  # whichever comes next
+        with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"writing\n"
+            assert len(list(tmp_path.glob(f".{path.name}.*"))) == 1
+            process.send_signal(signal.SIGKILL)
+        assert len(list(tmp_path.glob(f".{path.name}.*{atomic.SUFFIX}"))) == 1
+        assert not path.exists()
+        write_again(path)
+        assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".c.0123abcd.unfinished").touch()
+    write_folder(tmp_path / "c")
+    assert listing(tmp_path) == ["a", "b", "c"]
+
+
+def test_who_still_writes_a_folder_is_not_disturbed(tmp_path):
+    with atomic_folder(tmp_path / "a") as slow:
+        (slow / "a.bin").write_bytes(b"slow")
+        write_folder(tmp_path / "a")
+        assert len(listing(tmp_path)) == 2
+        (tmp_path / "a").rename(tmp_path / "b")
+    assert (tmp_path / "a" / "a.bin").read_bytes() == b"slow"
+    assert listing(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_folder_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch, moment):
+    removed = []
+
+    def remove(path):
+        if not removed:
+            removed.append(path)
+            path.rmdir()
+
+    if moment == "before it is opened":
+        mkdir = Path.mkdir
+        monkeypatch.setattr(Path, "mkdir", lambda path, *rest: (mkdir(path, *rest), remove(path)))
+    else:
+        flock = atomic.fcntl.flock
+        monkeypatch.setattr(
+            atomic.fcntl, "flock", lambda *arguments: (remove(next(tmp_path.glob(".*"))), flock(*arguments))
+        )
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "a.bin").write_bytes(NEW)
+    assert len(removed) == 1
+    assert listing(tmp_path) == ["a"]
+    assert listing(tmp_path / "a") == ["a.bin"]
+
+
+def test_folders_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "fcntl", None)
+    young, busy, stale = (tmp_path / f".a.0000000{i}.unfinished" for i in range(3))
+    hours_ago = time.time() - 2 * atomic.ABANDONED
+    for folder in (young, busy, stale):
+        (folder / "part").mkdir(parents=True)
+        (folder / "part" / "a.bin").touch()
+        if folder is not young:
+            for path in (folder / "part" / "a.bin", folder / "part", folder):
+                os.utime(path, (hours_ago, hours_ago))
+    (busy / "part" / "a.bin").write_bytes(NEW)  # which changes no folder
+    write_folder(tmp_path / "a")
+    assert listing(tmp_path) == [young.name, busy.name, "a"]
+
+
+def test_folders_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_flock(file, operation):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", no_flock)
+    (tmp_path / LEFTOVER.replace("a.bin", "a")).mkdir()
+    write_folder(tmp_path / "a")
+    assert len(listing(tmp_path)) == 2  # it might be somebody's

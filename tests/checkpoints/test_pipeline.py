@@ -166,6 +166,23 @@ def test_a_single_file_that_lacks_a_weight(tiny, plain, tmp_path):
         load_pipeline(path, config=tiny)
 
 
+def test_text_encoders_that_diffusers_does_not_see(tiny, plain, tmp_path):
+    """It would take those of the settings, without a word."""
+    path = write_single_file(plain, tmp_path / "tiny.safetensors", marks=("v_pred", "ztsnr"))
+    old = {name.replace("conditioner.embedders.0", "cond_stage_model"): t for name, t in load_file(path).items()}
+    old = {name.replace(".text_model.", "."): t for name, t in old.items() if "embedders.1" not in name}
+    save_file(old, path)
+    with pytest.raises(ValueError, match=r"tiny\.safetensors has text encoders that diffusers does not see"):
+        load_pipeline(path, config=tiny)
+
+
+def test_settings_with_a_program(folder, plain, tmp_path):
+    path = write_single_file(plain, tmp_path / "tiny.safetensors")
+    (folder / "scheduler" / "mine.py").touch()
+    with pytest.raises(ValueError, match=r"copy holds a program, mine\.py, and"):
+        load_pipeline(path, config=folder)
+
+
 def test_settings_that_lack_a_tokenizer(folder, plain, tmp_path):
     path = write_single_file(plain, tmp_path / "tiny.safetensors")
     shutil.rmtree(folder / "tokenizer_2")

@@ -1,92 +1,36 @@
 """Diffusers folders as single files and back: real networks, tiny and random, and the names of the full-size ones."""
 
+import filecmp
 import hashlib
-import itertools
-import json
-import multiprocessing
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ztsnr.checkpoints import inspect_checkpoint, stream
+from ztsnr.checkpoints import inspect_checkpoint, stream, to_folder
 from ztsnr.checkpoints.header import read_header
 from ztsnr.checkpoints.mark import mark_checkpoint
 from ztsnr.checkpoints.single_file import _mark as mark
-from ztsnr.checkpoints.single_file import single_file_tensors, to_folder, to_single_file
+from ztsnr.checkpoints.single_file import modelspec, single_file_tensors, to_single_file
 
 from ..full_size import networks, shapes, unet_shapes
-from ..tiny_pipelines import make_tiny_sdxl, write_single_file
+from ..tiny_pipelines import write_single_file
+from .tiny_folders import PARTS, PIPELINES, convert, grow, make_tiny_folders, rewrite, run_alone, set_scheduler, weights
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-MODELS = ("SDXL", "SD 1.x", "SD 2.x")
 UNET = "model.diffusion_model."
-
-
-def make_tiny_sd(folder, sdxl, version):
-    """A folder of SD 1.x or 2.x, with the tokenizer and one text encoder of a tiny SDXL."""
-    donor = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl)
-    with torch.random.fork_rng():
-        torch.manual_seed(version)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(8, 16, 16),
-            layers_per_block=2,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=24,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            use_linear_projection=version == 2,
-        )
-        config = {**donor.text_encoder_2.config.to_dict(), "hidden_act": "gelu" if version == 2 else "quick_gelu"}
-        text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
-    diffusers.StableDiffusionPipeline(
-        unet=unet.eval(),
-        vae=donor.vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=donor.tokenizer,
-        scheduler=diffusers.PNDMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Tiny folders of every architecture; not to be changed."""
-    place = tmp_path_factory.mktemp("folders")
-    sdxl = make_tiny_sdxl(place / "sdxl")
-    made = {
-        "SDXL": sdxl,
-        "SD 1.x": make_tiny_sd(place / "sd1", sdxl, 1),
-        "SD 2.x": make_tiny_sd(place / "sd2", sdxl, 2),
-    }
-    generator = torch.Generator().manual_seed(0)
-
-    def randomize(tensors):  # new networks have many zeros and ones, which look alike wherever they are put
-        return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
-
-    for folder in made.values():
-        for part in PARTS:
-            if (folder / part).is_dir():
-                rewrite(folder, part, randomize)
-    return made
+    return make_tiny_folders(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture(scope="module")
@@ -106,134 +50,41 @@ def reference(sdxl, tmp_path_factory):
     return convert(sdxl, tmp_path_factory.mktemp("reference")).read_bytes()
 
 
-def convert(folder, place, **options):
-    place.mkdir(exist_ok=True)
-    to_single_file(folder, place / "model.safetensors", **options)
-    return place / "model.safetensors"
-
-
-def weights(folder, part):
-    (file,) = (folder / part).glob("*.safetensors")
-    return load_file(file)
-
-
-def rewrite(folder, part, change):
-    """Change the tensors of one network."""
-    (file,) = (folder / part).glob("*.safetensors")
-    save_file(change(load_file(file)), file)
-
-
-def set_scheduler(folder, **changes):
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(config | changes))
-
-
 def data_of(path, name):
     header = read_header(path)
     entry = header.tensors[name]
     return path.read_bytes()[header.data_start + entry.begin : header.data_start + entry.end]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The names of published files
-
-PUBLISHED = {
-    "SDXL base": {
-        UNET: "SDXL U-Net",
-        "first_stage_model.": "VAE",
-        "conditioner.embedders.0.transformer.text_model.": "CLIP ViT-L",
-        "conditioner.embedders.1.model.": "OpenCLIP ViT-bigG",
-    },
-    "SD 1.x": {
-        UNET: "SD 1.x U-Net",
-        "first_stage_model.": "VAE",
-        "cond_stage_model.transformer.text_model.": "CLIP ViT-L",
-    },
-    "SD 2.x": {UNET: "SD 2.x U-Net", "first_stage_model.": "VAE", "cond_stage_model.model.": "OpenCLIP ViT-H"},
-}
-
-
-def published(name):
-    """Names and shapes of the tensors of sd_xl_base_1.0, v1-5-pruned-emaonly and v2-1_768-ema-pruned, without the noise
-    schedules of the latter two.  In published_names.json, {0-9} and {a|b} stand for each of what they name.
-    """
-    networks = json.loads((Path(__file__).parent / "published_names.json").read_text())
-    return {
-        prefix + tensor: tuple(shape)
-        for prefix, network in PUBLISHED[name].items()
-        for pattern, shape in networks[network].items()
-        for tensor in expand(pattern)
-    }
-
-
-def expand(pattern):
-    alternatives = []
-    for i, part in enumerate(re.split(r"\{(.*?)\}", pattern)):
-        named = part.split("|") if i % 2 else [part]
-        ranges = [re.fullmatch(r"(\d+)-(\d+)", name) if i % 2 else None for name in named]
-        alternatives.append(
-            [
-                str(value)
-                for name, ends in zip(named, ranges, strict=True)
-                for value in (range(int(ends[1]), int(ends[2]) + 1) if ends else [name])
-            ]
-        )
-    return ["".join(choice) for choice in itertools.product(*alternatives)]
-
-
-def write_full_size(folder, write_checkpoint, name, unet=None):
+def write_full_size(folder, write_checkpoint, name):
     """A folder of the full-size model whose files are all header."""
     for part, network in networks(name).items():
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        names = unet if unet and part == "unet" else shapes(network)
-        write_checkpoint(folder / part / f"{stem}.safetensors", names)
+        write_checkpoint(folder / part / f"{stem}.safetensors", shapes(network))
     return folder
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes_are_the_published_ones(tmp_path, write_checkpoint, name):
-    tensors = single_file_tensors(write_full_size(tmp_path, write_checkpoint, name))
-    expected = published(name)
-    assert len(expected) == {"SDXL base": 2515, "SD 1.x": 1131, "SD 2.x": 1228}[name]
-    if name == "SD 2.x":  # of which diffusers drops what is not used
-        unused = ("resblocks.23.", "text_projection", "logit_scale")
-        expected = {key: shape for key, shape in expected.items() if not any(part in key for part in unused)}
-        assert len(expected) == 1228 - 14
-    assert {key: tensor.shape for key, tensor in tensors.items()} == expected
-
-
-def test_smaller_relatives_of_sdxl(tmp_path, write_checkpoint):
-    full = published("SDXL base")
-    for name in ("SSD-1B", "Vega"):
-        write_full_size(tmp_path / name, write_checkpoint, "SDXL base", unet=unet_shapes(name))
-        tensors = single_file_tensors(tmp_path / name)
-        assert len(tensors) == len(full) - 1680 + len(unet_shapes(name))
-        # fewer transformer blocks, and besides nothing new
-        assert {key for key in tensors if "transformer_blocks" not in key} <= full.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Round trips
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PARTS)
 def test_diffusers_reads_the_same_networks(folders, tmp_path, model):
     file = convert(folders[model], tmp_path)
-    kind = diffusers.StableDiffusionXLPipeline if model == "SDXL" else diffusers.StableDiffusionPipeline
+    kind = PIPELINES[model]
     pipeline = kind.from_single_file(str(file), config=str(folders[model]), local_files_only=True)
     plain = kind.from_pretrained(folders[model])
-    for part in PARTS[: 4 if model == "SDXL" else 3]:
+    for part in PARTS[model]:
         ours, theirs = getattr(pipeline, part).state_dict(), getattr(plain, part).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PARTS)
 def test_there_and_back_and_there_again(folders, tmp_path, model):
     file = convert(folders[model], tmp_path)
     to_folder(file, tmp_path / "back", config=folders[model])
-    for part in PARTS[: 4 if model == "SDXL" else 3]:
+    for part in PARTS[model]:
         ours, theirs = weights(tmp_path / "back", part), weights(folders[model], part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -423,6 +274,19 @@ def test_marks_are_what_the_scheduler_says(copy, tmp_path, config, marks, predic
     assert header.metadata["modelspec.prediction_type"] == prediction_type
 
 
+@pytest.mark.parametrize("channels", [8, 9])
+def test_models_that_edit_are_not_named(tmp_path, write_checkpoint, channels):
+    """ModelSpec has other names for them, where it has any."""
+    unet = shapes(networks("SD 1.x")["unet"])
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    for width, named in ((4, True), (channels, False)):
+        write_checkpoint(file, unet | {"conv_in.weight": (320, width, 3, 3)})
+        report = inspect_checkpoint(tmp_path)
+        assert report.architecture == "SD 1.x"
+        assert ("modelspec.architecture" in modelspec(report, "title")) == named
+        assert ("modelspec.resolution" in modelspec(report, "title")) == named
+
+
 def test_full_size_models_are_named(tmp_path, write_checkpoint):
     folder = write_full_size(tmp_path, write_checkpoint, "SDXL base")
     (folder / "scheduler").mkdir()
@@ -517,6 +381,21 @@ def test_a_base_keeps_its_marks_where_the_folder_says_nothing(base, trained, tmp
     assert inspect_checkpoint(third).prediction_type == "epsilon"
 
 
+def test_a_base_that_is_marked_for_swarm_stays_so(base, trained, tmp_path):
+    swarm = mark_checkpoint(base, v_pred=True, ztsnr=True, swarm=True, out=tmp_path / "swarm.safetensors")
+    assert read_header(swarm).metadata["modelspec.prediction_type"] == "v-zsnr"
+    for i, (changes, expected) in enumerate(
+        (
+            ({}, "v-zsnr"),
+            ({"rescale_betas_zero_snr": False}, "v"),
+            ({"prediction_type": "epsilon"}, "epsilon"),
+        )
+    ):
+        set_scheduler(trained, **changes)
+        file = convert(trained, tmp_path / str(i), base=swarm)
+        assert read_header(file).metadata["modelspec.prediction_type"] == expected
+
+
 def test_a_base_in_eight_bits_needs_a_word(base, trained, tmp_path):
     tensors = load_file(base)
     eight = {n: t.to(torch.float8_e4m3fn) if n.startswith(UNET) else t for n, t in tensors.items()}
@@ -539,60 +418,6 @@ def test_bases_that_do_not_match(folders, base, trained, tmp_path):
     with pytest.raises(ValueError, match="is a pickle"):
         convert(trained, tmp_path, base=tmp_path / "base.ckpt")
     assert not (tmp_path / "model.safetensors").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# To a folder
-
-
-def test_the_scheduler_of_the_folder(folders, tmp_path):
-    for model in MODELS:
-        config = Path(shutil.copytree(folders[model], tmp_path / f"{model} config"))
-        set_scheduler(config, prediction_type="v_prediction")
-        file = convert(config, tmp_path / model)
-        to_folder(file, tmp_path / f"{model} v", config=folders[model], zero_terminal_snr=True)
-        report = inspect_checkpoint(tmp_path / f"{model} v")
-        assert (report.prediction_type, report.zero_terminal_snr) == ("v_prediction", True)
-        kind = diffusers.StableDiffusionXLPipeline if model == "SDXL" else diffusers.StableDiffusionPipeline
-        scheduler = kind.from_pretrained(tmp_path / f"{model} v").scheduler
-        assert type(scheduler) is diffusers.EulerDiscreteScheduler  # SD's PNDM cannot rescale
-        scheduler.set_timesteps(28)
-        assert scheduler.timesteps[0] == 999
-        assert scheduler.sigmas[0] == pytest.approx(4096, rel=1e-3)
-
-
-def test_a_folder_of_a_plain_model_keeps_its_scheduler(folders, tmp_path):
-    file = convert(folders["SD 1.x"], tmp_path)
-    to_folder(file, tmp_path / "back", config=folders["SD 1.x"])
-    ours, theirs = (f / "scheduler" / "scheduler_config.json" for f in (tmp_path / "back", folders["SD 1.x"]))
-    assert json.loads(ours.read_text()) == json.loads(theirs.read_text()) | {"rescale_betas_zero_snr": False}
-
-
-def test_folders_keep_the_precision_of_the_file(sdxl, tmp_path):
-    file = convert(sdxl, tmp_path, dtype=torch.float16)
-    to_folder(file, tmp_path / "back", config=sdxl)
-    for part in PARTS:
-        assert {tensor.dtype for tensor in weights(tmp_path / "back", part).values()} == {torch.float16}
-    to_folder(file, tmp_path / "wide", config=sdxl, dtype=torch.float32)
-    assert {tensor.dtype for tensor in weights(tmp_path / "wide", "vae").values()} == {torch.float32}
-
-
-def test_a_folder_that_cannot_be_written(sdxl, reference, tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(reference)
-    with pytest.raises(ValueError, match="is there already"):
-        to_folder(tmp_path / "model.safetensors", sdxl, config=sdxl)
-    with pytest.raises(ValueError, match="is a folder already"):
-        to_folder(sdxl, tmp_path / "back", config=sdxl)
-    with pytest.raises(ValueError, match="there is no folder"):
-        to_folder(tmp_path / "model.safetensors", tmp_path / "nowhere" / "back", config=sdxl)
-
-    def fill_the_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fill_the_disk)
-    with pytest.raises(ValueError, match="back cannot be written: No space left on device"):
-        to_folder(tmp_path / "model.safetensors", tmp_path / "back", config=sdxl)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,7 +487,7 @@ def test_networks_that_are_not_whole(copy, tmp_path, part, change, sentence):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", PARTS["SDXL"])
 def test_a_missing_network(copy, tmp_path, part):
     shutil.rmtree(copy / part)
     with pytest.raises(ValueError, match=f"no .*{part}/(diffusion_pytorch_)?model.safetensors"):
@@ -762,18 +587,6 @@ def test_a_source_that_becomes_shorter(copy, tmp_path):
 # Large files
 
 
-def grow(folder, words):
-    """Make the tables of words larger: for the tests here it is enough that there are many bytes."""
-    for part, width in (("text_encoder", 16), ("text_encoder_2", 24)):
-
-        def enlarge(tensors, width=width):
-            (name,) = (name for name in tensors if name.endswith("token_embedding.weight"))
-            return tensors | {name: torch.randn(words, width, generator=torch.Generator().manual_seed(width))}
-
-        rewrite(folder, part, enlarge)
-    return folder
-
-
 @pytest.mark.slow
 def test_memory(copy, tmp_path):
     """1.6 GB pass through; the largest tensor is 0.96 GB."""
@@ -795,32 +608,21 @@ def test_memory(copy, tmp_path):
     assert int(done.stdout) * 1024 < 500e6  # torch itself takes most of it
 
 
-def convert_alone(folder, out):
-    torch.set_num_threads(1)  # those of the parent are not in a forked process
-    to_single_file(folder, out)
-
-
-def test_killed_at_any_moment(copy, tmp_path):
-    grow(copy, 250_000)  # 40 MB
-    start = time.perf_counter()
-    expected = convert(copy, tmp_path / "whole").read_bytes()
-    duration = time.perf_counter() - start
-    out = tmp_path / "killed" / "model.safetensors"
+@pytest.mark.parametrize(("kills", "words"), [(8, 250_000), pytest.param(50, 1_000_000, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(copy, tmp_path, kills, words):
+    grow(copy, words)  # by 40 MB a 250,000
+    whole, out = tmp_path / "whole" / "model.safetensors", tmp_path / "killed" / "model.safetensors"
+    whole.parent.mkdir()
     out.parent.mkdir()
-    moments = random.Random(0)
-    unfinished = 0
-    for delay in (0, *(moments.uniform(0, duration) for _ in range(11))):
-        process = multiprocessing.get_context("fork").Process(target=convert_alone, args=(copy, out))
-        process.start()
-        while process.is_alive() and not any(out.parent.iterdir()):  # what the last one left is soon removed
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
-        process.join()
+    seconds = run_alone(to_single_file, copy, whole)
+    left = 0
+    for i in range(kills):
+        run_alone(to_single_file, copy, out, killed_after=random.uniform(i, i + 1) / kills * seconds * 1.2)
         if out.exists():
-            assert out.read_bytes() == expected
+            assert filecmp.cmp(out, whole, shallow=False)
             out.unlink()
-        unfinished += any(out.parent.iterdir())
-    assert unfinished
-    convert(copy, out.parent)
-    assert [path.name for path in out.parent.iterdir()] == ["model.safetensors"]  # what the killed left is gone
+        assert len(list(out.parent.iterdir())) <= 1  # each run cleans up behind the one before
+        left += any(out.parent.iterdir())
+    assert left, "no run was killed while it wrote"
+    to_single_file(copy, out)
+    assert [path.name for path in out.parent.iterdir()] == ["model.safetensors"]

@@ -1,0 +1,247 @@
+"""Single files written as diffusers folders.
+
+What is in a network and what it is called is asked of diffusers' and transformers' own classes, built from settings and
+without memory; which tensors of the single file that is made of, layouts.py says.  The tensors are streamed, so that a
+model of any size passes through a few megabytes.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from .atomic import atomic_folder, check_new
+from .folder import weights_file
+from .header import Header, read_header
+from .layouts import (
+    CLIP,
+    OPEN_CLIP,
+    SDXL_CLIP,
+    SDXL_OPEN_CLIP,
+    UNET,
+    VAE,
+    Recipe,
+    clip_layout,
+    list_names,
+    open_clip_layout,
+    unet_layout,
+    vae_layout,
+)
+from .pipeline import (
+    inspect_file,
+    left_out,
+    loading,
+    pipeline_class,
+    read_index,
+    rebuild_scheduler,
+    settings_folder,
+    settle,
+)
+from .stream import DTYPE_NAMES, FLOATS, TensorStream, cast, dtype_name, stored, transposed, write_tensors
+
+Shape = tuple[int, ...]
+
+_NETWORKS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+_DTYPES = {name: str(dtype).removeprefix("torch.") for dtype, name in DTYPE_NAMES.items()}
+
+
+def to_folder(
+    file: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+) -> None:
+    """Write a single file as a diffusers folder whose scheduler says what the model is.
+
+    For a model with zero terminal SNR the scheduler begins at the last timestep (``timestep_spacing="trailing"``), and
+    is diffusers' Euler where the published one cannot rescale.
+
+    Left out is what diffusers does not use: moving averages, noise schedules, the last layer of SD 2.x's text encoder.
+
+    Args:
+        file: a .safetensors or .sft file with everything in it.
+        out: a folder that is not there yet.
+        config: the diffusers folder, or its name on the hub, whose settings and tokenizers complete the file; by
+            default those of the first model of its kind, from the hub or its cache.
+        dtype: float32, float16 or bfloat16; by default each tensor's own, and float32 for what is in none of these.
+        prediction_type, zero_terminal_snr: instead of what the file says.
+
+    Raises:
+        ValueError: no whole model of a supported kind, or a damaged file; it lacks a tensor, or has one of another
+            shape than the settings ask for; a contradiction in what it is said to be; settings that cannot be had; a
+            number is too large for the dtype; ``out`` is there or cannot be written.
+    """
+    file, out = Path(file), Path(out)
+    check_new(out)
+    wanted = dtype_name(dtype)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder already")
+    report = inspect_file(file)
+    said = settle(report, prediction_type, zero_terminal_snr)
+    settings = settings_folder(report, config)
+    pipeline = _empty_pipeline(settings)
+    _set_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    networks = {part: network for part, network in pipeline.components.items() if part in _NETWORKS}
+    index, tokenizers = _model_index(pipeline, settings), _read_tokenizers(settings)
+    tensors = _folder_tensors(file, networks, settings, wanted)
+    with atomic_folder(out) as folder:
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        for path, content in tokenizers.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(content)
+        for part, network in networks.items():
+            _save_settings(network, folder / part, {tensor.dtype for tensor in tensors[part].values()})
+            with weights_file(folder / part).open("wb") as opened:
+                write_tensors(opened, tensors[part], {"format": "pt"}, hashed=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def _empty_pipeline(settings: Path) -> DiffusionPipeline:
+    """The pipeline of a diffusers folder with networks that have no data, and without tokenizers."""
+    kind, index = pipeline_class(settings), read_index(settings)
+    networks = {part: network for part, network in _NETWORKS.items() if part in kind._get_signature_types()}
+    for part, network in networks.items():
+        if index[part] != [network.__module__.split(".")[0], network.__name__]:
+            raise ValueError(f"{settings} has another {part} than {network.__name__}, the only one that is converted")
+    with loading(settings):
+        return kind.from_pretrained(
+            settings,
+            local_files_only=True,
+            **{part: _empty_network(network, settings, part) for part, network in networks.items()},
+            **{part: None for part in kind._get_signature_types() if part.startswith("tokenizer")},
+            **left_out(kind),
+        )
+
+
+def _empty_network(kind: type[torch.nn.Module], settings: Path, part: str) -> torch.nn.Module:
+    place = {"subfolder": part, "local_files_only": True}
+    with torch.device("meta"):
+        if part.startswith("text_encoder"):
+            return kind(kind.config_class.from_pretrained(settings, **place))
+        return kind.from_config(kind.load_config(settings, **place))
+
+
+def _set_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> None:
+    """Have the scheduler say what the model is, and run it."""
+    rebuild_scheduler(pipeline, prediction_type, zero_terminal_snr)
+    if zero_terminal_snr:
+        kind = type(pipeline.scheduler)
+        if "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
+            kind = EulerDiscreteScheduler
+        config = {**pipeline.scheduler.config, "_use_default_values": []}
+        pipeline.register_modules(scheduler=kind.from_config(config, timestep_spacing="trailing"))
+
+
+def _model_index(pipeline: DiffusionPipeline, settings: Path) -> dict:
+    """What diffusers would write, with the tokenizers that the pipeline is without."""
+    index = json.loads(pipeline.to_json_string())
+    index.pop("_name_or_path", None)  # where the settings lie
+    return index | {part: said for part, said in read_index(settings).items() if part.startswith("tokenizer")}
+
+
+def _read_tokenizers(settings: Path) -> dict[Path, bytes]:
+    """The tokenizers' files: path within the folder -> content."""
+    with loading(settings):
+        return {
+            path.relative_to(settings): path.read_bytes()
+            for path in sorted(settings.glob("tokenizer*/*"))
+            if path.suffix in (".json", ".txt")
+        }
+
+
+def _save_settings(network: torch.nn.Module, folder: Path, dtypes: set[str]) -> None:
+    """Write a network's config.json as its ``save_pretrained`` does."""
+    if hasattr(network, "save_config"):  # of diffusers, not of transformers
+        network.save_config(folder)
+        return
+    config = network.config
+    config.architectures = [type(network).__name__]
+    (dtype,) = dtypes if len(dtypes) == 1 else ["F32"]
+    # in which it is loaded again; transformers before 4.56 called it otherwise
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", _DTYPES[dtype])
+    config.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _folder_tensors(
+    file: Path, networks: dict[str, torch.nn.Module], settings: Path, dtype: str | None
+) -> dict[str, dict[str, TensorStream]]:
+    """Part of the folder -> the tensors of its network."""
+    header = read_header(file)
+    tensors = {}
+    for part, (prefix, make_layout) in _places(header.tensors, networks).items():
+        shapes = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
+        try:
+            layout = {prefix + name: recipe for name, recipe in make_layout(shapes).items()}
+        except ValueError as error:
+            raise ValueError(f"the settings in {settings} are for no single file: {error}") from None
+        if missing := sorted(layout.keys() - header.tensors.keys()):
+            raise ValueError(f"{file} lacks {list_names(missing)}, which the settings in {settings} ask for")
+        made = {}
+        for name, recipe in layout.items():
+            made |= _take_apart(file, header, name, recipe, shapes)
+        tensors[part] = {name: _cast(tensor, dtype) for name, tensor in sorted(made.items())}
+    return tensors
+
+
+def _places(names: Collection[str], parts: Collection[str]) -> dict[str, tuple[str, Callable]]:
+    """Part of the folder -> what its names begin with in the single file, and its layout."""
+
+    def clip(prefix: str) -> tuple[str, Callable]:
+        old = prefix.removesuffix("text_model.")  # which old files lack, and those written by way of transformers 5.6
+        return (old if f"{old}final_layer_norm.weight" in names else prefix), clip_layout
+
+    vae = "vae." if any(name.startswith("vae.") for name in names) else VAE
+    places = {"unet": (UNET, unet_layout), "vae": (vae, vae_layout)}
+    if "text_encoder_2" in parts:
+        return places | {"text_encoder": clip(SDXL_CLIP), "text_encoder_2": (SDXL_OPEN_CLIP, open_clip_layout)}
+    if any(name.startswith(OPEN_CLIP) for name in names):
+        return places | {"text_encoder": (OPEN_CLIP, open_clip_layout)}
+    return places | {"text_encoder": clip(CLIP)}
+
+
+def _take_apart(
+    file: Path, header: Header, name: str, recipe: Recipe, shapes: dict[str, Shape]
+) -> dict[str, TensorStream]:
+    """The tensors of the folder, of the given shapes, that a tensor of the single file is made of."""
+    entry = header.tensors[name]
+    shape, first = entry.shape, shapes[recipe.sources[0]]
+    while recipe.convolution and len(shape) > 2 and shape[-1] == 1:  # of one pixel, which some files keep as a matrix
+        shape = shape[:-1]
+    expected = first[::-1] if recipe.transposed else (sum(shapes[source][0] for source in recipe.sources), *first[1:])
+    if shape != expected:
+        raise ValueError(f"{file}: {name} is {entry.shape}, and the settings that complete it ask for {expected}")
+    if entry.dtype not in FLOATS:
+        raise ValueError(f"{file}: {name} is in {entry.dtype}, which weights are not")
+    if recipe.transposed:
+        return {source: transposed(stored(file, header, name)) for source in recipe.sources}
+    tensors, row = {}, 0
+    for source in recipe.sources:
+        rows = range(row, row + shapes[source][0])
+        tensors[source] = replace(stored(file, header, name, rows), shape=shapes[source])
+        row = rows.stop
+    return tensors
+
+
+def _cast(tensor: TensorStream, dtype: str | None) -> TensorStream:
+    """In the type that is asked for, or its own if folders can be in that."""
+    return cast(tensor, dtype or (tensor.dtype if tensor.dtype in _DTYPES else "F32"))
