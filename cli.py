@@ -4,10 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointReport
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -250,12 +254,14 @@ def mark(path: Path, v_pred: bool | None, ztsnr: bool | None, swarm: bool, out: 
     PATH is a .safetensors file or a diffusers folder.  Tensor data are copied as they are.
     """
     with mistakes_in_one_sentence():
-        from .checkpoints import mark_checkpoint
+        from .checkpoints import inspect_checkpoint, mark_checkpoint
 
         if out is None and not in_place:
             raise ValueError("say where to write: --out FILE, or --in-place to replace the file itself")
         written = mark_checkpoint(path, v_pred=v_pred, ztsnr=ztsnr, swarm=swarm, out=out, in_place=in_place)
+        report = inspect_checkpoint(written)
     click.echo(f"Wrote {written}.")
+    _say_who_misreads_it(report)
 
 
 @main.command()
@@ -301,7 +307,7 @@ def convert(
     with mistakes_in_one_sentence():
         import torch
 
-        from .checkpoints import export_lora, to_folder, to_single_file
+        from .checkpoints import export_lora, inspect_checkpoint, to_folder, to_single_file
 
         number = None if dtype is None else getattr(torch, dtype)
         is_lora = (source / "adapter_config.json").is_file()
@@ -320,7 +326,15 @@ def convert(
             to_folder(
                 source, target, config=config, dtype=number, prediction_type=prediction, zero_terminal_snr=zero_snr
             )
+        report = inspect_checkpoint(target)
     click.echo(f"Wrote {target}.")
+    _say_who_misreads_it(report)
+
+
+def _say_who_misreads_it(report: "CheckpointReport") -> None:
+    for row in report.programs:
+        if row.right is False:
+            click.echo(f"Not read right by {row}")
 
 
 @contextmanager

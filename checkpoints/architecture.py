@@ -88,6 +88,11 @@ def unet_architecture(shapes: Shapes) -> str:
     return _BY_WIDTHS.get(widths) or transformer_architecture(shapes)
 
 
+def input_channels(shapes: Shapes) -> int | None:
+    """How many channels come into a U-Net: 4 are a latent; more, to paint into pictures or to edit them."""
+    return _first(shapes, _FIRST_CONVOLUTION, 1)
+
+
 def transformer_architecture(shapes: Shapes) -> str:
     """The name of a network that is no U-Net of Stable Diffusion, so that a person can be told, or "unknown"."""
     return next((name for key, name in _TRANSFORMERS.items() if key in shapes), "unknown")

@@ -16,6 +16,8 @@ from .architecture import (
     SINGLE_FILE,
     SUPPORTED,
     UNKNOWN,
+    Shapes,
+    input_channels,
     lora_architecture,
     transformer_architecture,
     unet_architecture,
@@ -38,6 +40,7 @@ class CheckpointReport:
     path: Path
     format: str  # one of architecture.py's
     architecture: str  # one of architecture.SUPPORTED, the name of another one, or "unknown"
+    input_channels: int | None  # of the U-Net: 4, or more for painting into pictures and editing them; None without one
     prediction_type: str | None  # "v_prediction", "epsilon", or None if nothing says
     zero_terminal_snr: bool | None  # None if nothing says
     evidence: tuple[str, ...]  # a sentence for each mark that was found
@@ -94,7 +97,8 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         form = _format(header)
         has_text_encoders = any(name.startswith(_TEXT_ENCODERS) for name in header.tensors)
         has_vae = any(name.startswith(_VAE) for name in header.tensors)
-    architecture = _architecture(header, form)
+    shapes = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in header.tensors.items()}
+    architecture = _architecture(shapes, form)
     warnings = []
     try:
         scheduler_config = _scheduler_config(path, form)
@@ -130,6 +134,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         path=path,
         format=form,
         architecture=architecture,
+        input_channels=input_channels(shapes),
         prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr,
         evidence=tuple(mark.sentence for mark in marks),
@@ -156,8 +161,7 @@ def _format(header: Header) -> str:
     return UNKNOWN
 
 
-def _architecture(header: Header, form: str) -> str:
-    shapes = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in header.tensors.items()}
+def _architecture(shapes: Shapes, form: str) -> str:
     if form == LORA:
         return lora_architecture(shapes)
     if form == UNKNOWN:  # half a U-Net, such as a ControlNet, is none

@@ -27,12 +27,10 @@ from .inspect import (
     CheckpointReport,
     inspect_checkpoint,
 )
-from .markers import MODELSPEC_ARCHITECTURES, read_scheduler_config
+from .markers import modelspec_architecture, read_scheduler_config
 
 BUFFER = 1 << 20  # bytes
 BLOCK = 64 << 10  # bytes
-
-_FIRST_CONVOLUTION = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight")
 
 
 def mark_checkpoint(
@@ -77,7 +75,7 @@ def mark_checkpoint(
         header = read_header(path)
         v_pred, ztsnr = _settle("v_pred" in header.tensors, "ztsnr" in header.tensors, v_pred, ztsnr, swarm)
         tensors = _mark_tensors(header, {"v_pred": v_pred, "ztsnr": ztsnr}, path)
-        metadata = _mark_metadata(header, v_pred, ztsnr, swarm, title=target.stem, architecture=report.architecture)
+        metadata = _mark_metadata(report, v_pred, ztsnr, swarm, title=target.stem)
         _write(path, header, tensors, metadata, target)
     return target
 
@@ -159,10 +157,10 @@ def _mark_tensors(header: Header, marks: dict[str, bool | None], path: Path) -> 
 
 
 def _mark_metadata(
-    header: Header, v_pred: bool | None, ztsnr: bool | None, swarm: bool, title: str, architecture: str
+    report: CheckpointReport, v_pred: bool | None, ztsnr: bool | None, swarm: bool, title: str
 ) -> dict[str, str]:
-    """The header's metadata, saying what the marks say, and what ModelSpec wants to know as far as we know it."""
-    metadata = dict(header.metadata)
+    """The file's metadata, saying what the marks say, and what ModelSpec wants to know as far as we know it."""
+    metadata = dict(report.metadata)
     if v_pred is not None:
         prediction_type = "v" if v_pred else "epsilon"
         metadata["modelspec.prediction_type"] = "v-zsnr" if swarm else prediction_type
@@ -170,17 +168,9 @@ def _mark_metadata(
         _replace(metadata, "ss_v_parameterization", str(v_pred))
     if ztsnr is not None:
         _replace(metadata, "ss_zero_terminal_snr", str(ztsnr))
-    # with more channels it paints into pictures, or edits them
-    if _channels(header) == 4 and (architecture, v_pred) in MODELSPEC_ARCHITECTURES:
-        name, resolution = MODELSPEC_ARCHITECTURES[architecture, v_pred]
-        for key, value in {
-            "sai_model_spec": "1.0.1",
-            "architecture": name,
-            "implementation": "sgm",
-            "title": title,
-            "resolution": resolution,
-        }.items():
-            metadata.setdefault(f"modelspec.{key}", value)
+    if v_pred is not None and (known := modelspec_architecture(report.architecture, v_pred, report.input_channels)):
+        for key, value in {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **known}.items():
+            metadata.setdefault(key, value)
     return metadata
 
 
@@ -188,12 +178,6 @@ def _replace(metadata: dict[str, str], key: str, value: str) -> None:
     """Change what other programs wrote, so that it does not contradict."""
     if key in metadata:
         metadata[key] = value
-
-
-def _channels(header: Header) -> int | None:
-    """How many channels come into the U-Net."""
-    shapes = (header.tensors[name].shape for name in _FIRST_CONVOLUTION if name in header.tensors)
-    return next((shape[1] for shape in shapes if len(shape) == 4), None)
 
 
 def _write(path: Path, header: Header, tensors: dict[str, TensorEntry], metadata: dict[str, str], target: Path) -> None:

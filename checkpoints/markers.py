@@ -31,7 +31,7 @@ _MODELSPEC = {
     "eps": ("epsilon", None),
 }
 # (architecture, v-prediction) -> ModelSpec's name of the architecture, resolution; it names no others of SUPPORTED
-MODELSPEC_ARCHITECTURES = {
+_MODELSPEC_ARCHITECTURES = {
     ("SD 1.x", False): ("stable-diffusion-v1", "512x512"),
     ("SD 1.x", True): ("stable-diffusion-v1", "512x512"),
     ("SD 2.x", False): ("stable-diffusion-v2-512", "512x512"),
@@ -106,6 +106,18 @@ def read_scheduler_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a scheduler's settings")
     return config
+
+
+def modelspec_architecture(architecture: str, v_prediction: bool, input_channels: int | None) -> dict[str, str]:
+    """ModelSpec's metadata on the architecture of a U-Net, none if it has no name for it."""
+    if input_channels != 4 or (architecture, v_prediction) not in _MODELSPEC_ARCHITECTURES:
+        return {}
+    name, resolution = _MODELSPEC_ARCHITECTURES[architecture, v_prediction]
+    return {
+        "modelspec.architecture": name,
+        "modelspec.implementation": "sgm",
+        "modelspec.resolution": resolution,
+    }
 
 
 def _tensor_marks(header: Header) -> Iterator[Mark]:

@@ -32,7 +32,7 @@ from .layouts import (
     unet_layout,
     vae_layout,
 )
-from .markers import MODELSPEC_ARCHITECTURES
+from .markers import modelspec_architecture
 from .stream import DTYPE_NAMES, TensorStream, cast, dtype_name, made, stacked, stored, transposed, write_tensors
 
 Tensors = dict[str, TensorStream]
@@ -166,17 +166,16 @@ def _mark(
 
 
 def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
-    """The metadata of ModelSpec 1.0.1 for a model in a diffusers folder, as far as they are known."""
-    metadata = {"sai_model_spec": "1.0.1", "title": title.encode("utf-8", "replace").decode()}
+    """The metadata of ModelSpec 1.0.1 for a model, as far as they are known."""
     v_prediction = report.prediction_type == "v_prediction"
-    known = MODELSPEC_ARCHITECTURES.get((report.architecture, v_prediction))
-    # with more channels it paints into pictures, or edits them
-    if known and read_weights(report.path / "unet")["conv_in.weight"].shape[1:2] == (4,):
-        metadata["implementation"] = "sgm"
-        metadata["architecture"], metadata["resolution"] = known
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": title.encode("utf-8", "replace").decode(),
+        **modelspec_architecture(report.architecture, v_prediction, report.input_channels),
+    }
     if report.prediction_type is not None:
-        metadata["prediction_type"] = "v" if v_prediction else "epsilon"
-    return {f"modelspec.{key}": value for key, value in metadata.items()}
+        metadata["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
+    return metadata
 
 
 def is_sdxl(unet: Collection[str]) -> bool:

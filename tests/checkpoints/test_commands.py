@@ -7,6 +7,7 @@ from ztsnr.checkpoints import inspect_checkpoint, verify_checkpoint
 from ztsnr.cli import main
 
 from ..tiny_pipelines import make_tiny_sdxl
+from .test_inspect import ldm_unet
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,15 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path, arguments, sentence):
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_marking_it_says_who_misreads_the_file(tmp_path, write_checkpoint):
+    file = write_checkpoint(
+        tmp_path / "sdxl.safetensors", ldm_unet() | {"first_stage_model.decoder.conv_in.weight": (1,)}
+    )
+    result = run("mark", file, "--v-pred", "--ztsnr", "--in-place")
+    assert "Not read right by SwarmUI: " in result.stdout
+    assert "Not read right by InvokeAI: " in result.stdout
+    assert "ComfyUI: v" not in result.stdout
+    result = run("mark", file, "--v-pred", "--ztsnr", "--swarm", "--in-place")
+    assert "SwarmUI" not in result.stdout
