@@ -118,6 +118,8 @@ class EpochPlan:
                 f"a batch of {self.batch_size} pictures cannot be shared out evenly to {self.world_size} ranks: make "
                 "batch_size a multiple of world_size"
             )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"the seed must be a whole number from 0 to 2**64 - 1, not {self.seed}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"there is no rank {self.rank} among {self.world_size}")
         if self.assignment.size and not -1 <= self.assignment.min() <= self.assignment.max() < len(self.buckets):
@@ -208,4 +210,5 @@ class EpochPlan:
 
     def _random(self, epoch: int, purpose: int, count: int) -> np.ndarray:
         """(count,) uint64.  NumPy promises the same numbers in all its versions."""
-        return np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, purpose]).random_raw(count)
+        key = np.array([self.seed, epoch], dtype=np.uint64)  # of large numbers in a list NumPy would make floats
+        return np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(count)

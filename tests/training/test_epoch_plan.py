@@ -87,10 +87,10 @@ def test_orders_differ_by_seed_and_epoch_and_not_otherwise():
     assignment = np.repeat(range(len(BUCKETS)), 64)
     orders = [
         str(all_steps(EpochPlan(assignment, BUCKETS, batch_size=8, seed=seed), epoch))
-        for seed in range(3)
+        for seed in (0, 1, 2, 2**53 + 1, 2**63, 2**63 + 1, 2**64 - 1)
         for epoch in range(3)
     ]
-    assert len(set(orders)) == 9
+    assert len(set(orders)) == 21
     assert orders[4] == str(all_steps(EpochPlan(assignment, BUCKETS, batch_size=8, seed=1), 1))
 
 
@@ -160,6 +160,8 @@ def test_a_repeat_of_one_changes_nothing():
         ({"world_size": 3}, "a batch of 4 pictures cannot be shared out evenly to 3 ranks"),
         ({"batch_size": 0}, "a batch of 0 pictures"),
         ({"world_size": 2, "rank": 2}, "no rank 2 among 2"),
+        ({"seed": -1}, "the seed must be"),
+        ({"seed": 2**64}, "the seed must be"),
         ({"batch_size": 11}, r"1 buckets have fewer pictures than the 11 of a step, for one 640 x 640 with 10"),
         ({"assignment": np.full(5, -1)}, "no pictures"),
         ({"assignment": np.array([0, 4])}, "-1 or the index of one of 4 buckets"),
