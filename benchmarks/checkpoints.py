@@ -1,27 +1,33 @@
 """What the checkpoint tools cost: seconds and peak memory beside ``cp`` and beside loading and saving.
 
-    python benchmarks/checkpoints.py [--folder FOLDER] [--runs N] [mark] [convert] [inspect]
+    python benchmarks/checkpoints.py [--folder FOLDER] [--runs N] [mark] [convert] [inspect] [run]
 
 Works on random files in FOLDER, whose disk is what is measured: 2 GB for mark, a full-size SDXL of 6.9 GB for the
-others (30 GB in all).  Prints the tables and puts them into benchmarks/RESULTS.md.
+others (30 GB in all).  run is ``ztsnr verify --run``, for which a ComfyUI must be there (COMFYUI_PATH, or
+~/comfy/ComfyUI).  Prints the tables and puts them into benchmarks/RESULTS.md.
 """
 
 import datetime
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import click
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
+
+from ztsnr.checkpoints.forward import LIMIT, compare_forwards, find_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSOR = 32 << 20  # numbers in each tensor of the file to mark
@@ -86,11 +92,13 @@ def mark(place: Path, runs: int) -> str:
         f"at least {MARK_SPEED} of the speed of `{copy}`": results[copy][0] / results["mark"][0] >= MARK_SPEED
         for copy in (COPY, COPY_TO_DISK)
     } | {f"at most {MARK_MEMORY / MB:.0f} MB": memory <= MARK_MEMORY}
-    return (
-        f"A file of {nbytes / 1e9:.2f} GB, in the page cache. `{COPY_TO_DISK}` and `mark` return when all is on the "
-        f"disk, the others\nleave that to the system. `mark, hash`: of a file that has the data's SHA-256 in its "
-        f"metadata, which is computed\nagain. Of `mark`: {told(verdicts)}.\n\n{table(results, nbytes)}"
+    text = (
+        f"A file of {nbytes / 1e9:.2f} GB, in the page cache; median seconds and largest memory of {runs} runs, the "
+        f"ways taking turns. `{COPY_TO_DISK}` and `mark` return when all is on the disk, the others leave that to the "
+        "system. `mark, hash`: of a file that has the data's SHA-256 in its metadata, which is computed again. "
+        f"Of `mark`: {told(verdicts)}."
     )
+    return paragraph(text) + table(results, nbytes)
 
 
 def write_random_checkpoint(path: Path, nbytes: int, metadata: dict[str, str]) -> None:
@@ -154,16 +162,14 @@ def convert(place: Path, runs: int) -> str:
         largest = max(2 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     results = measure(CONVERT, place, runs)
     most = largest + CONVERT_MEMORY
-    verdicts = {
-        f"`{name}`, at most the largest tensor and {CONVERT_MEMORY / MB:.0f} MB": memory <= most
-        for name, (_, memory) in results.items()
-        if name.startswith("convert")
-    }
-    return (
+    verdicts = {f"`{name}`": memory <= most for name, (_, memory) in results.items() if name.startswith("convert")}
+    text = (
         f"SDXL of full size in float16, of random weights; the single file has {nbytes / 1e9:.2f} GB, its largest "
-        f"tensor {largest / MB:.0f} MB.\n`convert` and `{COPY_TO_DISK}` return when all is on the disk. "
-        f"{told(verdicts).capitalize()}.\n\n{table(results, nbytes)}"
+        f"tensor {largest / MB:.0f} MB. Median seconds and largest memory of {runs} runs, the ways taking turns. "
+        f"`convert` and `{COPY_TO_DISK}` return when all is on the disk. Memory of at most the largest tensor and "
+        f"{CONVERT_MEMORY / MB:.0f} MB: {told(verdicts)}."
     )
+    return paragraph(text) + table(results, nbytes)
 
 
 def make_sdxl(place: Path) -> None:
@@ -175,8 +181,12 @@ def make_sdxl(place: Path) -> None:
     from tests.tiny_pipelines import make_tokenizer
     from ztsnr.checkpoints import to_single_file
 
-    make_tokenizer(place / "words", pad="!")
-    write_folder(place / "sdxl", "SDXL base", place / "words")
+    words = place / "words"
+    if comfyui := find_comfyui():
+        words = comfyui / "comfy" / "sd1_tokenizer"  # CLIP's own, so that the two read the same prompt
+    else:
+        make_tokenizer(words, pad="!")
+    write_folder(place / "sdxl", "SDXL base", words)
     to_single_file(place / "sdxl", place / "sdxl.safetensors")
 
 
@@ -197,7 +207,8 @@ INSPECT: Ways = {
 
 def inspect(place: Path, runs: int) -> str:
     make_sdxl(place)
-    results = measure(INSPECT, place, max(runs, 20))
+    runs = max(runs, 20)
+    results = measure(INSPECT, place, runs)
     seconds, memory = results["inspect"]
     verdicts = {
         f"at most {1000 * INSPECT_SECONDS:.0f} ms": seconds <= INSPECT_SECONDS,
@@ -205,16 +216,40 @@ def inspect(place: Path, runs: int) -> str:
     }
     rows = [[f"`{name}`", f"{1000 * s:.1f}", f"{m / MB:.0f}"] for name, (s, m) in results.items()]
     nbytes = (place / "sdxl.safetensors").stat().st_size
-    return (
-        f"SDXL of full size, {nbytes / 1e9:.2f} GB; memory is that of the whole process. {told(verdicts).capitalize()}."
-        f"\n\n{markdown([['way', 'ms', 'peak MB'], *rows])}\n"
+    text = (
+        f"SDXL of full size, {nbytes / 1e9:.2f} GB; median of {runs} runs, and memory of the whole process. Of "
+        f"`inspect`: {told(verdicts)}."
     )
+    return paragraph(text) + markdown([["way", "ms", "peak MB"], *rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One forward in every program
+
+
+def run(place: Path, runs: int) -> str:
+    if find_comfyui() is None:
+        raise click.ClickException("there is no ComfyUI: COMFYUI_PATH says where it is")
+    make_sdxl(place)
+    start = time.perf_counter()
+    agreements, problems = compare_forwards(place / "sdxl.safetensors", place / "sdxl")
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows = [[found.program, found.what, f"{found.difference:.1e}"] for found in agreements]
+    text = (
+        "SDXL of full size in float16, of random weights: one forward of its single file in diffusers, beside that of "
+        "its folder and that of the single file in ComfyUI, in float32 on the CPU; the norm of the difference over the "
+        f"norm. {seconds:.0f} s and {memory / 1e9:.1f} GB, once. At most {LIMIT}: "
+        f"{'reached' if all(found.holds for found in agreements) else 'missed'}; "
+        f"problems: {'; '.join(problems) or 'none'}."
+    )
+    return paragraph(text) + markdown([["program", "what", "difference"], *rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(way: tuple[str, str], place: Path) -> tuple[float, float]:
+def run_once(way: tuple[str, str], place: Path) -> tuple[float, float]:
     """Seconds, and peak memory in bytes, of one run in a process of its own; what it wrote is removed."""
     prepare, work = way
     os.sync()  # what was written before shall not keep the disk busy
@@ -233,7 +268,7 @@ def measure(ways: Ways, place: Path, runs: int) -> Results:
     results = {name: [] for name in ways}
     for i in tqdm(range(runs + 1)):
         for name, way in ways.items():
-            result = run(way, place)
+            result = run_once(way, place)
             if i:
                 results[name].append(result)
     return {
@@ -254,14 +289,18 @@ def table(results: Results, nbytes: int) -> str:
         for name, (seconds, memory) in results.items()
     ]
     heads = ["way", "s", "GB/s", f"speed over `{COPY}`", f"over `{COPY_TO_DISK}`", "peak MB"]
-    return f"{markdown([heads, *rows])}\n"
+    return markdown([heads, *rows])
+
+
+def paragraph(text: str) -> str:
+    return f"{textwrap.fill(text, 120)}\n\n"
 
 
 def told(verdicts: Mapping[str, bool]) -> str:
     return ", ".join(f"{name} {'reached' if reached else 'missed'}" for name, reached in verdicts.items())
 
 
-SECTIONS = {"mark": mark, "convert": convert, "inspect": inspect}
+SECTIONS = {"mark": mark, "convert": convert, "inspect": inspect, "run": run}
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -279,8 +318,7 @@ def main(sections: tuple[str, ...], folder: Path | None, runs: int, write: bool)
             found = SECTIONS[name](Path(place), runs)
             text = (
                 f"`python benchmarks/{Path(__file__).name} --runs {runs} {name}`, "
-                f"{datetime.date.today().isoformat()}.\n{machine(None)}.\n\n"
-                f"Median time and largest memory of the runs, the ways taking turns.\n\n{found}"
+                f"{datetime.date.today().isoformat()}.\n{machine(find_comfyui())}.\n\n{found}"
             )
             print(text)
             if write:
