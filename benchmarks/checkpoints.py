@@ -137,9 +137,9 @@ CONVERT = copying("sdxl.safetensors") | {
         'to_folder(place / "sdxl.safetensors", target.with_suffix(""), config=place / "sdxl")',
     ),
     "diffusers from_single_file, save_pretrained": (
-        "import torch, diffusers",
-        "diffusers.StableDiffusionXLPipeline.from_single_file(place / 'sdxl.safetensors', config=place / 'sdxl', "
-        "local_files_only=True, torch_dtype=torch.float16).save_pretrained(target.with_suffix(''))",
+        "import torch; from diffusers import StableDiffusionXLPipeline as Pipeline",
+        "Pipeline.from_single_file(str(place / 'sdxl.safetensors'), config=str(place / 'sdxl'), local_files_only=True, "
+        "torch_dtype=torch.float16).save_pretrained(target.with_suffix(''))",
     ),
     "verify": (
         "import torch; from ztsnr.checkpoints import verify_checkpoint",
