@@ -64,7 +64,8 @@ class Agreement:
         return self.difference <= LIMIT
 
     def __str__(self) -> str:
-        return f"{self.program}: {self.what} differs by {self.difference:.1e} of its norm"
+        how = f"differs by {self.difference:.1e} of its norm" if self.difference else "is the same"
+        return f"{self.program}: {self.what} {how}"
 
 
 def compare_forwards(

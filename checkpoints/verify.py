@@ -19,13 +19,14 @@ from .architecture import LORA
 from .complete import MARKS, find_missing
 from .header import BITS, HASH, Header, read_header, shorten
 from .inspect import CheckpointReport, inspect_checkpoint
+from .layouts import list_names
 from .single_file import single_file_tensors
 from .stream import CHUNK, TensorStream, stored
 
 if TYPE_CHECKING:
     from .forward import Agreement
 
-MOST_NAMES = 5  # in a sentence
+MOST_CHANGES = 10  # in the text for people
 AT_ONCE = 1 << 18  # numbers that are looked at together
 
 _NUMBERS = {
@@ -91,12 +92,12 @@ class VerifyReport:
         if self.changes is not None:
             lines.append(f"{len(self.changes)} tensors differ from the other checkpoint's.")
             lines += [
-                f"  {change.name}: {change.relative:.2%} of its norm, at most {change.largest:.3g}"
-                for change in self.changes[:MOST_NAMES]
+                f"  {shorten(change.name, 100)}: {change.relative:.2%} of its norm, at most {change.largest:.3g}"
+                for change in self.changes[:MOST_CHANGES]
             ]
             for where, names in (("here", self.only_here), ("there", self.only_there)):
                 if names:
-                    lines.append(f"Only {where}: {_list(names)}.")
+                    lines.append(f"Only {where}: {list_names(list(names))}.")
         lines += [f"Run in {agreement}." for agreement in self.agreements]
         return "\n".join(lines)
 
@@ -148,7 +149,9 @@ def verify_checkpoint(
     for (what, of_weights), those in found.items():
         # fresh norms and biases are constant, and so is a layer of a LoRA that was not trained
         wrong = what == _NOT_FINITE or (what in _THROUGHOUT and of_weights and report.format != LORA)
-        (problems if wrong else remarks).append(f"{'Weights' if of_weights else 'Vectors'} {what}: {_list(those)}.")
+        (problems if wrong else remarks).append(
+            f"{'Weights' if of_weights else 'Vectors'} {what}: {list_names(those)}."
+        )
     changes, only_here, only_there = None, (), ()
     if other is not None:
         try:
@@ -294,15 +297,10 @@ def _stumbling_blocks(file: Path, prefix: str, header: Header) -> list[str]:
     if odd:
         remarks.append(
             f"{shorten(file.name)}: numbers do not begin at multiples of their size, so that programs which map files "
-            f"into memory have to copy them, or refuse them: {_list(odd)}."
+            f"into memory have to copy them, or refuse them: {list_names(odd)}."
         )
     if prefix.startswith("text_encoder") and header.metadata and header.metadata.get("format") not in _FORMATS:
         remarks.append(
             f"{file.parent.name}/{shorten(file.name)}: transformers 4 refuses it, as its metadata have no format."
         )
     return remarks
-
-
-def _list(names) -> str:
-    shown = ", ".join(shorten(name) for name in list(names)[:MOST_NAMES])
-    return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
