@@ -1,7 +1,9 @@
 """The ``ztsnr`` command.  Each subcommand imports what it needs when it runs, so that --help answers at once."""
 
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -329,6 +331,192 @@ def convert(
         report = inspect_checkpoint(target)
     click.echo(f"Wrote {target}.")
     _say_who_misreads_it(report)
+
+
+def _bucket_options(command: Callable) -> Callable:
+    """Which buckets there are, and which pictures do not fit them."""
+    options = (
+        click.option(
+            "--buckets",
+            "names",
+            multiple=True,
+            metavar="NAME|SIZES",
+            help="sdxl, novelai, or sizes such as 1024x1024,832x1216.  [default: sdxl]",
+        ),
+        click.option(
+            "--area",
+            "areas",
+            multiple=True,
+            metavar="WxH",
+            help="Buckets of that area, made as those of sdxl are.  Repeat it, or give --buckets too, to have several "
+            "resolutions.",
+        ),
+        click.option(
+            "--step", type=click.IntRange(1), default=64, show_default=True, help="Every side is a multiple of it."
+        ),
+        click.option(
+            "--limit", type=click.IntRange(1), default=2048, show_default=True, help="Longest side of sdxl and --area."
+        ),
+        click.option(
+            "--batch",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Pictures of a step, of all GPUs together.",
+        ),
+        click.option(
+            "--max-aspect-error",
+            type=click.FloatRange(0),
+            default=math.log(2),
+            show_default="log 2, where half a picture is cut off",
+            help="Leave out what is further from its bucket, |log(w/h) - log(W/H)|.",
+        ),
+        click.option("--min-size", type=click.IntRange(0), default=0, help="Leave out pictures with a shorter side."),
+        click.option("--no-upscale", is_flag=True, help="Leave out pictures that would be enlarged."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _bucket_sets(names: tuple[str, ...], areas: tuple[str, ...], step: int, limit: int) -> list[list[tuple[int, int]]]:
+    from .canvas import area_buckets
+    from .training.bucket_report import parse_buckets, parse_size
+
+    sets = [parse_buckets(name, step, limit) for name in names or ("sdxl",) * (not areas)]
+    return sets + [area_buckets(parse_size(area), step, limit) for area in areas]
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="DIR")
+@_bucket_options
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    default=Path("ztsnr_buckets"),
+    show_default=True,
+    help="For the plot, the numbers and the list of pictures left out.",
+)
+def buckets(
+    source: Path,
+    names: tuple[str, ...],
+    areas: tuple[str, ...],
+    step: int,
+    limit: int,
+    batch: int,
+    max_aspect_error: float,
+    min_size: int,
+    no_upscale: bool,
+    out: Path,
+) -> None:
+    """Which aspect-ratio buckets the pictures of a folder go to.
+
+    DIR may also be a .jsonl, .parquet or .tar file.  Prints the pictures of each bucket, how well they fit it, and who
+    is left out and why.
+    """
+    with mistakes_in_one_sentence():
+        from .training.bucket_report import run_buckets
+
+        run_buckets(
+            source,
+            out,
+            _bucket_sets(names, areas, step, limit),
+            batch_size=batch,
+            max_aspect_error=max_aspect_error,
+            minimum_size=min_size,
+            no_upscale=no_upscale,
+            say=click.echo,
+        )
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
+@click.option("--vae", required=True, metavar="MODEL", help="A diffusers folder or .safetensors file that has the VAE.")
+@click.option("--config", help="For a single file: a diffusers folder or hub name whose settings complete it.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    default=Path("ztsnr_latents"),
+    show_default=True,
+    help="For the cache; what is finished of it is kept.",
+)
+@_bucket_options
+@click.option(
+    "--margin",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Pixels by which pictures are cached larger than their bucket, if they are so large.",
+)
+@click.option("--background", default="white", show_default=True, help="Colour behind transparent pixels.")
+@click.option("--device", default="auto", show_default=True, help="auto takes CUDA if there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="That the VAE runs in; SDXL's overflows in float16.",
+)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that open pictures.")
+@click.option("--verify", is_flag=True, help="In the end, read all shards again and compare their checksums.")
+def cache(
+    sources: tuple[Path, ...],
+    vae: str,
+    config: str | None,
+    out: Path,
+    names: tuple[str, ...],
+    areas: tuple[str, ...],
+    step: int,
+    limit: int,
+    batch: int,
+    max_aspect_error: float,
+    min_size: int,
+    no_upscale: bool,
+    margin: int,
+    background: str,
+    device: str,
+    dtype: str,
+    workers: int,
+    verify: bool,
+) -> None:
+    """Encode pictures once, to train from their latents.
+
+    SOURCE is a folder, .jsonl, .parquet or .tar file; captions are not needed.  Pictures are not mirrored, because
+    mirrored latents are not those of a mirrored picture.  A run that was stopped goes on when it is started again.  On
+    several GPUs: torchrun --nproc-per-node 8 --no-python ztsnr cache ...
+    """
+    with mistakes_in_one_sentence():
+        import torch
+        from PIL.ImageColor import getrgb
+
+        from .training.make_latent_cache import run_cache
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        run_cache(
+            sources,
+            out,
+            _bucket_sets(names, areas, step, limit),
+            vae=vae,
+            config=config,
+            device=device,
+            dtype=getattr(torch, dtype),
+            margin=margin,
+            background=getrgb(background)[:3],
+            workers=workers,
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            verify=verify,
+            batch_size=batch,
+            max_aspect_error=max_aspect_error,
+            minimum_size=min_size,
+            no_upscale=no_upscale,
+            say=click.echo,
+        )
 
 
 def _say_who_misreads_it(report: "CheckpointReport") -> None:

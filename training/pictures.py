@@ -271,16 +271,30 @@ def fit_picture(
         PictureError: the picture is not of ``original_size``.
     """
     original_size = image.size if original_size is None else original_size
-    shrunk = round(original_size[0] / image.width)
-    if shrunk not in (1, 2, 4, 8) or image.size != tuple(math.ceil(side / shrunk) for side in original_size):
-        raise PictureError(f"it has changed: it is no longer {original_size[0]} x {original_size[1]} pixels")
-    # opened smaller, a picture may end within its last row and column of pixels
-    box = (0, 0, original_size[0] / shrunk, original_size[1] / shrunk)
     width, height = cover_size(original_size, bucket)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
+    pixels = np.asarray(resize_picture(image, (width, height), original_size))
     if flip:
         pixels = pixels[:, ::-1]
     left = int(generator.integers(width - bucket[0], endpoint=True))
     top = int(generator.integers(height - bucket[1], endpoint=True))
     crop = pixels[top : top + bucket[1], left : left + bucket[0]].transpose(2, 0, 1)
     return np.ascontiguousarray(crop), MicroConditioning(original_size[::-1], (top, left), bucket[::-1])
+
+
+def resize_picture(image: Image.Image, size: Size, original_size: Size) -> Image.Image:
+    """Resize by the Lanczos filter, with antialiasing.
+
+    Args:
+        image: upright, mode RGB; it may have been opened smaller, with ``at_least``.
+        size: (width, height) in pixels.
+        original_size: (width, height) of the upright picture in its file.
+
+    Raises:
+        PictureError: the picture is not of ``original_size``.
+    """
+    shrunk = round(original_size[0] / image.width)
+    if shrunk not in (1, 2, 4, 8) or image.size != tuple(math.ceil(side / shrunk) for side in original_size):
+        raise PictureError(f"it has changed: it is no longer {original_size[0]} x {original_size[1]} pixels")
+    # opened smaller, a picture may end within its last row and column of pixels
+    box = (0, 0, original_size[0] / shrunk, original_size[1] / shrunk)
+    return image.resize(size, Image.Resampling.LANCZOS, box)

@@ -1,0 +1,82 @@
+"""Mean and standard deviation of each channel of a data set's latents, gathered in pieces and in any order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What is known of C channels after ``count`` numbers of each.
+
+    Attributes:
+        count: numbers of each channel.
+        mean: (C,) float64.
+        squares: (C,) float64, the sum of the squared distances from the mean.
+    """
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, std: torch.Tensor) -> "ChannelStatistics":
+        """Those of all samples that a VAE's posterior gives for one picture: std adds to the spread of the mean.
+
+        Args:
+            mean, std: (C, h, w).
+        """
+        mean, std = (tensor.flatten(1).double().numpy(force=True) for tensor in (mean, std))
+        center = mean.mean(axis=1)
+        squares = ((mean - center[:, None]) ** 2 + std**2).sum(axis=1)
+        return cls(mean.shape[1], center, squares)
+
+    def merged(self, other: "ChannelStatistics") -> "ChannelStatistics":
+        """Those of both sets of numbers together.
+
+        The pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
+        variances", 1979), which does not subtract large sums from each other.
+        """
+        count = self.count + other.count
+        distance, share = other.mean - self.mean, other.count / count
+        return ChannelStatistics(
+            count,
+            self.mean + share * distance,
+            self.squares + other.squares + self.count * share * distance**2,
+        )
+
+    @property
+    def std(self) -> np.ndarray:
+        """(C,) float64."""
+        return np.sqrt(self.squares / self.count)
+
+    def standardize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Shift and scale latents (..., C, h, w) so that each channel of the data set has mean 0 and std 1."""
+        return (latents - self._column(self.mean, latents)) / self._column(self.std, latents)
+
+    def restore(self, latents: torch.Tensor) -> torch.Tensor:
+        """The reverse of ``standardize``."""
+        return latents * self._column(self.std, latents) + self._column(self.mean, latents)
+
+    @staticmethod
+    def _column(numbers: np.ndarray, latents: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(latents)[:, None, None]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it, without rounding."""
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "ChannelStatistics":
+        return cls(content["count"], np.array(content["mean"]), np.array(content["squares"]))
+
+
+def merge(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
+    """Those of all parts, at least one, together: by halves, so that rounding errors hardly grow with their number."""
+    if len(parts) == 1:
+        return parts[0]
+    middle = len(parts) // 2
+    return merge(parts[:middle]).merged(merge(parts[middle:]))
