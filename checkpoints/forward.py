@@ -5,6 +5,7 @@ diffusers from the single file, in diffusers from the folder, and from the singl
 CPU.  Each network is given the same numbers everywhere, so that a difference tells which one it is.
 """
 
+import gc
 import json
 import math
 import os
@@ -106,10 +107,12 @@ def compare_forwards(
     prediction_type = loaded.prediction_type
     inputs, settings = _inputs(loaded.pipeline, schedule)
     expected = _forward(loaded.pipeline, inputs, schedule)
-    del loaded  # no two models in memory together
+    del loaded
+    gc.collect()  # pipelines are circles of references, and two models may be more than the memory holds
     agreements, problems = [], []
     if other is not None:
         found = _forward(load_pipeline(other, config=config or folder).pipeline, inputs, schedule)
+        gc.collect()
         agreements += _compare(f"diffusers, {other.name}", found, expected)
     if asks_comfyui:
         try:
