@@ -224,7 +224,11 @@ def _copy_data(path: Path, header: Header, file: BinaryIO) -> None:
     with open_data(path, header) as data:
         with suppress(AttributeError, OSError):  # another system, another file system, or a full disk
             count = -header.data_start % BLOCK or BLOCK  # to where whole blocks begin
-            while os.copy_file_range(data.fileno(), file.fileno(), count):
+            end = start
+            while copied := os.copy_file_range(data.fileno(), file.fileno(), count):
+                # begins to bring the piece to the disk while the next one is copied
+                os.posix_fadvise(file.fileno(), end, copied, os.POSIX_FADV_DONTNEED)
+                end += copied
                 count = 64 * BUFFER
         file.seek(0, os.SEEK_END)
         shutil.copyfileobj(data, file, BUFFER)  # what is left
