@@ -5,7 +5,7 @@ what comes in, and the depths of the transformers in the first half.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -96,6 +96,11 @@ def input_channels(shapes: Shapes) -> int | None:
 def transformer_architecture(shapes: Shapes) -> str:
     """The name of a network that is no U-Net of Stable Diffusion, so that a person can be told, or "unknown"."""
     return next((name for key, name in _TRANSFORMERS.items() if key in shapes), "unknown")
+
+
+def is_sdxl(names: Collection[str]) -> bool:
+    """Whether a U-Net, by the names of diffusers' tensors, is told the sizes of pictures, as those of SDXL are."""
+    return "add_embedding.linear_1.weight" in names
 
 
 def lora_architecture(shapes: Shapes) -> str:

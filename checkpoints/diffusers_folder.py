@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from .atomic import atomic_folder, check_new
 from .folder import weights_file
 from .header import Header, read_header
+from .latent_scaling import LatentScaling
 from .layouts import (
     CLIP,
     OPEN_CLIP,
@@ -38,6 +39,7 @@ from .pipeline import (
     pipeline_class,
     read_index,
     rebuild_scheduler,
+    set_latent_scaling,
     settings_folder,
     settle,
 )
@@ -68,6 +70,9 @@ def to_folder(
     For a model with zero terminal SNR the scheduler begins at the last timestep (``timestep_spacing="trailing"``), and
     is diffusers' Euler where the published one cannot rescale.
 
+    A latent scaling in the file's metadata (``LatentScaling``) goes into vae/config.json; without one what the settings
+    say stays there.
+
     Left out is what diffusers does not use: moving averages, noise schedules, the last layer of SD 2.x's text encoder.
 
     Args:
@@ -90,9 +95,12 @@ def to_folder(
         raise ValueError(f"{file} is a folder already")
     report = inspect_file(file)
     said = settle(report, prediction_type, zero_terminal_snr)
+    scaling = LatentScaling.from_metadata(report.metadata)
     settings = settings_folder(report, config)
     pipeline = _empty_pipeline(settings)
-    _set_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    set_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    if scaling is not None:
+        set_latent_scaling(pipeline, scaling)
     networks = {part: network for part, network in pipeline.components.items() if part in _NETWORKS}
     index, tokenizers = _model_index(pipeline, settings), _read_tokenizers(settings)
     tensors = _folder_tensors(file, networks, settings, wanted)
@@ -137,7 +145,7 @@ def _empty_network(kind: type[torch.nn.Module], settings: Path, part: str) -> to
         return kind.from_config(kind.load_config(settings, **place))
 
 
-def _set_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> None:
+def set_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> None:
     """Have the scheduler say what the model is, and run it."""
     rebuild_scheduler(pipeline, prediction_type, zero_terminal_snr)
     if zero_terminal_snr:

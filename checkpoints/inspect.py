@@ -18,11 +18,13 @@ from .architecture import (
     UNKNOWN,
     Shapes,
     input_channels,
+    is_sdxl,
     lora_architecture,
     transformer_architecture,
     unet_architecture,
 )
 from .header import PICKLES, Header, read_header
+from .latent_scaling import LatentScaling
 from .markers import find_marks, read_scheduler_config, settle
 from .programs import SDXL_FAMILY, Marked, ProgramRow
 from .programs import rows as program_rows
@@ -48,6 +50,7 @@ class CheckpointReport:
     precision: dict[str, float]  # type of the tensors, as safetensors names it -> its share of the bytes
     has_text_encoders: bool
     has_vae: bool
+    latent_scaling: LatentScaling | None  # of its latents; None where it is the published one, or nothing says
     metadata: dict[str, str]
     programs: tuple[ProgramRow, ...]  # what each program takes it for; none for LoRAs and unsupported architectures
 
@@ -63,7 +66,13 @@ class CheckpointReport:
             {"program": row.program, **asdict(row.taken), "right": row.right, "change": row.change}
             for row in self.programs
         ]
-        return kept | {"path": str(self.path), "supported": self.supported, "programs": programs}
+        scaling = None if self.latent_scaling is None else asdict(self.latent_scaling)
+        return kept | {
+            "path": str(self.path),
+            "supported": self.supported,
+            "latent_scaling": scaling,
+            "programs": programs,
+        }
 
     def __str__(self) -> str:
         architecture = "unknown architecture" if self.architecture == "unknown" else self.architecture
@@ -72,6 +81,7 @@ class CheckpointReport:
         lines = [
             f"{self.path.name}: {', '.join([architecture, self.format, *types])}.",
             f"Prediction: {self.prediction_type or 'not said'}. Zero terminal SNR: {zero_terminal_snr}.",
+            *([] if self.latent_scaling is None else [_describe(self.latent_scaling)]),
             *self.evidence,
             *(f"Warning: {warning}" for warning in self.warnings),
         ]
@@ -105,6 +115,16 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     except ValueError as error:
         scheduler_config = {}
         warnings.append(f"{error}.")
+    try:
+        latent_scaling = _latent_scaling(path, form, header)
+    except ValueError as error:
+        latent_scaling = None
+        warnings.append(f"What its latents are scaled by is not known: {error}.")
+    if latent_scaling and latent_scaling.scaling_factor is None and architecture in ("SD 1.x", "SD 2.x"):
+        warnings.append(
+            "diffusers' pipelines of SD 1.x and 2.x do not look for the mean and the standard deviation of latents: "
+            'have them give latents (output_type="latent"), and decode LatentScaling.from_model of those.'
+        )
     marks = find_marks(header, scheduler_config)
     prediction_type, zero_terminal_snr, amiss = settle(marks)
     warnings += amiss
@@ -142,6 +162,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         precision=_precision(header),
         has_text_encoders=has_text_encoders,
         has_vae=has_vae,
+        latent_scaling=latent_scaling,
         metadata=header.metadata,
         programs=programs,
     )
@@ -177,6 +198,26 @@ def _scheduler_config(path: Path, form: str) -> dict:
     elif form == DIFFUSERS_UNET:
         places = [path.parent, path.parent.parent / "scheduler"] if path.parent.name == "unet" else [path.parent]
     return next(filter(None, (read_scheduler_config(place / "scheduler_config.json") for place in places)), {})
+
+
+def _latent_scaling(path: Path, form: str, header: Header) -> LatentScaling | None:
+    """What lies between the VAE's latents and the U-Net's, where it is not as published."""
+    if form == DIFFUSERS_FOLDER:
+        folder = path
+    elif form == DIFFUSERS_UNET and path.parent.name == "unet":
+        folder = path.parent.parent
+    else:
+        return LatentScaling.from_metadata(header.metadata)
+    scaling = LatentScaling.of_folder(folder)
+    return None if scaling == LatentScaling.ordinary(sdxl=is_sdxl(header.tensors)) else scaling
+
+
+def _describe(scaling: LatentScaling) -> str:
+    mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (scaling.mean, scaling.std))
+    return (
+        f"Latents: the U-Net's are (z - mean) / std of the VAE's z, mean {mean}, std {std}; programs that do not look "
+        "for that get wrong colours."
+    )
 
 
 def _read_unet_of_folder(folder: Path) -> Header:

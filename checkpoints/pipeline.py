@@ -24,6 +24,7 @@ from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
 from .header import PICKLES, SUFFIXES, read_header
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
+from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -313,14 +314,18 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> DiffusionPipeline:
     if report.path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
         raise ValueError(f"{report.path} must be renamed: diffusers only opens names that end in .safetensors")
+    scaling = LatentScaling.from_metadata(report.metadata)
     settings = settings_folder(report, config)
     kind = pipeline_class(settings)
     if not read_header(report.path).tensors.keys() & _TEXT_ENCODERS:
         raise ValueError(f"{report.path} has text encoders that diffusers does not see: make it a folder and load that")
     with loading(report.path):
-        return kind.from_single_file(
+        pipeline = kind.from_single_file(
             str(report.path), config=str(settings), torch_dtype=dtype, local_files_only=True, **left_out(kind)
         )
+    if scaling is not None:
+        set_latent_scaling(pipeline, scaling)
+    return pipeline
 
 
 def left_out(kind: type[DiffusionPipeline]) -> dict:
@@ -359,6 +364,16 @@ def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_te
     if zero_terminal_snr and "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
         return (f"{kind.__name__}, with which the model was published, cannot run zero terminal SNR.",)
     return ()
+
+
+def set_latent_scaling(pipeline: DiffusionPipeline, scaling: LatentScaling) -> None:
+    """Have the config of the pipeline's VAE say what lies between its latents and the U-Net's."""
+    config = pipeline.vae.config
+    if len(scaling.mean) != config.latent_channels:
+        raise ValueError(
+            f"latents are scaled in {len(scaling.mean)} channels, and the VAE has {config.latent_channels}"
+        )
+    pipeline.vae.register_to_config(**scaling.vae_config(config.scaling_factor))
 
 
 def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from .architecture import SUPPORTED
+from .architecture import SUPPORTED, is_sdxl
 from .atomic import atomic_write, check_new
 from .folder import read_weights
 from .header import SUFFIXES, read_header, shorten
 from .inspect import DIFFUSERS_FOLDER, CheckpointReport, inspect_checkpoint
+from .latent_scaling import METADATA, LatentScaling
 from .layouts import (
     CLIP,
     OPEN_CLIP,
@@ -51,7 +52,8 @@ def to_single_file(
     """Write a diffusers folder of SD 1.x, SD 2.x or the SDXL family as a single file, marked as what it is.
 
     Whether it is a v-prediction model, and with zero terminal SNR, is taken from the folder's scheduler_config.json and
-    written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.
+    written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.  A latent
+    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json and written as metadata.
 
     Of SD 2.x's text encoder a diffusers folder keeps the layers that are used, 23 of 24, and so does the single file.
 
@@ -60,11 +62,13 @@ def to_single_file(
         out: a .safetensors file that is not there yet.
         dtype: float32, float16 or bfloat16; by default each tensor's own.
         base: a single file to take everything but the U-Net from, byte by byte.  The U-Net is then cast to what the
-            base keeps its own in, unless ``dtype`` says otherwise; nothing else is cast.
+            base keeps its own in, unless ``dtype`` says otherwise; nothing else is cast.  Its latent scaling stays
+            where the folder has no VAE's config that says another.
 
     Raises:
         ValueError: the folder is no such model, or lacks a part, or has tensors that a single file has no place for;
-            the base holds another U-Net; a number is too large for the dtype; ``out`` is there or cannot be written.
+            the base holds another U-Net; a number is too large for the dtype; a VAE's config that cannot be followed;
+            ``out`` is there or cannot be written.
     """
     folder, out = Path(folder), Path(out)
     check_new_file(out, dtype)
@@ -76,6 +80,7 @@ def to_single_file(
             tensors = {name: cast(tensor, wanted) for name, tensor in tensors.items()}
     else:
         tensors, metadata = _merge(folder, Path(base), wanted)
+    metadata = _with_latent_scaling(metadata, folder)
     tensors, metadata = _mark(tensors, metadata, report, out.stem)
     with atomic_write(out) as file:
         write_tensors(file, tensors, metadata)
@@ -149,6 +154,16 @@ def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[s
     return tensors, header.metadata
 
 
+def _with_latent_scaling(metadata: dict[str, str], folder: Path) -> dict[str, str]:
+    """With what lies between the VAE's latents and the U-Net's, where the folder says so and it is not as published."""
+    scaling = LatentScaling.of_folder(folder)
+    if scaling is None:
+        return metadata
+    kept = {key: value for key, value in metadata.items() if key not in METADATA}
+    ordinary = LatentScaling.ordinary(sdxl=is_sdxl(read_weights(folder / "unet")))
+    return kept if scaling == ordinary else kept | scaling.to_metadata()
+
+
 def _mark(
     tensors: Tensors, metadata: dict[str, str], report: CheckpointReport, title: str
 ) -> tuple[Tensors, dict[str, str]]:
@@ -176,11 +191,6 @@ def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
     if report.prediction_type is not None:
         metadata["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
     return metadata
-
-
-def is_sdxl(unet: Collection[str]) -> bool:
-    """Whether a U-Net, by the names of diffusers' tensors, is told the sizes of pictures, as those of SDXL are."""
-    return "add_embedding.linear_1.weight" in unet
 
 
 def inspect_folder(folder: Path) -> CheckpointReport:

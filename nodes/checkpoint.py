@@ -1,13 +1,16 @@
 """Load Checkpoint (ZTSNR): the stock loader, and then the wrapper for what the file says about itself."""
 
+import copy
 import logging
 from pathlib import Path
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
 from ..checkpoints import SUPPORTED, CheckpointReport, inspect_checkpoint
+from ..checkpoints.latent_scaling import LatentScaling
 from .messages import refused, show
 from .model_patch import patch_model
 from .schema import schema
@@ -48,12 +51,15 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
         try:
             path = find_file(ckpt_name)
             report = inspect_checkpoint(path)
+            LatentScaling.from_metadata(report.metadata)  # refuses what the report only warns of
             if report.format == "LoRA":
                 raise ValueError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
             # A U-Net file as well: this finds its format, and gives a VAE that says so if it is used
             model, clip, vae = comfy.sd.load_checkpoint_guess_config(
                 str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
             )[:3]
+            if report.latent_scaling is not None and report.supported:
+                scale_latents(model, report.latent_scaling)
             model, sentence = apply_report(model, report)
         except ValueError as reason:
             return refused(reason, outputs=4)
@@ -90,6 +96,33 @@ def apply_report(model, report: CheckpointReport) -> tuple[object, str]:
     schedule = {True: "zero terminal SNR", False: "as trained", None: "auto"}[report.zero_terminal_snr]
     patched, sentence = patch_model(model, prediction="v_prediction", schedule=schedule)
     return patched, f"The model is patched: {sentence}"
+
+
+def scale_latents(model, scaling: LatentScaling) -> None:
+    """Give a MODEL that was just loaded latents of its own (NovelAI V3, arXiv 2409.15997).
+
+    ComfyUI takes every latent into and out of the model's scale by its latent_format, and draws previews by it.  As an
+    object patch it outlives the reloading that some nodes ask for; on the model itself it is there before the first run
+    too, when previews and Add Noise ask the model and patches are not in it yet.
+
+    Raises:
+        ValueError: a scaling of other channels than the model's.
+    """
+    stock = model.get_model_object("latent_format")
+    if len(scaling.mean) != stock.latent_channels:
+        raise ValueError(
+            f"The file scales the latents of {len(scaling.mean)} channels, and this model has {stock.latent_channels}."
+        )
+    scaled = copy.copy(stock)
+    scaled.process_in, scaled.process_out = scaling.to_model, scaling.from_model
+    # stock colours are those of scale_factor * z, and z is std * x + mean
+    factors, bias = torch.tensor(stock.latent_rgb_factors), torch.tensor(stock.latent_rgb_factors_bias or [0.0] * 3)
+    mean, std = stock.scale_factor * torch.tensor([scaling.mean, scaling.std])
+    scaled.latent_rgb_factors = (std[:, None] * factors).tolist()
+    scaled.latent_rgb_factors_bias = (bias + mean @ factors).tolist()
+    scaled.taesd_decoder_name = None  # it is fed the model's latents as they are, so previews take the factors
+    model.add_object_patch("latent_format", scaled)
+    model.model.latent_format = scaled
 
 
 def missing_parts(report: CheckpointReport) -> list[str]:

@@ -3,10 +3,13 @@
 ``EpochPlan`` takes the numbers of the same key whose counter has no picture, so none are used twice.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 # what random numbers are for, so that no two uses share them
-CROP, FLIP, CAPTION, POSTERIOR, REPLACEMENT = range(5)
+CROP, FLIP, CAPTION, POSTERIOR, REPLACEMENT, TIMESTEPS, NOISE, NOISE_OFFSET = range(8)
 
 
 def keyed_generator(seed: int, epoch: int, picture: int, purpose: int) -> np.random.Generator:
@@ -34,3 +37,31 @@ def keyed_generator(seed: int, epoch: int, picture: int, purpose: int) -> np.ran
     # as uint64, because NumPy makes floats of a list that mixes numbers above 2**63 with smaller ones
     philox = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
     return np.random.Generator(philox)
+
+
+def keyed_noise(
+    shape: Sequence[int],
+    slots: range,
+    seed: int,
+    epoch: int,
+    step: int,
+    purpose: int,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Unit noise for the pictures of a step, each one's by its place, so that it is the same on any number of ranks.
+
+    Drawn on the device, without waiting for it.  Devices of another kind draw other numbers.
+
+    Args:
+        shape: of one picture's noise.
+        slots: places of this rank's pictures among those of the step.
+
+    Returns:
+        (len(slots), *shape) float32.
+    """
+    seeds = keyed_generator(seed, epoch, step, purpose).integers(2**63, size=slots[-1] + 1)
+    noise = torch.empty(len(slots), *shape, device=device)
+    generator = torch.Generator(device)
+    for picture, slot in zip(noise, slots, strict=True):
+        picture.normal_(generator=generator.manual_seed(int(seeds[slot])))
+    return noise

@@ -2,13 +2,16 @@
 
 python checkpoints_inside.py COMFYUI BASE shapes      U-Nets as ComfyUI builds them, and what it takes their tensors for
 python checkpoints_inside.py COMFYUI BASE load        every file in BASE/models, through our loader and the stock ones
+python checkpoints_inside.py COMFYUI BASE latents     what becomes of latents in a model whose file scales them
 
-Both print JSON on the last line of standard output.
+All print JSON on the last line of standard output.
 """
 
 import asyncio
 import importlib
+import inspect
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,9 +22,13 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.model_detection  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
+import comfy.sample  # noqa: E402
 import comfy.utils  # noqa: E402
+import latent_preview  # noqa: E402
 import torch  # noqa: E402
+from comfy.cli_args import LatentPreviewMethod  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 
 import nodes  # noqa: E402
@@ -165,4 +172,116 @@ def about(model) -> list:
     return [prediction, bool(getattr(sampling, "zsnr", False)), str(round(float(sampling.sigma_max), 2))]
 
 
-print(json.dumps({"shapes": shapes, "load": load}[TASK]()))
+# ----------------------------------------------------------------------------------------------------------------------
+# Scaled latents
+
+MEAN = torch.tensor([4.8119, 0.1607, 1.3538, -1.7753], dtype=torch.float64)[:, None, None]
+STD = torch.tensor([9.9181, 6.2753, 7.5978, 5.9956], dtype=torch.float64)[:, None, None]
+STOCK = 0.13025
+
+
+def latents() -> dict:
+    """{what is compared: largest difference, or yes and no}, of two files that differ in their metadata alone."""
+    assert asyncio.run(nodes.load_custom_node(PACK)), "the pack does not load"
+    room = f"{PACK.replace('.', '_x_')}.nodes"
+    loader = importlib.import_module(f"{room}.checkpoint").ZTSNRCheckpointLoader
+    metadata = {"ztsnr.latent_mean": json.dumps(MEAN.flatten().tolist())}
+    metadata["ztsnr.latent_std"] = json.dumps(STD.flatten().tolist())
+    folder = Path(BASE, "models", "checkpoints")
+    folder.mkdir(parents=True)
+    write_random(folder / "scaled.safetensors", metadata)
+    write_random(folder / "plain.safetensors", {})
+    scaled, _, _, report = loader.execute("scaled.safetensors").args
+    plain = loader.execute("plain.safetensors").args[0]
+    generator = torch.Generator().manual_seed(1)
+    z = (torch.randn(2, 4, 8, 8, generator=generator).double() * STD + MEAN).float()
+    x = (z.double() - MEAN) / STD
+    found = {"report": report}
+
+    def difference(found, expected) -> float:
+        return float((found.double() - expected.double()).abs().max())
+
+    # before the model is loaded for the first time, as Add Noise asks it and the preview of the first run
+    found["in, not loaded"] = difference(scaled.get_model_object("process_latent_in")(z), x)
+    found["previews"] = [
+        difference(preview(scaled.model.latent_format, x), preview(plain.model.latent_format, STOCK * z))
+    ]
+
+    empty = torch.zeros_like(z)
+    raw = STOCK * sample(plain, empty).double()
+    found["empty latent"] = difference(sample(scaled, empty), raw * STD + MEAN)
+    found["stock scale"] = difference(sample(plain, empty), raw * STD + MEAN)
+    raw = STOCK * sample(plain, (x / STOCK).float(), denoise=0.5).double()
+    found["from a picture"] = difference(sample(scaled, z, denoise=0.5), raw * STD + MEAN)
+    painted = sample(scaled, z, mask=(torch.arange(8) < 4).float().expand(1, 8, 8))
+    found["kept by inpainting"] = difference(painted[..., 4:], z[..., 4:])
+    found["painted"] = difference(painted[..., :4], z[..., :4])
+    found["previews"] += [
+        difference(preview(scaled.model.latent_format, x), preview(plain.model.latent_format, STOCK * z))
+    ]
+
+    later, _ = importlib.import_module(f"{room}.model_patch").patch_model(scaled, first_step="as ComfyUI does it")
+    found["behind ZTSNR Model"] = difference(later.get_model_object("latent_format").process_out(x.float()), z)
+    if "force_deepcopy" in inspect.signature(scaled.clone).parameters:  # newer cores reload a model from its file
+        again = scaled.clone(force_deepcopy=True)
+        assert again.model is not scaled.model
+        comfy.model_management.load_models_gpu([again])
+        found["reloaded"] = difference(again.model.process_latent_out(x.float()), z)
+
+    stock = nodes.CheckpointLoaderSimple().load_checkpoint("scaled.safetensors")[0]
+    for name, model in (("plain", plain), ("stock loader", stock)):
+        found[name] = difference(model.model.process_latent_out(x.float()), x / STOCK)
+        assert "latent_format" not in model.object_patches
+    merging = importlib.import_module("comfy_extras.nodes_model_merging")
+    merging.save_checkpoint(scaled, filename_prefix="saved", output_dir=BASE)
+    (saved,) = Path(BASE).glob("saved*.safetensors")
+    found["kept by Save Checkpoint"] = any(
+        name in comfy.utils.safetensors_header(str(saved)).decode() for name in metadata
+    )
+    return found
+
+
+def write_random(path: Path, metadata: dict[str, str]) -> None:
+    """The smallest U-Net of the SDXL family, the same every time, marked as v-prediction with zero terminal SNR."""
+    arguments = {key: list(value) if isinstance(value, list) else value for key, value in UNETS["small"].items()}
+    unet = UNetModel(**arguments, device="meta", operations=comfy.ops.disable_weight_init).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    for name, tensor in unet.items():
+        values = torch.randn(tensor.shape, generator=generator)
+        values /= math.sqrt(math.prod(tensor.shape[1:])) if tensor.ndim > 1 else 10  # keeps a map's input its size
+        tensors[f"model.diffusion_model.{name}"] = values.half()
+    comfy.utils.save_torch_file(tensors, str(path), metadata=metadata)
+
+
+def sample(model, latent: torch.Tensor, denoise: float = 1.0, mask: torch.Tensor | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    text = [
+        [torch.randn(1, 77, 2048, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]
+    ]
+    noise = comfy.sample.prepare_noise(latent, 3)
+    return comfy.sample.sample(
+        model,
+        noise,
+        4,
+        1.0,
+        "euler",
+        "simple",
+        text,
+        text,
+        latent,
+        denoise=denoise,
+        noise_mask=mask,
+        disable_pbar=True,
+        seed=3,
+    )
+
+
+def preview(latent_format, x: torch.Tensor) -> torch.Tensor:
+    """What the browser is shown of the first latent of a batch, in 1/255."""
+    latent_preview.args.preview_method = LatentPreviewMethod.Latent2RGB
+    picture = latent_preview.get_previewer("cpu", latent_format).decode_latent_to_preview(x.float())
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+
+
+print(json.dumps({"shapes": shapes, "load": load, "latents": latents}[TASK]()))

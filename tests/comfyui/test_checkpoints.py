@@ -79,6 +79,8 @@ def loaded(unets, comfyui_python, comfyui_path, tmp_path_factory, write_checkpoi
         ("checkpoints/epsilon", prefixed, {"modelspec.prediction_type": "epsilon"}),
         ("checkpoints/silent", prefixed, None),
         ("checkpoints/playground", {**prefixed, "edm_mean": ("F32", 4), "edm_std": ("F32", 4)}, None),
+        ("checkpoints/half_scaled", prefixed, {"ztsnr.latent_mean": "[0, 0, 0, 0]"}),
+        ("checkpoints/sixteen", prefixed, {"ztsnr.latent_mean": str([0] * 16), "ztsnr.latent_std": str([1] * 16)}),
         ("checkpoints/lora", {"lora_unet_a.lora_down.weight": (4, 2048)}, None),
         ("diffusion_models/prefixed", {**prefixed, **MARKS}, None),
         ("diffusion_models/bare", {**bare, **MARKS}, None),
@@ -93,7 +95,7 @@ def loaded(unets, comfyui_python, comfyui_path, tmp_path_factory, write_checkpoi
 
 
 def test_every_file_is_offered_once(loaded):
-    assert len(loaded) == 12
+    assert len(loaded) == 14
 
 
 @pytest.mark.parametrize(
@@ -128,8 +130,49 @@ def test_other_noise_levels_are_left_alone(loaded):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("old.ckpt", "is a pickle"), ("lora.safetensors", "is a LoRA"), ("gone.safetensors", "There is no file gone")],
+    [
+        ("old.ckpt", "is a pickle"),
+        ("lora.safetensors", "is a LoRA"),
+        ("gone.safetensors", "There is no file gone"),
+        ("half_scaled.safetensors", "have ztsnr.latent_mean alone"),
+        ("sixteen.safetensors", "scales the latents of 16 channels, and this model has 4"),
+    ],
 )
 def test_refusals(loaded, name, sentence):
     assert sentence in loaded[name]["refused"]
     assert loaded[name]["outputs"] == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latents that the file scales
+
+
+@pytest.fixture(scope="module")
+def latents(comfyui_python, comfyui_path, tmp_path_factory):
+    return run(comfyui_python, comfyui_path, tmp_path_factory.mktemp("base"), "latents")
+
+
+@pytest.mark.parametrize("start", ["empty latent", "from a picture"])
+def test_sampling_is_that_of_the_network_in_the_scale_of_the_vae(latents, start):
+    """Beside a file of the same network without metadata: what comes out is std x + mean of its raw result x."""
+    assert latents[start] < 1e-4  # of numbers up to 50, through a network in float32
+    assert latents["stock scale"] > 1
+
+
+def test_inpainting_keeps_what_it_shall_keep(latents):
+    assert latents["kept by inpainting"] < 1e-5
+    assert latents["painted"] > 1
+
+
+def test_it_holds_wherever_latents_are_scaled(latents):
+    for place in ("in, not loaded", "behind ZTSNR Model"):
+        assert latents[place] < 1e-5, place
+    assert latents.get("reloaded", 0) < 1e-5
+    assert max(latents["previews"]) <= 1  # of 255; before the first run and after it
+    assert "mean 4.812, 0.1607, 1.354, -1.775, std 9.918, 6.275, 7.598, 5.996" in latents["report"]
+
+
+def test_other_models_and_loaders_are_as_comfyui_makes_them(latents):
+    assert latents["plain"] < 1e-5
+    assert latents["stock loader"] < 1e-5  # which the help page tells
+    assert not latents["kept by Save Checkpoint"]  # and this
