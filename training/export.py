@@ -1,0 +1,132 @@
+"""What a run leaves: files that every program loads as what they are."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+
+from ..checkpoints import export_lora, inspect_checkpoint, to_single_file, verify_checkpoint
+from ..checkpoints.atomic import atomic_folder
+from ..checkpoints.diffusers_folder import set_scheduler
+from ..checkpoints.latent_scaling import LatentScaling
+from .config import FinetuneSettings
+from .networks import Denoiser, Networks, add_adapter, load_networks
+from .objective import Objective
+from .previews import scheduler
+
+
+def export_model(
+    weights: Mapping[str, torch.Tensor],
+    out: Path,
+    name: str,
+    settings: FinetuneSettings,
+    objective: Objective,
+    latent_scaling: LatentScaling,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Write trained weights as a diffusers folder and a single file, and read both again.
+
+    The base is loaded once more and gets the trained weights, so nothing of how they were trained is left in it.  An
+    adapter is written by itself, as peft saves it and as ComfyUI reads it, and merged into the base, in float32.
+
+    Args:
+        weights: of the parameters of the ``Denoiser`` that were trained, float32 on the CPU.
+        out: folder for the files.
+        name: of the model: NAME.safetensors and the folder NAME.
+
+    Returns:
+        What was written; what is there already, of a run that was stopped here, is written anew.
+
+    Raises:
+        ValueError: it cannot be written, or what was written is not sound.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folder, file = out / name, out / f"{name}.safetensors"
+    adapter, lora = out / f"{name}_adapter", out / f"{name}_lora.safetensors"
+    for old in (folder, file, adapter, lora):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    networks = load_networks(settings.model.base, settings.model.config)
+    if settings.model.adapter is not None:
+        _merge_adapter(networks, weights, settings, adapter)
+    else:
+        _load(Denoiser(networks), weights)
+    _describe(networks, objective, latent_scaling)
+    dtype = getattr(torch, settings.export.dtype)
+    for network in (networks.unet, *networks.text_encoders):
+        network.to(dtype)
+    with atomic_folder(folder) as place:
+        networks.pipeline.save_pretrained(place, safe_serialization=True)
+    del networks
+    written = [adapter] if settings.model.adapter is not None else []
+    if settings.model.adapter is not None and settings.model.adapter.kind == "lora":
+        export_lora(adapter, lora, model=folder, dtype=dtype)
+        written.append(lora)
+
+    if settings.export.single_file:
+        base = Path(settings.model.base)
+        is_base = base.is_file() and not settings.model.text_encoders
+        to_single_file(folder, file, base=base if is_base else None, dtype=dtype if is_base else None)
+        _check(file, say)
+        written.append(file)
+    if settings.export.folder:
+        _check(folder, say)
+        written.append(folder)
+    else:
+        shutil.rmtree(folder)
+    return written
+
+
+def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
+    own = dict(denoiser.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+
+
+def _describe(networks: Networks, objective: Objective, latent_scaling: LatentScaling) -> None:
+    """Have the configs say what the model predicts, on which schedule, and how its latents are scaled."""
+    prediction_type, schedule = objective.settings.prediction_type, objective.schedule
+    shifted = objective.settings.schedule_shift != 1
+    if shifted:  # which no flag says
+        scheduler(networks.pipeline, schedule, prediction_type)
+    set_scheduler(networks.pipeline, prediction_type, schedule.zero_terminal_snr)
+    vae = networks.vae
+    vae.register_to_config(**latent_scaling.vae_config(vae.config.scaling_factor))
+
+
+def _merge_adapter(
+    networks: Networks, weights: Mapping[str, torch.Tensor], settings: FinetuneSettings, out: Path
+) -> None:
+    """Write the adapter by itself, and then add it to the U-Net's own weights."""
+    unet = networks.unet
+    plain = {name: module for name, module in unet.named_modules()}
+    add_adapter(unet, settings.model.adapter)
+    _load(Denoiser(networks), weights)
+    config = unet.peft_config["default"]
+    with atomic_folder(out) as place:
+        state = get_peft_model_state_dict(unet)
+        rows = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
+        save_file(rows, place / "adapter_model.safetensors", {"format": "pt"})
+        about = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        (place / "adapter_config.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, key = name.rpartition(".")
+            setattr(unet.get_submodule(parent), key, plain[name])
+    unet._hf_peft_config_loaded = False
+
+
+def _check(path: Path, say: Callable[[str], None]) -> None:
+    report = verify_checkpoint(path)
+    if not report.sound:
+        raise ValueError(f"{path} was written and is not sound:\n{report}")
+    said = inspect_checkpoint(path)
+    snr = "zero terminal SNR" if said.zero_terminal_snr else "no zero terminal SNR"
+    say(f"Wrote {path}: {said.prediction_type}, {snr}; read again and sound.")

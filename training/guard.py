@@ -1,0 +1,123 @@
+"""Steps whose gradient is no number: not taken, written down, and too many of them end the run."""
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from .dataset import Batch
+from .parallel import World
+
+
+class _Pending(NamedTuple):
+    """A step whose outcome is on its way from the device."""
+
+    step: int
+    bad: torch.Tensor  # () float32 on the CPU, once it has arrived
+    arrived: "torch.cuda.Event | None"
+    norm: torch.Tensor
+    batch: Batch
+    t: torch.Tensor
+
+
+class StepGuard:
+    """Takes the optimizer's steps, but for those whose gradient is not finite.
+
+    The norm of the gradient is that of all processes together, so they all leave out the same steps.  Where the
+    optimizer can (torch's fused AdamW), it decides on the device and nothing is waited for; what happened is looked at
+    when it has arrived.
+
+    Args:
+        folder: for the batches of such steps.
+        limit: the run ends after so many of them in a row.
+    """
+
+    def __init__(self, folder: Path, limit: int, world: World):
+        self.folder, self.limit, self.world = folder, limit, world
+        self._pending: deque[_Pending] = deque()
+        self._last_bad, self._in_a_row, self._skipped = -1, 0, 0
+        self._norm: torch.Tensor | None = None
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        norm: torch.Tensor,
+        batch: Batch,
+        t: torch.Tensor,
+        step: int,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Let the optimizer take its step if the gradient's norm () is finite.
+
+        Raises:
+            ValueError: too many steps in a row were left out; a report.
+        """
+        self._norm = norm
+        bad = (~torch.isfinite(norm)).float()
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        elif _decides_on_device(optimizer):
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+            optimizer.step()
+        elif not bad:  # which waits for the device
+            optimizer.step()
+        arrived = None
+        if bad.is_cuda:
+            bad = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Pending(step, bad, arrived, norm, batch, t))
+        while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
+            self._look_at(self._pending.popleft())
+
+    def read(self) -> dict[str, float]:
+        """What happened, as metrics; waits for the device."""
+        while self._pending:
+            pending = self._pending.popleft()
+            if pending.arrived is not None:
+                pending.arrived.synchronize()
+            self._look_at(pending)
+        return {"gradient norm": float(self._norm), "steps left out": self._skipped} if self._norm is not None else {}
+
+    def state(self) -> dict[str, int]:
+        """For the state of the run."""
+        return {"last_bad": self._last_bad, "in_a_row": self._in_a_row, "skipped": self._skipped}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from ``state``."""
+        self._last_bad, self._in_a_row, self._skipped = state["last_bad"], state["in_a_row"], state["skipped"]
+
+    def _look_at(self, pending: _Pending) -> None:
+        if not pending.bad:
+            return
+        self._in_a_row = self._in_a_row + 1 if pending.step == self._last_bad + 1 else 1
+        self._last_bad = pending.step
+        self._skipped += 1
+        path = self._write(pending)
+        if self._in_a_row >= self.limit:
+            raise ValueError(
+                f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and none "
+                f"of them was taken; the last batch is in {path}: lower the learning rate, or look at its pictures"
+            )
+
+    def _write(self, pending: _Pending) -> Path:
+        batch = pending.batch
+        path = self.folder / f"step-{pending.step:08d}-rank-{self.world.rank}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = {"data": batch.data, "timesteps": pending.t, "weights": batch.weights, "pictures": batch.pictures}
+            about = {"captions": json.dumps(batch.captions, ensure_ascii=False), "norm": str(float(pending.norm))}
+            save_file({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, path, about)
+        except OSError:  # the run matters more
+            pass
+        return path
+
+
+def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"][:1])

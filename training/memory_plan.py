@@ -1,0 +1,368 @@
+"""What a training step will hold in the device's memory, said before the first one.
+
+The state (weights, gradients, optimizer, averages) follows from the shapes of the parameters.  What the forward pass
+keeps for the backward one, and what both need for a moment, is no formula: the step is run on tensors without data
+(training/fake_step.py), and the bytes of those that are alive are added up.
+
+The plan is for the eager mode.  torch.compile keeps less for the backward pass, so there it is an upper bound.  It does
+not know the workspaces of cuBLAS, cuDNN and NCCL, nor what the allocator loses between blocks; the reserve is for them.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..canvas import Size
+from .checkpointing import MODES
+from .fake_step import FakeStep, fused_attention, without_data
+
+GIB = 2**30
+RESERVE = 3 * GIB
+FLOAT32 = 4  # bytes
+GATHERED = "gathered blocks"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State
+
+
+def _quantized(shape: torch.Size, bits: int, block: int, pads: bool = False) -> int:
+    """Codes, a float32 scale a block, and a float32 value a code; small ones stay in float32."""
+    count = shape.numel()
+    if count < 4096 or (count % block and not pads):
+        return 2 * FLOAT32 * count
+    return 2 * (count * bits // 8 + FLOAT32 * (-(-count // block) + 2**bits))
+
+
+def _factored(shape: torch.Size) -> int:
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235): sums of rows and of columns in place of a matrix."""
+    count = shape.numel()
+    return FLOAT32 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+
+
+# bytes that an optimizer keeps for a parameter; step counts, 4 bytes a parameter, are left out
+OPTIMIZER_BYTES: dict[str, Callable[[torch.Size], int]] = {
+    "adamw": lambda shape: 2 * FLOAT32 * shape.numel(),
+    "adamw8bit": lambda shape: _quantized(shape, 8, 256),
+    "adamw4bit": lambda shape: _quantized(shape, 4, 128),
+    "adafactor": _factored,
+    "bnb_adamw8bit": lambda shape: _quantized(shape, 8, 256, pads=True),
+}
+
+
+def state_bytes(
+    unet: UNet2DConditionModel,
+    *,
+    optimizer: str = "adamw",
+    dtype: torch.dtype = torch.bfloat16,
+    ema_profiles: int = 0,
+    trained: Collection[str] | None = None,
+    others: Iterable[torch.nn.Module] = (),
+    shards: int = 1,
+    units: Sequence[torch.nn.Module] | None = None,
+) -> dict[str, int]:
+    """Bytes of each part of what lies on a device all the time, gradients included.
+
+    Args:
+        unet: with weights or on the meta device.
+        optimizer: a key of OPTIMIZER_BYTES.
+        dtype: that the network computes in (training/precision.py): trained parameters are float32 and have a cast in
+            it, the others are in it.
+        ema_profiles: averages of the trained parameters on the device, float32.
+        trained: names of the trained parameters; by default those that require gradients.
+        others: further networks on the device.  Their parameters that require gradients count as trained, the rest as
+            it is.
+        shards: devices that the U-Net's state is divided among (FSDP).
+        units: modules that FSDP gathers one after the other; by default ``shard_units``.
+
+    Raises:
+        ValueError: an optimizer that is not known.
+    """
+    if optimizer not in OPTIMIZER_BYTES:
+        raise ValueError(f"the memory of the optimizer {optimizer!r} is not known, only {', '.join(OPTIMIZER_BYTES)}")
+    named = dict(unet.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad} if trained is None else trained
+    frozen = [parameter for name, parameter in named.items() if name not in trained]
+    rest = [tensor for network in others for tensor in (*network.parameters(), *network.buffers())]
+    shapes = [named[name].shape for name in trained] + [tensor.shape for tensor in rest if tensor.requires_grad]
+    count = sum(shape.numel() for shape in shapes)
+    width = dtype.itemsize
+    divided = {
+        "trained parameters": FLOAT32 * count,
+        f"{optimizer} state": sum(map(OPTIMIZER_BYTES[optimizer], shapes)),
+        "averages": ema_profiles * FLOAT32 * count,
+        "frozen parameters": width * _count(frozen),
+        "gradients": FLOAT32 * count,
+    }
+    cast = {"their casts": width * count if dtype != torch.float32 else 0}
+    if shards > 1:
+        divided = {name: -(-size // shards) for name, size in divided.items()}
+        largest = max(_count(unit.parameters()) for unit in units or shard_units(unet))
+        # the one that computes and the one fetched meanwhile; gradients of one before they are divided
+        cast = {GATHERED: largest * (2 * width + FLOAT32)}
+    return divided | cast | {"other networks": sum(tensor.nbytes for tensor in rest if not tensor.requires_grad)}
+
+
+def shard_units(unet: UNet2DConditionModel) -> list[torch.nn.Module]:
+    """The blocks of a U-Net."""
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    return [block for block in blocks if block is not None]
+
+
+def _count(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a step allocates beside the state.
+
+    Attributes:
+        saved: kept at the end of the forward pass for the backward one.
+        peak: the most at once.
+        peak_with_gradients: the most at once of these and of the float32 gradients, in a step that begins without.
+    """
+
+    saved: int
+    peak: int
+    peak_with_gradients: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, and takes off those that are freed.
+
+    Attributes:
+        live: bytes now, beside those of tensors that were ``known``.
+        peak: the most so far.
+        gradients: bytes that became gradients.
+        peak_with_gradients: the most of ``live + gradients``.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = self.gradients = self.peak_with_gradients = 0
+        self._storages: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._follow(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._follow(storage, storage.nbytes())
+        return made
+
+    def accumulate(self, parameter: torch.nn.Parameter) -> None:
+        """A hook: the gradient of a parameter's cast becomes, as float32, part of the state."""
+        size = FLOAT32 * parameter.numel()
+        if parameter.dtype == torch.float32:  # is moved
+            parameter.grad = None
+            self._note(size)
+        else:
+            self._note(size)
+            parameter.grad = None
+        self.gradients += size
+
+    def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+
+        def freed(_: weakref.ref) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.live += size
+        self._note()
+
+    def _note(self, more: int = 0) -> None:
+        self.peak = max(self.peak, self.live + more)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + more + self.gradients)
+
+
+def measure_activations(step: FakeStep) -> Activations:
+    """Bytes of a step's forward and backward pass."""
+    with LiveBytes([*step.parameters, *step.inputs]) as counted:
+        for parameter in step.parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(counted.accumulate)
+        loss = step.forward()
+        saved = counted.live - loss.nbytes
+        step.backward(loss)
+    return Activations(saved, counted.peak, counted.peak_with_gradients)
+
+
+def measure_encoding(vae: AutoencoderKL, batch: int, bucket: Size) -> int:
+    """The most bytes at once, beside the VAE itself, for making latents of a batch of pictures in a bucket."""
+    network = without_data(vae)
+    with torch.no_grad(), fused_attention(), LiveBytes(network.parameters()) as counted:
+        network.encode(torch.empty(batch, 3, *bucket[::-1], dtype=vae.dtype, device="meta"))
+    return counted.peak
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What fits.
+
+    Attributes:
+        state: bytes of each part that is always there.
+        activations: of each mode of checkpointing, for the largest bucket.
+        encoding: bytes for making latents.
+        totals: the most bytes at once, of each mode, the fastest first.
+        bucket: the largest, (width, height) in pixels.
+        batch: pictures of this device at a time.
+        memory: bytes there are.
+        reserve: bytes of them that the plan leaves alone.
+    """
+
+    state: dict[str, int]
+    activations: dict[str, Activations]
+    encoding: int
+    totals: dict[str, int]
+    bucket: Size
+    batch: int
+    memory: int
+    reserve: int
+
+    @property
+    def mode(self) -> str | None:
+        """The fastest that fits; None if none does."""
+        return next((mode for mode in self.totals if self._fits(mode)), None)
+
+    @property
+    def advice(self) -> str:
+        """What to change if none fits, in a sentence."""
+        mode = min(self.totals, key=self.totals.get)
+        begin = (
+            f"training needs {_gib(self.totals[mode])} GiB with gradient checkpointing {mode!r}, and the device has "
+            f"{_gib(self.memory)} less a reserve of {_gib(self.reserve)}: "
+        )
+        # between batches that are accumulated gradients are kept, and what a batch takes grows as it does
+        room = self.memory - self.reserve - sum(self.state.values())
+        pictures = room * self.batch // max(self.activations[mode].peak, self.encoding)
+        if 1 <= pictures < self.batch:
+            return f"{begin}take batches of {pictures} and accumulate {-(-self.batch // pictures)} of them"
+        ways = []
+        if size := self.state["averages"]:
+            ways.append(f"keep the averages elsewhere ({_gib(size)})")
+        if size := self.state.get("adamw state"):
+            ways.append(f"take the optimizer adamw8bit (adamw's state is {_gib(size)})")
+        ways.append(f"divide the state among {'more ' * (GATHERED in self.state)}devices (fsdp)")
+        if self.state["trained parameters"] > self.state["frozen parameters"]:
+            ways.append("train an adapter (LoRA)")
+        return begin + ", or ".join(ways)
+
+    def __str__(self) -> str:
+        same = {**self.state, "making latents at most": self.encoding}
+        found = self.activations.values()
+        rows = [
+            [f"GiB, {self.batch} x {self.bucket[0]} x {self.bucket[1]}", *self.activations],
+            *([part, *[_gib(size)] * len(found)] for part, size in same.items() if size),
+            ["saved activations", *(_gib(of.saved) for of in found)],
+            ["activations at most", *(_gib(of.peak) for of in found)],
+            ["all at most", *(_gib(total) for total in self.totals.values())],
+            [
+                f"fits {_gib(self.memory)} less {_gib(self.reserve)}",
+                *("yes" if self._fits(mode) else "no" for mode in self.totals),
+            ],
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        end = f"gradient checkpointing: {self.mode}" if self.mode else self.advice
+        return "\n".join([*lines, end])
+
+    def _fits(self, mode: str) -> bool:
+        return self.totals[mode] + self.reserve <= self.memory
+
+
+def plan(
+    unet: UNet2DConditionModel,
+    *,
+    batch: int,
+    buckets: Sequence[Size],
+    memory: int,
+    reserve: int = RESERVE,
+    factor: int = 8,
+    text_length: int = 77,
+    dtype: torch.dtype = torch.bfloat16,
+    optimizer: str = "adamw",
+    ema_profiles: int = 0,
+    trained: Collection[str] | None = None,
+    others: Iterable[torch.nn.Module] = (),
+    shards: int = 1,
+    units: Sequence[torch.nn.Module] | None = None,
+    gradients_kept: bool = False,
+    encoding: int = 0,
+    modes: Sequence[str] = MODES,
+) -> MemoryPlan:
+    """Plan the memory of training, and choose the fastest checkpointing that fits.  Some seconds a mode for SDXL.
+
+    Args:
+        unet, optimizer, dtype, ema_profiles, trained, others, shards, units: see ``state_bytes``.
+        batch: pictures of this device at a time.
+        buckets: (width, height) in pixels; the largest is planned for.
+        memory: bytes there are, ``device_memory`` of a GPU.
+        reserve: bytes of them for what the plan does not know.
+        factor: pixels of a latent's side.
+        text_length: tokens of a prompt.
+        gradients_kept: they are there before the backward pass: accumulation, or DistributedDataParallel's buckets.
+        encoding: ``measure_encoding``, if latents are made in the step, before the U-Net's gradients.
+        modes: of checkpointing to choose from, the fastest first.
+
+    Raises:
+        ValueError: an optimizer or a mode that is not known.
+    """
+    others = list(others)
+    state = state_bytes(
+        unet,
+        optimizer=optimizer,
+        dtype=dtype,
+        ema_profiles=ema_profiles,
+        trained=trained,
+        others=others,
+        shards=shards,
+        units=units,
+    )
+    width, height = bucket = max(buckets, key=lambda size: size[0] * size[1])
+    activations, totals = {}, {}
+    for mode in modes:
+        step = FakeStep(
+            unet,
+            batch=batch,
+            latent=(height // factor, width // factor),
+            text_length=text_length,
+            dtype=dtype,
+            checkpointing=mode,
+            trained=trained,
+        )
+        found = activations[mode] = measure_activations(step)
+        if gradients_kept or shards > 1:
+            totals[mode] = sum(state.values()) + max(found.peak, encoding)
+        else:
+            totals[mode] = sum(state.values()) - state["gradients"] + max(found.peak_with_gradients, encoding)
+    return MemoryPlan(state, activations, encoding, totals, bucket, batch, memory, reserve)
+
+
+def device_memory(device: torch.device | int | None = None) -> int:
+    """Bytes of a GPU that this process has or can have."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,213 @@
+"""The networks that training works on: loading them, what of them is trained, and asking them."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..checkpoints.latent_scaling import LatentScaling
+from ..checkpoints.pipeline import load_pipeline
+from .tokens import TokenBatch, encode_prompts, token_chunks
+
+# names of the U-Net's parameters by the blocks that stages of training go by
+BLOCK_GROUPS = {
+    "time": ("time_embedding.", "add_embedding."),
+    "down": ("conv_in.", "down_blocks."),
+    "mid": ("mid_block.",),
+    "up": ("up_blocks.", "conv_norm_out.", "conv_out."),
+    "attention": (),  # of all blocks
+}
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """A low-rank adapter that is trained in place of the U-Net's own weights.
+
+    Attributes:
+        kind: lora (Hu et al., arXiv 2106.09685), or lokr, of Kronecker products (Yeh et al., arXiv 2309.14859).
+        rank: of the change of each weight.
+        alpha: the change is multiplied by alpha / rank.
+        target_modules: endings of the names of the layers that are adapted; by default those of the attention.
+    """
+
+    kind: Literal["lora", "lokr"] = "lora"
+    rank: int = 16
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass
+class Networks:
+    """A model's parts; ``pipeline`` holds the same modules.
+
+    Attributes:
+        text_encoders, tokenizers: one of each, or SDXL's two.
+        latent_scaling: between the VAE's latents and those that the U-Net works on.
+        base_prediction_type: what the model predicted when it was loaded.
+    """
+
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    unet: UNet2DConditionModel
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
+    tokenizers: list[CLIPTokenizer]
+    vae: AutoencoderKL
+    latent_scaling: LatentScaling
+    base_prediction_type: str
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net is told the sizes of pictures."""
+        return len(self.text_encoders) == 2
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+        return self.pipeline.vae_scale_factor
+
+
+def load_networks(model: str | Path, config: str | Path | None = None) -> Networks:
+    """Load a model to be trained, in float32 on the CPU; for the arguments and what is raised see ``load_pipeline``."""
+    loaded = load_pipeline(model, config=config)
+    pipe = loaded.pipeline
+    both = isinstance(pipe, StableDiffusionXLPipeline)
+    return Networks(
+        pipeline=pipe,
+        unet=pipe.unet,
+        text_encoders=[pipe.text_encoder, pipe.text_encoder_2] if both else [pipe.text_encoder],
+        tokenizers=[pipe.tokenizer, pipe.tokenizer_2] if both else [pipe.tokenizer],
+        vae=pipe.vae,
+        latent_scaling=LatentScaling.of_vae_config(pipe.vae.config),
+        base_prediction_type=loaded.prediction_type,
+    )
+
+
+class Tokenize:
+    """``tokenize(caption)``: its chunks of tokens for each text encoder (see ``token_chunks``).
+
+    Args:
+        networks: with the tokenizers.
+        max_chunks: longer captions are cut.
+    """
+
+    def __init__(self, networks: Networks, max_chunks: int = 3):
+        self._tokenizers, self._max_chunks = networks.tokenizers, max_chunks
+
+    def __call__(self, caption: str) -> list[torch.Tensor]:
+        return [
+            # their padding is what ComfyUI's is: the end for SD 1.x and SDXL's first encoder, "!" for the OpenCLIP ones
+            token_chunks(caption, tokenizer, tokenizer.pad_token_id)[: self._max_chunks]
+            for tokenizer in self._tokenizers
+        ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoders and U-Net as one network, so that one wrapper makes them parallel."""
+
+    def __init__(self, networks: Networks):
+        super().__init__()
+        self.unet = networks.unet
+        self.text_encoders = torch.nn.ModuleList(networks.text_encoders)
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: TokenBatch, time_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """What the U-Net answers.
+
+        Args:
+            noisy: (B, C, h, w) in the U-Net's dtype.
+            timesteps: (B,).
+            tokens: of B prompts.
+            time_ids: (B, 6) float32; only SDXL's U-Net reads them.
+        """
+        hidden, pooled = encode_prompts(tokens, self.text_encoders)
+        return predict(self.unet, noisy, timesteps, hidden, pooled, time_ids)
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    hidden: torch.Tensor,
+    pooled: torch.Tensor | None,
+    time_ids: torch.Tensor,
+) -> torch.Tensor:
+    """What a U-Net answers; (B, L, width) hidden states, for SDXL also (B, width) pooled ones and (B, 6) sizes.
+
+    The sizes stay float32 up to the sinusoids: bfloat16 would make 1216 of 1215.
+    """
+    added = {"text_embeds": pooled, "time_ids": time_ids} if pooled is not None else None
+    return unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
+    """Put a low-rank adapter into the U-Net; it changes nothing before it is trained.
+
+    Raises:
+        ValueError: no layer has such a name.
+    """
+    from peft import LoKrConfig, LoraConfig
+
+    targets = list(settings.target_modules)
+    if not any(name.endswith(tuple(targets)) for name, _ in unet.named_modules()):
+        raise ValueError(f"the U-Net has no layer whose name ends in one of {', '.join(targets)}")
+    if settings.kind == "lora":
+        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
+    else:
+        config = LoKrConfig(r=settings.rank, alpha=settings.alpha, target_modules=targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same on all ranks
+        unet.add_adapter(config)
+
+
+def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> list[str]:
+    """Names of the parameters that are trained in some stage."""
+    return [
+        name
+        for name, _ in denoiser.named_parameters()
+        if (("lora_" in name or "lokr_" in name) if adapter else name.startswith("unet."))
+        or (text_encoders and name.startswith("text_encoders."))
+    ]
+
+
+def in_groups(names: Collection[str], groups: Sequence[str]) -> set[str]:
+    """Those of the names that belong to some groups of blocks.
+
+    Args:
+        names: of the denoiser's parameters.
+        groups: of BLOCK_GROUPS, "all", "text", or "up.0" for one block.
+
+    Raises:
+        ValueError: a group to which none of them belongs.
+    """
+    found = set()
+    for group in groups:
+        those = {name for name in names if _belongs(name, group)}
+        if not those:
+            known = ", ".join(["all", "text", *BLOCK_GROUPS])
+            raise ValueError(f"nothing that is trained belongs to {group!r}; choose of {known}, or a block as up.0")
+        found |= those
+    return found
+
+
+def _belongs(name: str, group: str) -> bool:
+    if group == "all":
+        return True
+    if group == "text":
+        return name.startswith("text_encoders.")
+    inside = name.removeprefix("unet.")
+    if inside == name:
+        return False
+    if group == "attention":
+        return ".attentions." in inside
+    if match := re.fullmatch(r"(up|down)\.(\d+)", group):
+        return inside.startswith(f"{match[1]}_blocks.{match[2]}.")
+    return inside.startswith(BLOCK_GROUPS.get(group, ()) or ("?",))

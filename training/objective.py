@@ -1,0 +1,319 @@
+"""What training minimises: at which noise levels the network is asked, for what, and how much each answer counts.
+
+All of it follows from one ``NoiseSchedule``.  Timesteps are whole numbers 0 ... T, so their distribution is a table, the
+loss weight is a table, and how much of the loss lies where can be read off before the first step.  The order is: rescale
+the betas to zero terminal SNR, then take the SNR, then the weights; the other way round t = T would have the weight of an
+SNR that it does not have.
+"""
+
+import csv
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+from tabulate import tabulate
+
+from ..samplers import NoiseSchedule, ZTSNRWarning, min_snr_weight
+from ..samplers.prediction import check_prediction_type
+from .keyed_random import NOISE, NOISE_OFFSET, TIMESTEPS, keyed_generator, keyed_noise
+
+SHOWN = (0, 100, 200, 300, 400, 500, 600, 700, 800, 850, 900, 950, 980, 990, 998, 999)  # thousandths of the schedule
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is trained.
+
+    Attributes:
+        prediction_type: v_prediction, epsilon or sample (x0).
+        zero_terminal_snr: rescale the betas so that t = T is pure noise (Lin et al., arXiv 2305.08891).
+        schedule_shift: multiplies every sigma, for canvases so many times longer than the base model's: double the
+            length, double sigma (NovelAI V3, arXiv 2409.15997).  A checkpoint trained so is sampled so, with
+            canvas_shift in ComfyUI; a diffusers folder says it itself.
+        timesteps: distribution of t: uniform; logit_normal (SD3, arXiv 2403.03206), or laplace in log SNR (Hang et al.,
+            arXiv 2407.03297).
+        timesteps_mean, timesteps_scale: of logit_normal, or of laplace.
+        stratified: spread the timesteps of a step evenly over the distribution, which makes the loss less noisy.
+        terminal_probability: t = T is drawn with this probability beside.  Uniformly it would come once in 1000
+            pictures, and it is the step on which the brightness of a picture depends.
+        weighting: of the loss by noise level: min_snr (Hang et al., arXiv 2303.09556), debiased (Yu et al., arXiv
+            2310.08442), constant, or learned (EDM2, arXiv 2312.02696).
+        min_snr_gamma: of min_snr.
+        high_noise_share: share of the loss at t >= 900 (0.9 T) at the least, taking the network's error for equal
+            everywhere.  The weights of min_snr and debiased fall to 0 at t = T; a floor under those of the noisy half
+            (SNR below 1) is chosen to keep this share.  0 is without a floor, which starves the step at t = T.
+        noise_offset: standard deviation of a constant added to each channel's noise.  The trick by which epsilon models
+            learn of brightness; v-prediction with zero terminal SNR does not need it.
+
+    Raises:
+        ValueError: numbers out of range, epsilon with zero terminal SNR.
+    """
+
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    zero_terminal_snr: bool = True
+    schedule_shift: float = 1.0
+    timesteps: Literal["uniform", "logit_normal", "laplace"] = "uniform"
+    timesteps_mean: float = 0.0
+    timesteps_scale: float = 1.0
+    stratified: bool = True
+    terminal_probability: float = 0.02
+    weighting: Literal["min_snr", "debiased", "constant", "learned"] = "min_snr"
+    min_snr_gamma: float = 5.0
+    high_noise_share: float = 0.1
+    noise_offset: float = 0.0
+
+    def __post_init__(self):
+        check_prediction_type(self.prediction_type, self.zero_terminal_snr)
+        if not 0 <= self.terminal_probability < 1:
+            raise ValueError(
+                f"terminal_probability must be at least 0 and less than 1, not {self.terminal_probability}"
+            )
+        if not 0 <= self.high_noise_share < 1:
+            raise ValueError(f"high_noise_share must be at least 0 and less than 1, not {self.high_noise_share}")
+        if not (self.timesteps_scale > 0 and self.min_snr_gamma >= 1):
+            raise ValueError("timesteps_scale must be above 0, and min_snr_gamma at least 1")
+        if self.noise_offset < 0:
+            raise ValueError(f"noise_offset must be at least 0, not {self.noise_offset}")
+        if self.noise_offset and self.prediction_type == "v_prediction":
+            warnings.warn(
+                "noise_offset with v-prediction teaches the network that the mean of the noise says something about "
+                "the picture, which is the leak that zero terminal SNR removes: leave it at 0",
+                ZTSNRWarning,
+                stacklevel=2,
+            )
+
+
+class Objective:
+    """The loss of a network under a noise schedule.
+
+    Args:
+        settings: see there.
+        schedule: of the model to be trained, before any rescaling; by default Stable Diffusion's.
+        device: where the network runs.
+
+    Attributes:
+        schedule: rescaled and shifted as the settings say: what the trained model has to be sampled with.
+        probability: (T + 1,) float64, of drawing each timestep.
+        weight: (T + 1,) float64, of the mean square error of the network's output at each timestep.
+        floor: that keeps ``high_noise_share``; 0 if none is needed.
+
+    Raises:
+        ValueError: a share of the loss that cannot be reached.
+    """
+
+    def __init__(
+        self,
+        settings: ObjectiveSettings,
+        schedule: NoiseSchedule | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.settings = settings
+        betas = _betas(schedule or NoiseSchedule.sdxl(zero_terminal_snr=False))
+        self.schedule = NoiseSchedule.from_betas(betas, settings.zero_terminal_snr)
+        if settings.schedule_shift != 1:
+            self.schedule = self.schedule.shifted(settings.schedule_shift)
+        self.probability = _probability(settings, self.schedule)
+        self.floor = _floor(settings, self.schedule, self.probability)
+        self.weight = _weight(settings, self.schedule, self.floor)
+        self.share = self.probability * self.weight / (self.probability * self.weight).sum()
+        abar = self.schedule.alphas_cumprod
+        self._alpha, self._s, self._device_weight = (
+            table.float().to(device) for table in (abar.sqrt(), (1 - abar).sqrt(), self.weight)
+        )
+        self._cumulative = self.probability.cumsum(0).numpy()
+        self.learned = LearnedWeight(self.schedule).to(device) if settings.weighting == "learned" else None
+        self.device = torch.device(device)
+
+    @property
+    def high_noise_share(self) -> float:
+        """The share of the loss at t >= 0.9 T, taking the network's error for equal everywhere."""
+        return self.share[_high_noise(self.schedule)].sum().item()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Drawing
+
+    def draw_timesteps(self, seed: int, epoch: int, step: int, batch_size: int) -> torch.Tensor:
+        """The timesteps of a step, of all ranks together: a pure function of what it is given.
+
+        Returns:
+            (batch_size,) int64 on the CPU; rank r of R takes [r::R].
+        """
+        random = keyed_generator(seed, epoch, step, TIMESTEPS)
+        u = random.random(batch_size)
+        if self.settings.stratified:
+            u = (random.permutation(batch_size) + u) / batch_size
+        return self.timesteps_at(u)
+
+    def timesteps_at(self, quantiles: np.ndarray) -> torch.Tensor:
+        """The timesteps at some quantiles in [0, 1) of the distribution, int64 on the CPU."""
+        found = np.searchsorted(self._cumulative, np.asarray(quantiles) * self._cumulative[-1], side="right")
+        return torch.from_numpy(np.minimum(found, self.schedule.last_timestep))
+
+    def draw_noise(self, shape: Sequence[int], slots: range, seed: int, epoch: int, step: int) -> torch.Tensor:
+        """The noise of this rank's pictures: (B, *shape) float32 on the device; for the arguments see ``keyed_noise``."""
+        noise = keyed_noise(shape, slots, seed, epoch, step, NOISE, self.device)
+        if self.settings.noise_offset:
+            offset = keyed_noise((shape[0], 1, 1), slots, seed, epoch, step, NOISE_OFFSET, self.device)
+            noise.add_(offset, alpha=self.settings.noise_offset)
+        return noise
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loss
+
+    def noisy(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha x0 + s eps, float32; at a zero-terminal t = T exactly the noise."""
+        alpha, s = self._alpha_s(t)
+        return alpha * x0 + s * noise
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network should answer; at a zero-terminal t = T the v is exactly -x0."""
+        if self.settings.prediction_type == "epsilon":
+            return noise
+        if self.settings.prediction_type == "sample":
+            return x0
+        alpha, s = self._alpha_s(t)
+        return alpha * noise - s * x0
+
+    def losses(
+        self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each picture.
+
+        Args:
+            output: (B, C, H, W) of the network, in any floating dtype; it is compared in float32.
+            x0, noise: (B, C, H, W) float32.
+            t: (B,) int64.
+
+        Returns:
+            (B,) weighted, whose mean is to be minimised, and (B,) the mean square error itself, without gradient.
+        """
+        errors = (output.float() - self.target(x0, noise, t)).square().flatten(1).mean(1)
+        losses = self._device_weight[t] * errors
+        if self.learned is not None:
+            u = self.learned(t)
+            losses = losses / u.exp() + u
+        return losses, errors.detach()
+
+    def _alpha_s(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._alpha[t][:, None, None, None], self._s[t][:, None, None, None]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The table
+
+    def rows(self) -> list[tuple[int, float, float, float, float]]:
+        """For each timestep: t, sigma, probability, weight, share of the loss if the error is equal everywhere."""
+        t = torch.arange(self.schedule.last_timestep + 1)
+        columns = (t, self.schedule.sigma(t), self.probability, self.weight, self.share)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def table(self) -> str:
+        """Some of the rows, to be printed, and the share of the loss at high noise."""
+        last = self.schedule.last_timestep
+        shown = sorted({round(t / 999 * last) for t in SHOWN})
+        names = ("t", "sigma", "probability", "weight", "share of the loss")
+        text = tabulate([self.rows()[t] for t in shown], names, floatfmt=(".0f", ".4g", ".5f", ".4f", ".3e"))
+        first = math.ceil(0.9 * (last + 1))
+        said = f"t >= {first} has {self.high_noise_share:.2%} of the loss, t = {last} has {self.share[-1]:.2%}"
+        return f"{text}\n\n{said}" + (f"; the weights have a floor of {self.floor:.4g}" if self.floor else "")
+
+    def to_csv(self) -> str:
+        """All rows."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(("t", "sigma", "probability", "weight", "share"))
+        writer.writerows(self.rows())
+        return text.getvalue()
+
+
+class LearnedWeight(torch.nn.Module):
+    """EDM2's uncertainty u(t): the loss becomes L / exp(u) + u, so exp(u) follows L (arXiv 2312.02696, eq. 21).
+
+    One linear layer on fixed random Fourier features of the noise level, as there; the level is told by the angle
+    atan(sigma), which is finite at infinity.  It begins at u = 0.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, features: int = 128):
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        angles = torch.atan(schedule.sigma(torch.arange(schedule.last_timestep + 1)))
+        frequencies = torch.randn(features, generator=random, dtype=torch.float64)
+        phases = torch.rand(features, generator=random, dtype=torch.float64)
+        waves = 2**0.5 * torch.cos(2 * math.pi * (angles[:, None] * frequencies + phases))
+        self.register_buffer("features", waves.float())
+        self.linear = torch.nn.Linear(features, 1, bias=False)
+        torch.nn.init.zeros_(self.linear.weight)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) int64 -> (B,) float32."""
+        return self.linear(self.features[t]).squeeze(1) / self.features.shape[1] ** 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def _betas(schedule: NoiseSchedule) -> torch.Tensor:
+    abar = schedule.alphas_cumprod
+    return 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+
+def _high_noise(schedule: NoiseSchedule) -> slice:
+    return slice(math.ceil(0.9 * (schedule.last_timestep + 1)), None)
+
+
+def _probability(settings: ObjectiveSettings, schedule: NoiseSchedule) -> torch.Tensor:
+    """(T + 1,) of each timestep: the mass that a continuous distribution has around it, and t = T's own beside."""
+    last, mean, scale = schedule.last_timestep, settings.timesteps_mean, settings.timesteps_scale
+    edges = torch.arange(1, last + 1, dtype=torch.float64)  # between timesteps, the outer ones left away
+    if settings.timesteps == "uniform":
+        below = edges / (last + 1)
+    elif settings.timesteps == "logit_normal":
+        below = torch.from_numpy(np.exp(log_ndtr((torch.logit(edges / (last + 1)).numpy() - mean) / scale)))
+    else:
+        z = (-2 * torch.log(schedule.sigma(edges - 0.5)) - mean) / scale  # of log SNR, which falls with t
+        below = torch.where(z > 0, 0.5 * torch.exp(-z.abs()), 1 - 0.5 * torch.exp(-z.abs()))
+    cumulative = torch.cat([below.new_zeros(1), below, below.new_ones(1)])
+    probability = cumulative.diff() * (1 - settings.terminal_probability)
+    probability[-1] += settings.terminal_probability
+    return probability
+
+
+def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) -> torch.Tensor:
+    """(T + 1,) of the mean square error of the network's output."""
+    abar = schedule.alphas_cumprod
+    snr = abar / (1 - abar)
+    if settings.weighting in ("constant", "learned"):
+        return torch.ones_like(snr)
+    if settings.weighting == "min_snr":
+        weight = min_snr_weight(snr, settings.min_snr_gamma, settings.prediction_type)
+    else:
+        # Yu et al., eq. 10: 1 / sqrt(SNR) on the error of epsilon, which is SNR times that of x0; that of v is SNR + 1
+        # times that of x0
+        weight = snr.sqrt() / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[settings.prediction_type]
+    return torch.where(snr < 1, weight.clamp(min=floor), weight)
+
+
+def _floor(settings: ObjectiveSettings, schedule: NoiseSchedule, probability: torch.Tensor) -> float:
+    """The least floor under the weights of the noisy half that gives high noise its share of the loss."""
+
+    def excess(floor: float) -> float:
+        shares = probability * _weight(settings, schedule, floor)
+        return (shares[_high_noise(schedule)].sum() / shares.sum()).item() - settings.high_noise_share
+
+    if not settings.high_noise_share or excess(0.0) >= 0:
+        return 0.0
+    most = _weight(settings, schedule, 0.0).max().item()
+    if excess(most) < 0:
+        raise ValueError(
+            f"high_noise_share = {settings.high_noise_share} cannot be reached: with these timesteps t >= 0.9 T has at "
+            f"most {excess(most) + settings.high_noise_share:.3f} of the loss; raise terminal_probability, or ask for "
+            "less"
+        )
+    return brentq(excess, 0.0, most, xtol=1e-14)

@@ -1,0 +1,233 @@
+"""One process or many: who this one is, and the network as all of them train it together."""
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .memory_plan import shard_units
+from .networks import Denoiser
+from .precision import MixedPrecision
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as torchrun starts them.
+
+    Attributes:
+        rank, size: which one this is, and how many they are.
+        local_size: of them on this machine.
+        device: of this one.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def tell(self, value: Any = None) -> Any:
+        """What the first one says, to all."""
+        said = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(said, 0)
+        return said[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so for one of them; asked on the CPU, so that no device is waited for."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all of them, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+@contextmanager
+def start_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun has started, or be the only one.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and size > 1:
+        device = f"cuda:{local_rank}"
+    place = torch.device(device)
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"the device {device} cannot be used: there is no CUDA here")
+        torch.cuda.set_device(place)
+    world = World(rank, size, local_size, place)
+    if size == 1:
+        yield world
+        return
+    # gloo beside NCCL, for what is on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class Replicated:
+    """Every process has the whole network and a share of the batch; gradients are averaged (DistributedDataParallel).
+
+    Args:
+        denoiser: on the device.
+        dtype: to compute in.
+        trained: names of the parameters that are trained in some stage.
+        kept_in: dtype of these.
+
+    Attributes:
+        parameters: name -> trained parameter.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, dtype: torch.dtype, trained: Collection[str], kept_in: torch.dtype, world: World
+    ):
+        self._precise = MixedPrecision(denoiser, dtype, trained, kept_in)
+        self.parameters = self._precise.masters
+        self._world = world
+        self._module: torch.nn.Module = self._precise
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Train these parameters from now on."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        if self._world.size > 1:
+            ids = [self._world.device.index] if self._world.device.type == "cuda" else None
+            self._module = DistributedDataParallel(self._precise, device_ids=ids, gradient_as_bucket_view=True)
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return self._module(*args)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Within the block gradients stay with each process."""
+        with self._module.no_sync() if self._world.size > 1 else nullcontext():
+            yield
+
+    def refresh(self) -> None:
+        """Give the network itself the parameters as they are now, for use without this wrapper."""
+        with torch.no_grad():
+            self._precise.cast()
+
+
+class Sharded:
+    """Every process keeps a share of the weights, and fetches each block when it is its turn (FSDP2).
+
+    With ``hsdp`` the shares are those of one machine, and machines have copies of each other.  For the arguments and
+    attributes see ``Replicated``; here the parameters are DTensors.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        dtype: torch.dtype,
+        trained: Collection[str],
+        kept_in: torch.dtype,
+        world: World,
+        hsdp: bool,
+    ):
+        self._denoiser = denoiser.to(kept_in)
+        if hsdp:
+            shape, names = (world.size // world.local_size, world.local_size), ("replicate", "shard")
+        else:
+            shape, names = (world.size,), ("shard",)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        self._roots: list[FSDPModule] = []
+        encoders_trained = any(name.startswith("text_encoders.") for name in trained)
+        for encoder in denoiser.text_encoders:
+            if encoders_trained:
+                for layer in (
+                    encoder.text_model.encoder.layers if hasattr(encoder, "text_model") else encoder.encoder.layers
+                ):
+                    fully_shard(layer, mesh=mesh, mp_policy=policy)
+                self._roots.append(fully_shard(encoder, mesh=mesh, mp_policy=policy))
+            else:
+                encoder.to(dtype)
+        for block in shard_units(denoiser.unet):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        self._roots.append(fully_shard(denoiser.unet, mesh=mesh, mp_policy=policy))
+        wanted = set(trained)
+        self.parameters = {name: p for name, p in denoiser.named_parameters() if name in wanted}
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Train these parameters from now on."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return self._denoiser(*args)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Within the block gradients stay with each process."""
+        for root in self._roots:
+            root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for root in self._roots:
+                root.set_requires_gradient_sync(True)
+
+    def refresh(self) -> None:
+        """Drop what was fetched of the weights before they changed."""
+        for root in self._roots:
+            root.reshard()
+
+
+def parallelize(
+    denoiser: Denoiser,
+    strategy: str,
+    dtype: torch.dtype,
+    trained: Collection[str],
+    kept_in: torch.dtype,
+    world: World,
+) -> Replicated | Sharded:
+    """The network as all processes train it together.
+
+    Args:
+        strategy: ddp, fsdp or hsdp.  One process alone has nothing to share.
+    """
+    if world.size == 1 or strategy == "ddp":
+        return Replicated(denoiser, dtype, trained, kept_in, world)
+    return Sharded(denoiser, dtype, trained, kept_in, world, hsdp=strategy == "hsdp")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this process may have a share alone, put together; all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

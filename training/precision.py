@@ -1,0 +1,72 @@
+"""Parameters in float32, arithmetic in bfloat16 or float16.
+
+Autocast keeps norms and sums in float32 and so makes activations larger than they need to be; a network that is all in
+bfloat16 loses updates smaller than 1/256 of a weight.  Here each trained weight is a float32 parameter, and at each
+forward the network is given its cast.  Gradients come back through the cast, so the optimizer, the average of the
+weights, clipping, accumulation and DistributedDataParallel see ordinary float32 parameters with float32 gradients.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+
+class MixedPrecision(torch.nn.Module):
+    """A network whose trained parameters are float32 and that computes in another dtype.
+
+    The casts stay in the network until the next forward, because gradient checkpointing computes parts of it again in
+    the backward pass.
+
+    Args:
+        network: it is changed: the other parameters are cast to the dtype for good.
+        dtype: to compute in; with float32 nothing is cast.
+        trained: names of parameters that are to be trained, now or in a later stage.
+        kept_in: dtype of the trained parameters; bfloat16 only for an optimizer that rounds stochastically.
+
+    Attributes:
+        masters: name -> the trained parameter.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        dtype: torch.dtype,
+        trained: Collection[str],
+        kept_in: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self._network = (network,)  # in a tuple: its casts are not parameters of this module
+        self.dtype = dtype
+        self.masters: dict[str, torch.nn.Parameter] = {}
+        self._places: list[tuple[dict, str]] = []
+        for prefix, module in network.named_modules():
+            for key, parameter in module._parameters.items():
+                name = f"{prefix}.{key}" if prefix else key
+                if name in trained:
+                    self.masters[name] = torch.nn.Parameter(parameter.detach().to(kept_in))
+                    self._places.append((module._parameters, key))
+                elif parameter is not None and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[key] = buffer.to(dtype)
+        if len(self.masters) < len(trained):
+            raise ValueError(f"the network has no parameter {min(set(trained) - self.masters.keys())}")
+        self.parameter_list = torch.nn.ParameterList(self.masters.values())
+        with torch.no_grad():
+            self.cast()
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """With the casts of the last forward, or of the last ``cast``."""
+        return self._network[0]
+
+    def cast(self) -> None:
+        """Give the network its parameters as they are now."""
+        for (parameters, key), master in zip(self._places, self.parameter_list, strict=True):
+            parameters[key] = master.to(self.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.cast()
+        return self.network(*args, **kwargs)

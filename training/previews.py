@@ -1,0 +1,103 @@
+"""What a model in training makes of some prompts, always from the same noise, sampled from exact infinity."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw
+
+from ..diagnostics.leak import mean_leak
+from ..diagnostics.leak_run import PROMPTS, parse_prompt
+from ..diagnostics.pipelines import encode, network, vae_to_rgb
+from ..samplers import NoiseSchedule, ZTSNRScheduler
+from .config import WatchSettings
+from .networks import Networks
+
+LEAK_SEEDS = 4
+LABEL = 14  # pixels
+
+
+class Previews:
+    """Pictures of the solid colours and of the user's prompts, and how far the network follows the mean of the noise.
+
+    Args:
+        networks: on the device; their pipeline gets a ZTSNRScheduler.
+        schedule, prediction_type: of what is trained.
+    """
+
+    def __init__(
+        self, networks: Networks, schedule: NoiseSchedule, prediction_type: str, settings: WatchSettings
+    ) -> None:
+        self._pipe, self._settings = networks.pipeline, settings
+        self._schedule, self._prediction_type = schedule, prediction_type
+        self._prompts = [prompt for prompt in PROMPTS if prompt.target is not None]
+        self._prompts += [parse_prompt(text) for text in settings.prompts]
+        own = networks.unet.config.sample_size * networks.factor
+        width, height = settings.preview_size or (own, own)
+        self._shape = (networks.unet.config.in_channels, height // networks.factor, width // networks.factor)
+        scheduler(self._pipe, schedule, prediction_type, latent_size=self._shape[1:])
+
+    @torch.no_grad()
+    def make(self) -> tuple[Image.Image, dict[str, float]]:
+        """A sheet of pictures, and numbers: by how many of 255 levels each solid colour is missed, and the leak."""
+        to_rgb = vae_to_rgb(self._pipe)
+        pictures, metrics = [], {}
+        for number, prompt in enumerate(self._prompts):
+            picture = to_rgb(self._sample(prompt.text, number))[0].clamp(0, 1).float().cpu().numpy().transpose(1, 2, 0)
+            pictures.append(np.round(255 * picture).astype(np.uint8))
+            if prompt.target is not None:
+                error = 255 * picture.mean((0, 1)) - np.array(prompt.target)
+                metrics[f"preview/{prompt.text}"] = float(np.abs(error).mean())
+        if self._settings.leak:
+            metrics |= self._leak()
+        return _sheet(pictures, [prompt.name for prompt in self._prompts]), metrics
+
+    def _sample(self, prompt: str, number: int) -> torch.Tensor:
+        noise = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(number))
+        height, width = (side * self._pipe.vae_scale_factor for side in self._shape[1:])
+        return self._pipe(
+            prompt,
+            latents=noise.to(self._pipe.device, self._pipe.unet.dtype),
+            height=height,
+            width=width,
+            num_inference_steps=self._settings.preview_steps,
+            guidance_scale=self._settings.guidance,
+            output_type="latent",
+        ).images
+
+    def _leak(self) -> dict[str, float]:
+        """Without a prompt, which leaves the brightness open."""
+        denoise = network(self._pipe, encode(self._pipe, ""), self._schedule, self._prediction_type)
+        report = mean_leak(
+            denoise, None, self._shape, schedule=self._schedule, seeds=range(LEAK_SEEDS), device=self._pipe.device
+        )
+        return {"leak/slope": report.checkpoint.slope.value, "leak/share of peak": report.checkpoint.share.value}
+
+
+def scheduler(pipe: DiffusionPipeline, schedule: NoiseSchedule, prediction_type: str, **config: Any) -> None:
+    """Give a pipeline the scheduler of this package, with the very schedule that is trained."""
+    abar = schedule.alphas_cumprod
+    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+    pipe.register_modules(
+        scheduler=ZTSNRScheduler(
+            trained_betas=betas.tolist(),
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=schedule.zero_terminal_snr,
+            **config,
+        )
+    )
+
+
+def _sheet(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
+    height, width = pictures[0].shape[:2]
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * (height + LABEL)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = number % columns * width, number // columns * (height + LABEL)
+        draw.text((left + 2, top + 1), label, fill="black")
+        sheet.paste(Image.fromarray(picture), (left, top + LABEL))
+    return sheet

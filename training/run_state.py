@@ -1,0 +1,152 @@
+"""The state of a run on disk: written whole or not at all, by any number of processes, read by any other number.
+
+A state is a folder of safetensors files, which torch.distributed.checkpoint writes side by side from all processes, and
+of one JSON file with the few numbers that are no tensors.  Random numbers have no state: they follow from the seed and
+the place in the plan.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from ..checkpoints.atomic import atomic_folder
+from .parallel import World
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class RunStates:
+    """The states that a run has written.
+
+    Args:
+        folder: of them.
+        keep: so many of the last stay.
+        keep_every: the states of these steps stay too; 0 for none.
+        world: the processes that write.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int, world: World):
+        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world
+
+    def paths(self) -> dict[int, Path]:
+        """Step -> folder, the last one last."""
+        if not self.folder.is_dir():
+            return {}
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return dict(sorted((int(match[1]), path) for match, path in found if match and (path / STATE).is_file()))
+
+    def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+        """Write the state at a step; then remove those that need not stay.
+
+        All processes call this.  What was there before stays where anything fails.
+
+        Args:
+            tensors: by name; plain ones are the same in all processes, DTensors are put down shard by shard.
+            state: what JSON can hold.
+
+        Raises:
+            ValueError: it cannot be written: a full disk, ...
+        """
+        target = self.folder / f"step-{step:08d}"
+        trouble = None
+        with ExitStack() as opened:
+            if self.world.first:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    if target.exists():  # of the same step, by a run that was resumed from an earlier one
+                        shutil.rmtree(target)
+                    place = opened.enter_context(atomic_folder(target))
+                except (OSError, ValueError) as error:
+                    place, trouble = None, str(error)
+            place, trouble = self.world.tell((place, trouble) if self.world.first else None)
+            if trouble is None:
+                trouble = self._write_tensors(place, tensors)
+            if trouble is None and self.world.first:
+                try:
+                    (place / STATE).write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
+                    opened.close()  # brings all to the disk, and renames
+                except (OSError, ValueError) as error:
+                    trouble = str(error)
+            trouble = self.world.tell(trouble)
+            if trouble is not None:
+                raise ValueError(f"the state at step {step} could not be written: {trouble}")
+        if self.world.first:
+            self._remove_old()
+        return target
+
+    def _write_tensors(self, place: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+        try:
+            rows = {name: _packed(tensor) for name, tensor in tensors.items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.save(rows, storage_writer=writer, no_dist=self.world.size == 1)
+        except CheckpointException as error:
+            return _reason(next(iter(error.failures.values()))[0])
+        except Exception as error:  # of whatever lies below
+            return _reason(error)
+        return None
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """The numbers of a state.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        try:
+            return json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / STATE} cannot be read: {error}") from None
+
+    def read_into(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the tensors with those of a state, however many processes wrote it.
+
+        Raises:
+            ValueError: files that are damaged, or of other tensors.
+        """
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        rows = {name: _packed(tensor) for name, tensor in tensors.items()}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(rows, storage_reader=reader, no_dist=self.world.size == 1)
+                for name, tensor in tensors.items():
+                    if rows[name] is not tensor:
+                        tensor.copy_(rows[name])
+        except CheckpointException as error:
+            raise ValueError(f"{path} cannot be read: {_reason(next(iter(error.failures.values()))[0])}") from None
+        except Exception as error:  # of whatever lies below
+            raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+
+    def _remove_old(self) -> None:
+        paths = self.paths()
+        kept = set(list(paths)[-self.keep :])
+        for step, path in paths.items():
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+                # renamed first, so that a state is whole as long as it has its name
+                gone = path.with_name(f".{path.name}.removed")
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as safetensors wants it; those in channels_last are copied, where there is more room."""
+    if isinstance(tensor, DTensor) or tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor.detach().to("cpu", memory_format=torch.contiguous_format)
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,242 @@
+"""How fast a run is: checkpointing that fits the memory, compiling, attention, and what is measured of it."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
+
+import torch
+import torch._dynamo
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..canvas import Size
+from .checkpointing import apply_checkpointing
+from .config import FinetuneSettings
+from .epoch_plan import EpochPlan
+from .flops import mfu, peak_flops, unet_flops
+from .memory_plan import MemoryPlan, device_memory, measure_encoding, plan
+from .networks import Networks
+from .parallel import World
+from .tokens import TokenBatch
+
+GIB = 2**30
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class Speed:
+    """The parts of a run that are about time and memory.
+
+    Args:
+        trained: names of the U-Net's parameters that are trained.
+
+    Attributes:
+        micro_batch: pictures that a device computes at a time.
+        buckets: (width, height) of those that the plan uses.
+        plan: of the memory.
+    """
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        networks: Networks,
+        epoch_plan: EpochPlan,
+        trained: list[str],
+        latents_are_made: bool,
+        world: World,
+        say: Callable[[str], None],
+    ):
+        self._settings, self._world, self._say = settings, world, say
+        share = settings.data.batch_size // world.size
+        self.micro_batch = -(-share // settings.optimizer.accumulation)
+        self._rest = share % self.micro_batch  # pictures of the last part, where it is a smaller one
+        used = [count for count in epoch_plan.counts(0) if count.pictures]
+        self.buckets = [count.size for count in used]
+        compile_it = settings.speed.compile
+        self._compiles = world.device.type == "cuda" if compile_it is None else compile_it
+        self._graphs = 0
+        self.plan = self._plan(networks, trained, latents_are_made)
+        self._flops = self._flops_of_a_picture(networks, used, trained)
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self._peak = peak_flops(name)
+        self.start_interval()
+
+    def _plan(self, networks: Networks, trained: list[str], latents_are_made: bool) -> MemoryPlan:
+        settings, device = self._settings, self._world.device
+        chosen = settings.speed.checkpointing
+        on_device = device_memory(device) if device.type == "cuda" else _main_memory() // self._world.local_size
+        largest = max(self.buckets, key=lambda size: size[0] * size[1])
+        average = settings.average
+        profiles = 0 if average.on_cpu else len(average.sigma_rel) + (average.decay is not None)
+        planned = plan(
+            networks.unet,
+            batch=self.micro_batch,
+            buckets=self.buckets,
+            memory=on_device,
+            factor=networks.factor,
+            text_length=77,
+            dtype=getattr(torch, settings.model.dtype),
+            optimizer=settings.optimizer.name,
+            ema_profiles=profiles,
+            trained=trained,
+            others=[*networks.text_encoders, networks.vae],
+            shards=self._world.size if settings.speed.strategy != "ddp" else 1,
+            gradients_kept=settings.optimizer.accumulation > 1 or self._world.size > 1,
+            encoding=measure_encoding(networks.vae, self.micro_batch, largest) if latents_are_made else 0,
+            **({} if chosen == "auto" else {"modes": (chosen,)}),
+        )
+        self._say(str(planned))
+        return planned
+
+    def _flops_of_a_picture(self, networks: Networks, used: list, trained: list[str]) -> float:
+        """On average over the pictures of an epoch."""
+        total = pictures = 0
+        for count in used:
+            latent = (count.size[1] // networks.factor, count.size[0] // networks.factor)
+            total += count.pictures * unet_flops(networks.unet, 1, latent, trained=trained)
+            pictures += count.pictures
+        return total / pictures
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Before the first step
+
+    def prepare(self, unet: UNet2DConditionModel) -> None:
+        """Set checkpointing, choose the attention, and have the U-Net compiled when it is first called."""
+        if self.plan.mode is None and self._settings.speed.checkpointing == "auto":
+            raise ValueError(f"this does not fit into the memory: {self.plan.advice}")
+        apply_checkpointing(unet, self.plan.mode or self._settings.speed.checkpointing)
+        if self._world.device.type == "cuda":
+            choose_attention(
+                unet, self.micro_batch, self.buckets, getattr(torch, self._settings.model.dtype), self._say
+            )
+        if self._compiles:
+            # one artifact a bucket; the default allows for eight
+            torch._dynamo.config.recompile_limit = max(64, 4 * len(self.buckets))
+            unet.compile(dynamic=False)
+
+    def warm_up(self, try_bucket: Callable[[Size, int], None]) -> None:
+        """Compile for every bucket before the first step.
+
+        Args:
+            try_bucket: (bucket, pictures) -> a forward and a backward pass.
+        """
+        if not self._compiles:
+            return
+        start = time.perf_counter()
+        for bucket, batch in product(self.buckets, sorted({self.micro_batch, self._rest} - {0})):
+            try_bucket(bucket, batch)
+        self._graphs = compiled_graphs()
+        self._say(f"compiled {len(self.buckets)} buckets in {time.perf_counter() - start:.0f} s")
+        self.start_interval()
+
+    def of_one_length(self, tokens: TokenBatch) -> TokenBatch:
+        """Where the U-Net is compiled: the prompts repeated to a length that all batches can have.
+
+        Attention over keys and values that are all there several times is attention over them once.
+        """
+        if not self._compiles:
+            return tokens
+        longest = math.lcm(*range(1, self._settings.data.max_chunks + 1))
+        return tokens._replace(rows=tokens.rows.repeat(1, longest // tokens.rows.shape[1]))
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Within the block nothing is compiled: shapes of other kinds, used now and then."""
+        with torch.compiler.set_stance("force_eager") if self._compiles else nullcontext():
+            yield
+
+    @property
+    def recompiled(self) -> int:
+        """Graphs that were compiled after the warm-up, which should be none."""
+        return compiled_graphs() - self._graphs if self._compiles else 0
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # On the way
+
+    def start_interval(self) -> None:
+        """Count from here."""
+        self._pictures, self._start = 0, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block time does not count: what is not training."""
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def count(self, pictures: int) -> None:
+        """So many more pictures, of all processes together."""
+        self._pictures += pictures
+
+    def read(self) -> dict[str, float]:
+        """Pictures a second of all processes since ``start_interval``, MFU and memory; waits for the device."""
+        device = self._world.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        speed = self._pictures / max(time.perf_counter() - self._start, 1e-9)
+        metrics = {"pictures a second": speed}
+        share = mfu(speed / self._world.size, self._flops, self._peak)
+        if share is not None:
+            metrics["MFU"] = share
+        if device.type == "cuda":
+            metrics["peak memory (GiB)"] = torch.cuda.max_memory_allocated(device) / GIB
+        if self._compiles:
+            metrics["recompiled"] = self.recompiled
+        return metrics
+
+
+def compiled_graphs() -> int:
+    """How many torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def choose_attention(
+    unet: UNet2DConditionModel,
+    batch: int,
+    buckets: list[Size],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+    runs: int = 10,
+) -> None:
+    """Time the kernels of scaled_dot_product_attention on the device and leave only the fastest one turned on.
+
+    Forward and backward of the self-attention of the largest bucket at the U-Net's finest level with attention; the
+    plain kernel stays on for shapes that the others do not take.
+    """
+    block = next(index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
+    heads = unet.config.num_attention_heads or unet.config.attention_head_dim
+    heads = heads[block] if isinstance(heads, list | tuple) else heads
+    width, height = max(buckets, key=lambda size: size[0] * size[1])
+    tokens = (width // 8 >> block) * (height // 8 >> block)
+    shape = (batch, heads, tokens, unet.config.block_out_channels[block] // heads)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    times = {}
+    for backend in BACKENDS:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            with sdpa_kernel([backend]):
+                for run in range(runs + 3):
+                    if run == 3:
+                        begin.record()
+                    torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+                end.record()
+        except RuntimeError:  # it does not take this shape, or is not there
+            continue
+        end.synchronize()
+        times[backend] = begin.elapsed_time(end) / runs
+    if not times:
+        return
+    fastest = min(times, key=times.get)
+    torch.backends.cuda.enable_flash_sdp(fastest is SDPBackend.FLASH_ATTENTION)
+    torch.backends.cuda.enable_cudnn_sdp(fastest is SDPBackend.CUDNN_ATTENTION)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)  # cross-attention may need it
+    measured = ", ".join(f"{backend.name.lower()} {ms:.3f} ms" for backend, ms in times.items())
+    say(f"attention of {tokens} tokens, forward and backward: {measured}; {fastest.name.lower()} is used")
+
+
+def _main_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,108 @@
+"""The loss on pictures that are held out, at fixed timesteps and with fixed noise, so that runs can be compared."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .captions import CaptionSettings, caption_text
+from .data import TrainingData
+from .keyed_random import CAPTION, keyed_generator
+from .networks import Tokenize
+from .objective import Objective
+from .parallel import World
+from .pictures import PictureError
+from .tokens import TokenBatch, batch_prompts
+
+QUANTILES = 8  # of the distribution of timesteps; t = T is asked beside
+
+
+class _Question(NamedTuple):
+    """A picture as the network is asked about it, Q times."""
+
+    latents: torch.Tensor  # (1, C, h, w)
+    noise: torch.Tensor  # (1, C, h, w)
+    tokens: TokenBatch
+    time_ids: torch.Tensor  # (Q, 6)
+
+
+class Validation:
+    """Mean square errors on held-out pictures.
+
+    Every picture is asked about at the middles of 8 equal parts of the distribution of timesteps and at t = T, with
+    noise of its own that never changes, nor does its crop or its caption.  The pictures are read once and kept as
+    latents.
+
+    Args:
+        data: with the pictures held out; those that cannot be used are passed over.
+        pictures: at most so many.
+        to_latents: the U-Net's latents (1, C, h, w) of what the data give (1, ...), and a number of its noise.
+
+    Attributes:
+        count: of pictures, of all processes together.
+        timesteps: (Q,) int64.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        pictures: int,
+        captions: CaptionSettings,
+        tokenize: Tokenize,
+        objective: Objective,
+        to_latents: Callable[[torch.Tensor, int], torch.Tensor],
+        world: World,
+    ):
+        self._objective, self._world = objective, world
+        middles = objective.timesteps_at((np.arange(QUANTILES) + 0.5) / QUANTILES)
+        self.timesteps = torch.cat([middles, torch.tensor([objective.schedule.last_timestep])]).unique()
+        usable = []
+        for picture, bucket in zip(data.held_out.tolist(), data.held_out_buckets.tolist(), strict=True):
+            if len(usable) == pictures:
+                break
+            try:
+                numbers = partial(keyed_generator, data.plan.seed, 0, picture)
+                loaded = data.load(picture, data.plan.buckets[bucket], numbers)
+            except (PictureError, OSError):
+                continue
+            usable.append((picture, *loaded))
+        self.count = len(usable) // world.size * world.size  # as many for each process, as FSDP needs it
+        plain = replace(captions, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
+        self._questions = []
+        for picture, pixels, conditioning in usable[world.rank : self.count : world.size]:
+            latents = to_latents(pixels[None].to(objective.device), picture)
+            numbers = partial(keyed_generator, data.plan.seed, 0, picture)
+            tokens = tokenize(caption_text(data.index.captions(picture), plain, numbers(CAPTION)))
+            asked = len(self.timesteps)
+            self._questions.append(
+                _Question(
+                    latents.cpu(),
+                    objective.draw_noise(latents.shape[1:], range(1), data.plan.seed, 0, picture).cpu(),
+                    batch_prompts([tokens] * asked),
+                    torch.tensor([sum(conditioning, ())] * asked, dtype=torch.float32),
+                )
+            )
+
+    @torch.no_grad()
+    def measure(self, predict: Callable[..., torch.Tensor]) -> dict[str, float]:
+        """The errors, as metrics: "validation" of all, and of each timestep.
+
+        Args:
+            predict: (noisy, timesteps, tokens, time_ids) -> the network's output.
+        """
+        device, t = self._objective.device, self.timesteps.to(self._objective.device)
+        total = torch.zeros(len(t), dtype=torch.float64, device=device)
+        for question in self._questions:
+            latents, noise = (
+                tensor.to(device).expand(len(t), -1, -1, -1) for tensor in (question.latents, question.noise)
+            )
+            noisy = self._objective.noisy(latents, noise, t)
+            output = predict(noisy, t, question.tokens, question.time_ids.to(device))
+            _, errors = self._objective.losses(output, latents, noise, t)
+            total += errors.double()
+        means = (self._world.sum(total) / self.count).tolist()
+        by_timestep = zip(self.timesteps.tolist(), means, strict=True)
+        return {"validation": float(np.mean(means))} | {f"validation/t{at:03d}": mean for at, mean in by_timestep}

@@ -1,0 +1,127 @@
+"""What is written down during a run: lines of JSON always, TensorBoard's files, and W&B where it is asked for."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..checkpoints.atomic import atomic_write
+from .config import WatchSettings
+from .parallel import World
+
+
+class Watch:
+    """Where metrics and pictures go; in all processes but the first, nowhere.
+
+    Args:
+        folder: of the run.
+        step: that the run goes on from: what was written down behind it by a run before is dropped.
+
+    Raises:
+        ValueError: a library that is not installed.
+    """
+
+    def __init__(self, folder: Path, settings: WatchSettings, world: World, step: int = 0, config: Any = None):
+        self._path = folder / "metrics.jsonl"
+        self._writer = self._run = None
+        self._writes = world.first
+        if not self._writes:
+            return
+        self._forget_behind(step)
+        if settings.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
+                ) from None
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if settings.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("watch.wandb needs wandb: pip install wandb, or leave it out") from None
+            self._run = wandb.init(project=settings.wandb, dir=str(folder), name=folder.name, config=config)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line of metrics at a step; names with a slash are groups."""
+        if not self._writes:
+            return
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(dict(metrics), step=step)
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture at a step."""
+        if self._writer is not None:
+            self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        """Bring all to the disk."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
+
+    def _forget_behind(self, step: int) -> None:
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        kept = []
+        for line in lines:
+            with suppress(ValueError):  # of a line that was being written when the run was killed
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        with atomic_write(self._path) as file:
+            file.write("".join(kept).encode())
+
+
+class BandedLoss:
+    """Mean losses by bands of timesteps, gathered on the device and read when asked.
+
+    Args:
+        bands: first timesteps of all bands but the lowest.
+        last: the last timestep T, which is a band of its own.
+    """
+
+    def __init__(self, last: int, bands: Sequence[int], device: torch.device):
+        starts = [0, *bands, last]
+        self.names = [
+            *(f"loss/t{low:03d}-{high - 1:03d}" for low, high in zip(starts, starts[1:], strict=False)),
+            f"loss/t{last:03d}",
+        ]
+        self._starts = torch.tensor(starts[1:], device=device)
+        self._sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
+
+    def add(self, t: torch.Tensor, errors: torch.Tensor, losses: torch.Tensor) -> None:
+        """(B,) timesteps, mean square errors and weighted losses; what is not finite does not count."""
+        band = torch.bucketize(t, self._starts, right=True)
+        rows = torch.stack([torch.ones_like(errors), errors, losses]).double()
+        self._sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
+
+    def read(self, world: World) -> dict[str, float]:
+        """The mean error of each band that had a picture, "loss" of all and "loss/weighted"; begins anew.
+
+        Waits for the device.
+        """
+        counts, errors, losses = world.sum(self._sums).tolist()
+        self._sums.zero_()
+        metrics = {name: error / count for name, error, count in zip(self.names, errors, counts, strict=True) if count}
+        total = max(sum(counts), 1)
+        return {"loss": sum(errors) / total, "loss/weighted": sum(losses) / total} | metrics
