@@ -281,3 +281,26 @@ def test_numbers_come_without_matplotlib(tmp_path, monkeypatch):
     assert code == 0
     assert "pip install matplotlib" in text
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_settings_files_are_checked_in_a_sentence(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('out = "run"\nstepz = 3\n')
+    for command in ("finetune", "finetune-vae"):
+        code, text = ztsnr_command(command, path)
+        assert (code, text) == (2, f"Error: {path} has stepz, which does not exist: did you mean steps?\n")
+    code, text = ztsnr_command("finetune", tmp_path / "none.toml")
+    assert (code, text) == (2, f"Error: {tmp_path / 'none.toml'} cannot be read: No such file or directory\n")
+
+
+def test_finetune_lists_its_settings(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('out = "run"\nsteps = 3\nmodel.base = "m"\ndata = {batch_size = 2, sources = [{path = "p"}]}\n')
+    code, text = ztsnr_command("finetune", path, "--list-settings")
+    assert code == 0
+    assert "--optimizer.learning-rate" in text
+    assert not (tmp_path / "run").exists()
+    code, text = ztsnr_command("finetune", path, "--optimizer.learning-rat", 1)
+    assert code == 2
+    assert text.count("\n") == 1
+    assert "--optimizer.learning-rate" in text

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+SMALLEST_JUDGED = 32  # pixels: a patch of the discriminator is larger than what is smaller
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,8 @@ class VaeDecoderSettings:
             raise ValueError(f"dtype must be {' or '.join(COMPUTE_DTYPES)}, not {self.dtype}")
         if not self.l1_weight and not self.lpips_weight:
             raise ValueError("l1_weight and lpips_weight are both 0: nothing would hold the decoder to the picture")
+        if self.discriminator_weight and self.size < SMALLEST_JUDGED:
+            raise ValueError(
+                f"size must be at least {SMALLEST_JUDGED} for the discriminator, not {self.size}; or set "
+                "discriminator_weight = 0"
+            )
