@@ -9,7 +9,8 @@ counted, being of no size: for SDXL it is 6.76 TFLOP forward and 20.23 with the 
 1024 x 1024, so 100 % of an H100 are 48.9 pictures a second.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,28 @@ def unet_flops(
         if train:
             step.backward(loss)
     return counter.get_total_flops()
+
+
+def picture_flops(
+    unet: UNet2DConditionModel,
+    latents: Sequence[tuple[int, int]],
+    text_length: int = 77,
+    *,
+    trained: Collection[str] | None = None,
+) -> list[float]:
+    """Training FLOPs of a picture for each size (h, w) of latents, with no more than three counted.
+
+    Convolutions and linear layers grow with the area, attention of pictures to themselves with its square, and what
+    the network does with times and texts not at all, so the FLOPs are a quadratic polynomial of the area.  For sizes
+    that the network can halve at each of its levels.
+    """
+    by_area = {h * w: (h, w) for h, w in latents}
+    areas = sorted(by_area)
+    known = {areas[0], areas[len(areas) // 2], areas[-1]}
+    flops = {area: unet_flops(unet, 1, by_area[area], text_length, trained=trained) for area in known}
+    return [  # Lagrange's polynomial
+        sum(flops[a] * math.prod((h * w - b) / (a - b) for b in known if b != a) for a in known) for h, w in latents
+    ]
 
 
 def mfu(pictures_per_second: float, flops_per_picture: float, peak_flops: float | None) -> float | None:

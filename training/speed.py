@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..canvas import Size
 from .checkpointing import apply_checkpointing
 from .config import FinetuneSettings
-from .epoch_plan import EpochPlan
-from .flops import mfu, peak_flops, unet_flops
+from .epoch_plan import BucketCount, EpochPlan
+from .flops import mfu, peak_flops, picture_flops
 from .memory_plan import MemoryPlan, device_memory, measure_encoding, plan
 from .networks import Networks
 from .parallel import World
@@ -57,6 +57,8 @@ class Speed:
         compile_it = settings.speed.compile
         self._compiles = world.device.type == "cuda" if compile_it is None else compile_it
         self._graphs = 0
+        # chunks of which a batch of prompts can consist, at the most
+        self._longest = math.lcm(*range(1, settings.data.max_chunks + 1))
         self.plan = self._plan(networks, trained, latents_are_made)
         self._flops = self._flops_of_a_picture(networks, used, trained)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -76,13 +78,13 @@ class Speed:
             buckets=self.buckets,
             memory=on_device,
             factor=networks.factor,
-            text_length=77,
+            text_length=77 * self._longest,
             dtype=getattr(torch, settings.model.dtype),
             optimizer=settings.optimizer.name,
             ema_profiles=profiles,
             trained=trained,
             others=[*networks.text_encoders, networks.vae],
-            shards=self._world.size if settings.speed.strategy != "ddp" else 1,
+            shards={"ddp": 1, "fsdp": self._world.size, "hsdp": self._world.local_size}[settings.speed.strategy],
             gradients_kept=settings.optimizer.accumulation > 1 or self._world.size > 1,
             encoding=measure_encoding(networks.vae, self.micro_batch, largest) if latents_are_made else 0,
             **({} if chosen == "auto" else {"modes": (chosen,)}),
@@ -90,14 +92,12 @@ class Speed:
         self._say(str(planned))
         return planned
 
-    def _flops_of_a_picture(self, networks: Networks, used: list, trained: list[str]) -> float:
+    def _flops_of_a_picture(self, networks: Networks, used: list[BucketCount], trained: list[str]) -> float:
         """On average over the pictures of an epoch."""
-        total = pictures = 0
-        for count in used:
-            latent = (count.size[1] // networks.factor, count.size[0] // networks.factor)
-            total += count.pictures * unet_flops(networks.unet, 1, latent, trained=trained)
-            pictures += count.pictures
-        return total / pictures
+        latents = [(count.size[1] // networks.factor, count.size[0] // networks.factor) for count in used]
+        flops = picture_flops(networks.unet, latents, trained=trained)
+        pictures = [count.pictures for count in used]
+        return sum(map(math.prod, zip(flops, pictures, strict=True))) / sum(pictures)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the first step
@@ -138,8 +138,7 @@ class Speed:
         """
         if not self._compiles:
             return tokens
-        longest = math.lcm(*range(1, self._settings.data.max_chunks + 1))
-        return tokens._replace(rows=tokens.rows.repeat(1, longest // tokens.rows.shape[1]))
+        return tokens._replace(rows=tokens.rows.repeat(1, self._longest // tokens.rows.shape[1]))
 
     @contextmanager
     def eager(self) -> Iterator[None]:

@@ -27,7 +27,8 @@ def gradients(unet, network=None):
     unet.zero_grad()
     generator = torch.Generator().manual_seed(0)
     noisy, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 12, generator=generator)
-    predicted = (network or unet)(noisy, torch.tensor([1.0, 999.0]), text, return_dict=False)[0]
+    network = unet if network is None else network
+    predicted = network(noisy, torch.tensor([1.0, 999.0]), text, return_dict=False)[0]
     predicted.square().mean().backward()
     return [parameter.grad.clone() for parameter in unet.parameters()]
 

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from tests.full_size import SDXL, UNETS
-from ztsnr.training.flops import PEAK_BF16, mfu, peak_flops, unet_flops
+from ztsnr.training.flops import PEAK_BF16, mfu, peak_flops, picture_flops, unet_flops
 
 BATCH, LATENT, TEXT = 3, (16, 24), 7
 
@@ -85,6 +85,14 @@ def test_checkpointing_computes_again():
     time = [flops for name, flops in by_hand(unet).items() if name.endswith("time_emb_proj")]
     assert selective - off <= sum(wide + text + time)
     assert selective - off >= sum(wide + text)
+
+
+def test_sizes_between_are_exact():
+    unet = small_unet()
+    sizes = [(16, 24), (8, 8), (10, 40), (32, 32)]
+    found = picture_flops(unet, sizes, TEXT)
+    assert found == pytest.approx([unet_flops(unet, 1, size, TEXT) for size in sizes], rel=1e-12)
+    assert picture_flops(unet, sizes[:1], TEXT) == found[:1]
 
 
 @pytest.mark.slow

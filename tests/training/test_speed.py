@@ -1,0 +1,109 @@
+"""Compiling once a bucket, the plan before the first step, and what is measured."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from ztsnr.training.config import FinetuneSettings, parse_settings
+from ztsnr.training.epoch_plan import EpochPlan
+from ztsnr.training.flops import unet_flops
+from ztsnr.training.networks import load_networks
+from ztsnr.training.parallel import World
+from ztsnr.training.speed import Speed
+from ztsnr.training.tokens import TokenBatch
+
+from .tiny_run import make_content, train, write_pictures
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    from tests.tiny_pipelines import make_tiny_sdxl
+
+    place = tmp_path_factory.mktemp("speed")
+    make_tiny_sdxl(place / "tiny", prediction_type="epsilon", zero_snr=False)
+    write_pictures(place / "pictures")
+    return place
+
+
+def make_speed(place, world=None, said=None, **changes) -> tuple[Speed, torch.nn.Module]:
+    settings = parse_settings(FinetuneSettings, make_content(place, place / "run", **changes))
+    networks = load_networks(place / "tiny")
+    plan = EpochPlan(torch.arange(12).numpy() % 2, [(32, 32), (48, 32)], batch_size=settings.data.batch_size)
+    trained = [name for name, _ in networks.unet.named_parameters()]
+    world = world or World(0, 1, 1, torch.device("cpu"))
+    say = (lambda line: None) if said is None else said.append
+    return Speed(settings, networks, plan, trained, True, world, say), networks.unet
+
+
+def test_flops_are_the_mean_over_the_pictures(place):
+    speed, unet = make_speed(place)
+    each = [unet_flops(unet.requires_grad_(True), 1, latent) for latent in ((16, 16), (16, 24))]
+    assert speed._flops == pytest.approx(sum(each) / 2, rel=1e-12)  # six pictures of each
+
+
+def test_parts_of_a_step(place):
+    assert make_speed(place, data__batch_size=6)[0].micro_batch == 6
+    assert make_speed(place, data__batch_size=6, optimizer__accumulation=4)[0].micro_batch == 2
+    world = World(0, 2, 2, torch.device("cpu"))
+    assert make_speed(place, world, data__batch_size=6, optimizer__accumulation=2)[0].micro_batch == 2
+
+
+def test_the_plan_is_said_and_decides(place):
+    said = []
+    speed, unet = make_speed(place, said=said, speed__checkpointing="auto")
+    assert "gradient checkpointing: off" in said[-1]
+    speed.prepare(unet)
+    assert not unet.is_gradient_checkpointing
+    speed, unet = make_speed(place, speed__checkpointing="full")
+    speed.prepare(unet)
+    assert unet.is_gradient_checkpointing
+
+
+def test_what_does_not_fit_is_said(place, monkeypatch):
+    monkeypatch.setattr("ztsnr.training.speed._main_memory", lambda: 2**20)
+    speed, unet = make_speed(place, speed__checkpointing="auto")
+    with pytest.raises(ValueError, match="does not fit into the memory"):
+        speed.prepare(unet)
+
+
+def test_pictures_a_second(place, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    speed, _ = make_speed(place)
+    speed.start_interval()
+    speed.count(6)
+    now[0] += 2.0
+    with speed.paused():
+        now[0] += 50.0
+    speed.count(6)
+    now[0] += 1.0
+    assert speed.read()["pictures a second"] == 4.0
+
+
+def test_prompts_of_any_length_become_one_length_where_it_is_compiled(place):
+    rows = torch.tensor([[0, 1], [2, 2]])
+    tokens = TokenBatch((torch.zeros(3, 77),), rows)
+    assert make_speed(place)[0].of_one_length(tokens) is tokens
+    speed, _ = make_speed(place, speed__compile=True)
+    longer = speed.of_one_length(tokens).rows
+    assert longer.tolist() == [[0, 1] * 3, [2, 2] * 3]  # of at most three chunks: lcm(1, 2, 3) = 6
+
+
+@pytest.mark.slow
+def test_compiled_once_a_bucket_and_never_again(place, tmp_path):
+    compiled = tmp_path / "compiled"
+    content = make_content(place, compiled, steps=6, speed__compile=True, watch__validate_every=3)
+    content["data"] |= {"buckets": ["32x32,48x32"], "validation_share": 0.2}
+    train(content)
+    train(content | {"out": str(tmp_path / "eager"), "speed": {"compile": False, "checkpointing": "off"}})
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (compiled, tmp_path / "eager")
+    ]
+    assert [row["recompiled"] for row in rows[0] if "recompiled" in row] == [0] * 6
+    for ours, plain in zip(*rows, strict=True):
+        for name in ("loss", "gradient norm", "validation"):
+            if name in plain:
+                assert ours[name] == pytest.approx(plain[name], rel=1e-4)
