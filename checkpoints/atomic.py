@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SUFFIX = ".unfinished"
+RANDOM = "[0-9a-f]{8}" + re.escape(SUFFIX)  # the end of a neighbour's name
 LONGEST_STEM = 50  # characters: with 4 bytes each and what is added, a name that every file system takes
 ABANDONED = 3600  # seconds without a change; only where there are no locks
 
@@ -119,7 +120,7 @@ def _stem(target: Path) -> str:
 
 
 def _is_neighbour(name: str, target: Path) -> bool:
-    return re.fullmatch(re.escape(_stem(target)) + "[0-9a-f]{8}" + re.escape(SUFFIX), name) is not None
+    return re.fullmatch(re.escape(_stem(target)) + RANDOM, name) is not None
 
 
 def _new_neighbour(target: Path) -> Path:
@@ -162,13 +163,21 @@ def _lock(descriptor: int, temporary: Path) -> bool:
     return temporary.exists()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed programs left of any file or folder in this folder, where no other write of it may come."""
+    _remove_abandoned(path for path in folder.iterdir() if re.fullmatch(rf"\..+\.{RANDOM}", path.name))
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed programs left of the target."""
     with suppress(OSError):
-        for neighbour in list(target.parent.iterdir()):
-            if _is_neighbour(neighbour.name, target):
-                with suppress(OSError):  # locked, so somebody is writing it; or gone by now; or a link, and not ours
-                    _remove_if_abandoned(neighbour)
+        _remove_abandoned(path for path in target.parent.iterdir() if _is_neighbour(path.name, target))
+
+
+def _remove_abandoned(neighbours: Iterable[Path]) -> None:
+    for neighbour in list(neighbours):
+        with suppress(OSError):  # locked, so somebody is writing it; or gone by now; or a link, and not ours
+            _remove_if_abandoned(neighbour)
 
 
 def _remove_if_abandoned(neighbour: Path) -> None:

@@ -130,6 +130,12 @@ class NoiseSchedule:
         return cls.from_betas(betas, bool(config.get("rescale_betas_zero_snr", False)))
 
     @property
+    def betas(self) -> torch.Tensor:
+        """(T + 1,) float64, the share of variance that each timestep replaces by noise."""
+        abar = self.alphas_cumprod
+        return 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+    @property
     def last_timestep(self) -> int:
         """T, the noisiest timestep: 999 for Stable Diffusion."""
         return len(self.alphas_cumprod) - 1

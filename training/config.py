@@ -6,6 +6,7 @@ Names that do not exist are mistakes, and the nearest that do are suggested.
 import dataclasses
 import difflib
 import io
+import json
 import re
 import sys
 import tomllib
@@ -62,6 +63,14 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class TrainingCaptions(CaptionSettings):
+    """What becomes of captions in training: tags come in random order, and one text of ten is empty, for guidance."""
+
+    shuffle: bool = True
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
 class TagWeightSettings:
     """Loss weights of pictures by their tags.
 
@@ -114,7 +123,7 @@ class DataSettings:
     no_upscale: bool = False
     flip: float = 0.0
     background: str = "white"
-    captions: CaptionSettings = field(default_factory=lambda: CaptionSettings(shuffle=True, caption_dropout=0.1))
+    captions: TrainingCaptions = field(default_factory=TrainingCaptions)
     allow_missing_captions: bool = False
     max_chunks: int = 3
     tag_weights: TagWeightSettings | None = None
@@ -241,7 +250,8 @@ class ExportSettings:
     """What is written in the end.
 
     Attributes:
-        single_file: a .safetensors file; where the base is one, all but what was trained is the base's, byte by byte.
+        single_file: a .safetensors file.  Where the base is one and its text encoders are not trained, all but the
+            U-Net is the base's, byte by byte.
         folder: a diffusers folder.
         dtype: of its numbers.
         raw: beside the average also the weights as they are in the end.
@@ -302,6 +312,8 @@ class FinetuneSettings:
             raise ValueError("all stages but the last need a number of steps")
         if not self.average.sigma_rel and self.average.decay is None and not self.export.raw:
             raise ValueError("nothing would be exported: there is no average, and export.raw is off")
+        if not (self.export.single_file or self.export.folder or self.model.adapter is not None):
+            raise ValueError("nothing would be exported: export.single_file and export.folder are both off")
         if self.optimizer.schedule == "rsqrt" and self.optimizer.reference_steps is None:
             raise ValueError("the schedule rsqrt needs optimizer.reference_steps")
 
@@ -335,14 +347,16 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     return _override(kind, settings, overrides, program) if overrides else settings
 
 
-def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the settings") -> T:
+def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the configuration") -> T:
     """Settings from nested tables; for what is raised see ``read_settings``."""
     for place, name, known in _unknown(kind, content):
         near = difflib.get_close_matches(name, known, 1)
         hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
         raise ValueError(f"{where} has {'.'.join((*place, name))}, which does not exist{hint}")
     try:
-        return pydantic.TypeAdapter(kind).validate_python(content)
+        # strictly, so that "2" and true are no numbers; as JSON, where strictness allows lists for tuples and text for
+        # paths, and dates, which only TOML has, are text
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -360,9 +374,11 @@ def write_settings(settings: Any) -> bytes:
 
 def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str) -> T:
     said = io.StringIO()
+    # values as in the file: true and false are said, and a table is there or not
+    shown = tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[kind]]
     try:
         with redirect_stderr(said), redirect_stdout(sys.stdout if "--help" in overrides else said):
-            return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=settings, args=list(overrides), prog=program)
+            return tyro.cli(shown, default=settings, args=list(overrides), prog=program)
     except SystemExit as stop:
         if not stop.code:  # after --help
             raise
@@ -371,7 +387,11 @@ def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str
         wanted = (
             part for part in parts if part.strip("╭╮╰╯ ") and not part.startswith(("Available", "For full", "Arg"))
         )
-        raise ValueError("; ".join(part.removeprefix("Error parsing ") for part in wanted)) from None
+        sentence = "; ".join(part.removeprefix("Error parsing ") for part in wanted)
+        if match := re.match(r"Unrecognized options: ([^\s,]+)(?:.*Perhaps you meant: (--[^\s,]+))?", sentence):
+            near = f": did you mean {match[2]}?" if match[2] else ", unless the file has its table"
+            sentence = f"the command line has {match[1]}, which does not exist{near}"
+        raise ValueError(sentence) from None
 
 
 def _unknown(kind: Any, content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, list[str]]]:

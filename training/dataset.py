@@ -7,6 +7,7 @@ A picture that cannot be used is put on a list (``Quarantine``), and another one
 ranks stay in step.  Which one depends on nothing but the name of the item and on which pictures can be used.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -284,8 +285,15 @@ def loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals,
     )
     return _watched(batches, dataset.quarantine, UnusableShare(plan, dataset.quarantine, max_unusable))
+
+
+def _leave_signals(worker: int) -> None:
+    """To the process that reads from this one: Ctrl-C reaches all of them, and a run stops when its step is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _watched(batches: DataLoader, quarantine: Quarantine, share: UnusableShare) -> Iterator[Batch]:

@@ -2,22 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoints import export_lora, inspect_checkpoint, to_single_file, verify_checkpoint
 from ..checkpoints.atomic import atomic_folder
 from ..checkpoints.diffusers_folder import set_scheduler
 from ..checkpoints.latent_scaling import LatentScaling
+from ..samplers import NoiseSchedule
 from .config import FinetuneSettings
 from .networks import Denoiser, Networks, add_adapter, load_networks
 from .objective import Objective
-from .previews import scheduler
 
 
 def export_model(
@@ -45,11 +47,12 @@ def export_model(
     Raises:
         ValueError: it cannot be written, or what was written is not sound.
     """
-    out.mkdir(parents=True, exist_ok=True)
     folder, file = out / name, out / f"{name}.safetensors"
     adapter, lora = out / f"{name}_adapter", out / f"{name}_lora.safetensors"
-    for old in (folder, file, adapter, lora):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (folder, file, adapter, lora):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     networks = load_networks(settings.model.base, settings.model.config)
     if settings.model.adapter is not None:
@@ -58,9 +61,9 @@ def export_model(
         _load(Denoiser(networks), weights)
     _describe(networks, objective, latent_scaling)
     dtype = getattr(torch, settings.export.dtype)
-    for network in (networks.unet, *networks.text_encoders):
-        network.to(dtype)
-    with atomic_folder(folder) as place:
+    for parameter in Denoiser(networks).parameters():
+        parameter.data = parameter.data.to(dtype)
+    with atomic_folder(folder) as place, _writing(folder):
         networks.pipeline.save_pretrained(place, safe_serialization=True)
     del networks
     written = [adapter] if settings.model.adapter is not None else []
@@ -79,7 +82,22 @@ def export_model(
         written.append(folder)
     else:
         shutil.rmtree(folder)
+    if (shift := objective.settings.schedule_shift) != 1:
+        say(
+            f"Every sigma is {shift:g} times the published one.  The folder says so to diffusers; no file can say it, "
+            f"so in ComfyUI set canvas_shift of the node ZTSNR Model to {shift:g}."
+        )
     return written
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make one sentence of what safetensors and the system say if the block cannot write."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be written: {reason}") from None
 
 
 def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
@@ -91,11 +109,13 @@ def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _describe(networks: Networks, objective: Objective, latent_scaling: LatentScaling) -> None:
     """Have the configs say what the model predicts, on which schedule, and how its latents are scaled."""
-    prediction_type, schedule = objective.settings.prediction_type, objective.schedule
-    shifted = objective.settings.schedule_shift != 1
-    if shifted:  # which no flag says
-        scheduler(networks.pipeline, schedule, prediction_type)
-    set_scheduler(networks.pipeline, prediction_type, schedule.zero_terminal_snr)
+    pipe, schedule = networks.pipeline, objective.schedule
+    set_scheduler(pipe, objective.settings.prediction_type, schedule.zero_terminal_snr)
+    said = NoiseSchedule.from_config(pipe.scheduler.config).alphas_cumprod
+    if said.shape != schedule.alphas_cumprod.shape or not torch.allclose(said, schedule.alphas_cumprod, atol=1e-9):
+        # of a shifted schedule, or of a base that had another one, only the betas themselves tell
+        config = {**pipe.scheduler.config, "num_train_timesteps": len(schedule.betas), "_use_default_values": []}
+        pipe.register_modules(scheduler=type(pipe.scheduler).from_config(config, trained_betas=schedule.betas.tolist()))
     vae = networks.vae
     vae.register_to_config(**latent_scaling.vae_config(vae.config.scaling_factor))
 
@@ -105,11 +125,11 @@ def _merge_adapter(
 ) -> None:
     """Write the adapter by itself, and then add it to the U-Net's own weights."""
     unet = networks.unet
-    plain = {name: module for name, module in unet.named_modules()}
+    plain = dict(unet.named_modules())
     add_adapter(unet, settings.model.adapter)
     _load(Denoiser(networks), weights)
     config = unet.peft_config["default"]
-    with atomic_folder(out) as place:
+    with atomic_folder(out) as place, _writing(out):
         state = get_peft_model_state_dict(unet)
         rows = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
         save_file(rows, place / "adapter_model.safetensors", {"format": "pt"})

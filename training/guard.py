@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from .dataset import Batch
 from .parallel import World
@@ -28,8 +29,8 @@ class StepGuard:
     """Takes the optimizer's steps, but for those whose gradient is not finite.
 
     The norm of the gradient is that of all processes together, so they all leave out the same steps.  Where the
-    optimizer can (torch's fused AdamW), it decides on the device and nothing is waited for; what happened is looked at
-    when it has arrived.
+    optimizer can (torch's fused AdamW), it decides on the device and nothing is waited for; with the others the norm is
+    read.
 
     Args:
         folder: for the batches of such steps.
@@ -43,45 +44,39 @@ class StepGuard:
         self._norm: torch.Tensor | None = None
 
     def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        norm: torch.Tensor,
-        batch: Batch,
-        t: torch.Tensor,
-        step: int,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        """Let the optimizer take its step if the gradient's norm () is finite.
+        self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, batch: Batch, t: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """Let the optimizer take its step if the gradient's norm () is finite; () float32, 1 if it was not."""
+        self._norm = norm
+        bad = (~torch.isfinite(norm)).float()
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+            with implicit_replication():  # ``bad`` is the same on all ranks, whatever shares of weights they have
+                optimizer.step()
+        elif not bad:
+            optimizer.step()
+        on_host, arrived = bad, None
+        if bad.is_cuda:
+            on_host = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Pending(step, on_host, arrived, norm, batch, t))
+        return bad
+
+    def look(self) -> None:
+        """At the steps whose outcome is known by now.
 
         Raises:
             ValueError: too many steps in a row were left out; a report.
         """
-        self._norm = norm
-        bad = (~torch.isfinite(norm)).float()
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        elif _decides_on_device(optimizer):
-            optimizer.grad_scale, optimizer.found_inf = None, bad
-            optimizer.step()
-        elif not bad:  # which waits for the device
-            optimizer.step()
-        arrived = None
-        if bad.is_cuda:
-            bad = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._pending.append(_Pending(step, bad, arrived, norm, batch, t))
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
             self._look_at(self._pending.popleft())
 
     def read(self) -> dict[str, float]:
-        """What happened, as metrics; waits for the device."""
-        while self._pending:
-            pending = self._pending.popleft()
-            if pending.arrived is not None:
-                pending.arrived.synchronize()
-            self._look_at(pending)
+        """What happened, as metrics; waits for the device.  For what is raised see ``look``."""
+        if self._pending and self._pending[-1].arrived is not None:
+            self._pending[-1].arrived.synchronize()
+        self.look()
         return {"gradient norm": float(self._norm), "steps left out": self._skipped} if self._norm is not None else {}
 
     def state(self) -> dict[str, int]:
@@ -113,11 +108,6 @@ class StepGuard:
             rows = {"data": batch.data, "timesteps": pending.t, "weights": batch.weights, "pictures": batch.pictures}
             about = {"captions": json.dumps(batch.captions, ensure_ascii=False), "norm": str(float(pending.norm))}
             save_file({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, path, about)
-        except OSError:  # the run matters more
+        except (OSError, SafetensorError):  # a full disk; the run matters more
             pass
         return path
-
-
-def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return fused and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"][:1])

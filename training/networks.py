@@ -169,12 +169,23 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
 
 
 def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> list[str]:
-    """Names of the parameters that are trained in some stage."""
+    """Names of the parameters that are trained in some stage.
+
+    Of SDXL's first text encoder the U-Net sees the penultimate layer alone, so what lies behind it has no gradient.
+    """
+    unseen = ()
+    if len(denoiser.text_encoders) == 2:
+        last = denoiser.text_encoders[0].config.num_hidden_layers - 1
+        unseen = (f".encoder.layers.{last}.", ".final_layer_norm.")
     return [
         name
         for name, _ in denoiser.named_parameters()
         if (("lora_" in name or "lokr_" in name) if adapter else name.startswith("unet."))
-        or (text_encoders and name.startswith("text_encoders."))
+        or (
+            text_encoders
+            and name.startswith("text_encoders.")
+            and not (name.startswith("text_encoders.0.") and any(part in name for part in unseen))
+        )
     ]
 
 

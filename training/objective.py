@@ -1,9 +1,9 @@
 """What training minimises: at which noise levels the network is asked, for what, and how much each answer counts.
 
-All of it follows from one ``NoiseSchedule``.  Timesteps are whole numbers 0 ... T, so their distribution is a table, the
-loss weight is a table, and how much of the loss lies where can be read off before the first step.  The order is: rescale
-the betas to zero terminal SNR, then take the SNR, then the weights; the other way round t = T would have the weight of an
-SNR that it does not have.
+All of it follows from one ``NoiseSchedule``.  Timesteps are whole numbers 0 ... T, so their distribution is a table,
+the loss weight is a table, and how much of the loss lies where can be read off before the first step.  The order is:
+rescale the betas to zero terminal SNR, then take the SNR, then the weights; the other way round t = T would have the
+weight of an SNR that it does not have.
 """
 
 import csv
@@ -79,6 +79,8 @@ class ObjectiveSettings:
             raise ValueError(f"high_noise_share must be at least 0 and less than 1, not {self.high_noise_share}")
         if not (self.timesteps_scale > 0 and self.min_snr_gamma >= 1):
             raise ValueError("timesteps_scale must be above 0, and min_snr_gamma at least 1")
+        if not 0 < self.schedule_shift < math.inf:
+            raise ValueError(f"schedule_shift must be above 0 and finite, not {self.schedule_shift}")
         if self.noise_offset < 0:
             raise ValueError(f"noise_offset must be at least 0, not {self.noise_offset}")
         if self.noise_offset and self.prediction_type == "v_prediction":
@@ -115,8 +117,8 @@ class Objective:
         device: str | torch.device = "cpu",
     ):
         self.settings = settings
-        betas = _betas(schedule or NoiseSchedule.sdxl(zero_terminal_snr=False))
-        self.schedule = NoiseSchedule.from_betas(betas, settings.zero_terminal_snr)
+        schedule = schedule or NoiseSchedule.sdxl(zero_terminal_snr=False)
+        self.schedule = NoiseSchedule.from_betas(schedule.betas, settings.zero_terminal_snr)
         if settings.schedule_shift != 1:
             self.schedule = self.schedule.shifted(settings.schedule_shift)
         self.probability = _probability(settings, self.schedule)
@@ -157,7 +159,7 @@ class Objective:
         return torch.from_numpy(np.minimum(found, self.schedule.last_timestep))
 
     def draw_noise(self, shape: Sequence[int], slots: range, seed: int, epoch: int, step: int) -> torch.Tensor:
-        """The noise of this rank's pictures: (B, *shape) float32 on the device; for the arguments see ``keyed_noise``."""
+        """The noise of this rank's pictures, (B, *shape) float32 on the device; for the rest see ``keyed_noise``."""
         noise = keyed_noise(shape, slots, seed, epoch, step, NOISE, self.device)
         if self.settings.noise_offset:
             offset = keyed_noise((shape[0], 1, 1), slots, seed, epoch, step, NOISE_OFFSET, self.device)
@@ -259,11 +261,6 @@ class LearnedWeight(torch.nn.Module):
 # The tables
 
 
-def _betas(schedule: NoiseSchedule) -> torch.Tensor:
-    abar = schedule.alphas_cumprod
-    return 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-
-
 def _high_noise(schedule: NoiseSchedule) -> slice:
     return slice(math.ceil(0.9 * (schedule.last_timestep + 1)), None)
 
@@ -294,7 +291,7 @@ def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) 
     if settings.weighting == "min_snr":
         weight = min_snr_weight(snr, settings.min_snr_gamma, settings.prediction_type)
     else:
-        # Yu et al., eq. 10: 1 / sqrt(SNR) on the error of epsilon, which is SNR times that of x0; that of v is SNR + 1
+        # Yu et al.: 1 / sqrt(SNR) on the error of epsilon, which is SNR times that of x0; that of v is SNR + 1
         # times that of x0
         weight = snr.sqrt() / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[settings.prediction_type]
     return torch.where(snr < 1, weight.clamp(min=floor), weight)

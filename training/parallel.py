@@ -1,9 +1,10 @@
 """One process or many: who this one is, and the network as all of them train it together."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from .memory_plan import shard_units
 from .networks import Denoiser
 from .precision import MixedPrecision
 
+# the others wait while the first process reads the headers of all pictures, or exports
+PATIENCE = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class World:
@@ -26,12 +30,14 @@ class World:
         rank, size: which one this is, and how many they are.
         local_size: of them on this machine.
         device: of this one.
+        group: of all, for what is on the CPU; None if there is but one.
     """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -41,13 +47,13 @@ class World:
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def tell(self, value: Any = None) -> Any:
         """What the first one says, to all."""
         said = [value]
         if self.size > 1:
-            dist.broadcast_object_list(said, 0)
+            dist.broadcast_object_list(said, 0, self.group)
         return said[0]
 
     def any(self, flag: bool) -> bool:
@@ -55,7 +61,7 @@ class World:
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
         return bool(flags)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,6 +69,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def average_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Over all of them, in place, of small parameters that no wrapper looks after."""
+        for parameter in parameters if self.size > 1 else ():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.size
 
 
 @contextmanager
@@ -85,14 +98,13 @@ def start_world(device: str = "auto") -> Iterator[World]:
         if not torch.cuda.is_available():
             raise ValueError(f"the device {device} cannot be used: there is no CUDA here")
         torch.cuda.set_device(place)
-    world = World(rank, size, local_size, place)
     if size == 1:
-        yield world
+        yield World(rank, size, local_size, place)
         return
     # gloo beside NCCL, for what is on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
-        yield world
+        yield World(rank, size, local_size, place, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 
@@ -127,6 +139,8 @@ class Replicated:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in names)
         if self._world.size > 1:
+            if isinstance(self._module, DistributedDataParallel):
+                self._module._remove_autograd_hooks()  # else both would reduce, for as long as the old one lives
             ids = [self._world.device.index] if self._world.device.type == "cuda" else None
             self._module = DistributedDataParallel(self._precise, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -167,23 +181,33 @@ class Sharded:
         else:
             shape, names = (world.size,), ("shard",)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # by itself FSDP would cast all inputs, the float32 sizes of pictures too
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        denoiser.unet.register_forward_pre_hook(_cast_sample(dtype), with_kwargs=True)
         self._roots: list[FSDPModule] = []
         encoders_trained = any(name.startswith("text_encoders.") for name in trained)
         for encoder in denoiser.text_encoders:
-            if encoders_trained:
-                for layer in (
-                    encoder.text_model.encoder.layers if hasattr(encoder, "text_model") else encoder.encoder.layers
-                ):
-                    fully_shard(layer, mesh=mesh, mp_policy=policy)
-                self._roots.append(fully_shard(encoder, mesh=mesh, mp_policy=policy))
-            else:
+            if not encoders_trained:
                 encoder.to(dtype)
+                continue
+            # each part by itself: transformers knows an encoder's hidden states by its class, which FSDP changes
+            for part in _parts(encoder):
+                self._roots.append(fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True))
         for block in shard_units(denoiser.unet):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         self._roots.append(fully_shard(denoiser.unet, mesh=mesh, mp_policy=policy))
         wanted = set(trained)
         self.parameters = {name: p for name, p in denoiser.named_parameters() if name in wanted}
+        self._see_all_trained()
+
+    def _see_all_trained(self) -> None:
+        """FSDP settles in which dtype a block's gradients are reduced when it first fetches the block, and settles
+        nothing for one that is frozen then: so have it fetch each with all that is trained in any stage."""
+        self.train_only(self.parameters)
+        for module in self._denoiser.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
 
     def train_only(self, names: Collection[str]) -> None:
         """Train these parameters from now on."""
@@ -208,6 +232,27 @@ class Sharded:
         """Drop what was fetched of the weights before they changed."""
         for root in self._roots:
             root.reshard()
+
+
+def _parts(encoder: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers of a text encoder, its embeddings, and what comes behind."""
+    for child in encoder.children():
+        layers = getattr(child, "layers", None)
+        if layers is not None:
+            yield from layers
+        elif hasattr(child, "encoder"):  # the text_model of an encoder with a projection
+            yield from _parts(child)
+        else:
+            yield child
+
+
+def _cast_sample(dtype: torch.dtype) -> Any:
+    """What casts a U-Net's noisy latents; the pipeline's have the dtype of the weights, which FSDP keeps in float32."""
+
+    def cast(unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0].to(dtype), *args[1:]), kwargs
+
+    return cast
 
 
 def parallelize(

@@ -6,10 +6,11 @@ forward the network is given its cast.  Gradients come back through the cast, so
 weights, clipping, accumulation and DistributedDataParallel see ordinary float32 parameters with float32 gradients.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class MixedPrecision(torch.nn.Module):
@@ -70,3 +71,36 @@ class MixedPrecision(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.cast()
         return self.network(*args, **kwargs)
+
+
+class LossScale:
+    """Multiplies the loss so that small gradients do not vanish in float16 (arXiv 1710.03740, section 3.2).
+
+    It doubles after so many steps whose gradient was finite, and halves after one whose was not, which is left out.
+    torch's GradScaler looks at each process's own share of the gradient, and would let processes disagree.
+
+    Args:
+        device: of the loss.
+        interval: steps until it doubles.
+    """
+
+    def __init__(self, device: torch.device, interval: int = 2000):
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.finite = torch.zeros((), device=device)
+        self._interval = interval
+
+    def unscale(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Divide their gradients, in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], 1 / self.scale)
+
+    def update(self, bad: torch.Tensor) -> None:
+        """After a step; () 1 if its gradient was not finite."""
+        self.finite.add_(1).mul_(1 - bad)
+        doubles = self.finite >= self._interval
+        self.scale.mul_(torch.where(bad.bool(), 0.5, torch.where(doubles, 2.0, 1.0)))
+        self.finite.mul_(~doubles)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """For the state of the run: its own tensors, to be loaded into."""
+        return {"scale": self.scale, "finite": self.finite}

@@ -78,11 +78,9 @@ class Previews:
 
 def scheduler(pipe: DiffusionPipeline, schedule: NoiseSchedule, prediction_type: str, **config: Any) -> None:
     """Give a pipeline the scheduler of this package, with the very schedule that is trained."""
-    abar = schedule.alphas_cumprod
-    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
     pipe.register_modules(
         scheduler=ZTSNRScheduler(
-            trained_betas=betas.tolist(),
+            trained_betas=schedule.betas.tolist(),
             prediction_type=prediction_type,
             rescale_betas_zero_snr=schedule.zero_terminal_snr,
             **config,
@@ -91,13 +89,14 @@ def scheduler(pipe: DiffusionPipeline, schedule: NoiseSchedule, prediction_type:
 
 
 def _sheet(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
+    """Up to four in a row, each below its label, as far as that fits."""
     height, width = pictures[0].shape[:2]
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * width, rows * (height + LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
     for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        left, top = number % columns * width, number // columns * (height + LABEL)
-        draw.text((left + 2, top + 1), label, fill="black")
-        sheet.paste(Image.fromarray(picture), (left, top + LABEL))
+        tile = Image.new("RGB", (width, height + LABEL), "white")
+        ImageDraw.Draw(tile).text((2, 1), label, fill="black")
+        tile.paste(Image.fromarray(picture), (0, LABEL))
+        sheet.paste(tile, (number % columns * width, number // columns * (height + LABEL)))
     return sheet

@@ -19,10 +19,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.atomic import atomic_folder
+from ..checkpoints.atomic import atomic_folder, remove_leftovers
 from .parallel import World
 
 STATE = "state.json"
+REMOVED = ".removed"
+BEFORE = "remove it to go on from the one before"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -46,6 +48,10 @@ class RunStates:
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return dict(sorted((int(match[1]), path) for match, path in found if match and (path / STATE).is_file()))
 
+    def last(self) -> tuple[int, Path] | None:
+        """Step and folder of the last one, as the first process sees it; all processes call this."""
+        return self.world.tell(max(self.paths().items(), default=None) if self.world.first else None)
+
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Write the state at a step; then remove those that need not stay.
 
@@ -64,7 +70,7 @@ class RunStates:
             if self.world.first:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    if target.exists():  # of the same step, by a run that was resumed from an earlier one
+                    if target.exists():  # without STATE: no state
                         shutil.rmtree(target)
                     place = opened.enter_context(atomic_folder(target))
                 except (OSError, ValueError) as error:
@@ -91,7 +97,7 @@ class RunStates:
             rows = {name: _packed(tensor) for name, tensor in tensors.items()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(rows, storage_writer=writer, no_dist=self.world.size == 1)
+                dcp.save(rows, storage_writer=writer, process_group=self.world.group, no_dist=self.world.size == 1)
         except CheckpointException as error:
             return _reason(next(iter(error.failures.values()))[0])
         except Exception as error:  # of whatever lies below
@@ -107,7 +113,7 @@ class RunStates:
         try:
             return json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path / STATE} cannot be read: {error}") from None
+            raise ValueError(f"{path / STATE} cannot be read: {error}; {BEFORE}") from None
 
     def read_into(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the tensors with those of a state, however many processes wrote it.
@@ -118,27 +124,52 @@ class RunStates:
         reader = dcp.HuggingFaceStorageReader(str(path))
         rows = {name: _packed(tensor) for name, tensor in tensors.items()}
         try:
+            saved = reader.read_metadata().state_dict_metadata
+        except Exception as error:  # of whatever lies below
+            raise ValueError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
+        _compare(path, {name: (tuple(s.size), s.properties.dtype) for name, s in saved.items()}, tensors)
+        try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(rows, storage_reader=reader, no_dist=self.world.size == 1)
+                dcp.load(rows, storage_reader=reader, process_group=self.world.group, no_dist=self.world.size == 1)
                 for name, tensor in tensors.items():
                     if rows[name] is not tensor:
                         tensor.copy_(rows[name])
         except CheckpointException as error:
-            raise ValueError(f"{path} cannot be read: {_reason(next(iter(error.failures.values()))[0])}") from None
+            reason = _reason(next(iter(error.failures.values()))[0])
+            raise ValueError(f"{path} cannot be read: {reason}; {BEFORE}") from None
         except Exception as error:  # of whatever lies below
-            raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+            raise ValueError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
 
     def _remove_old(self) -> None:
+        for leftover in self.folder.glob(".*" + REMOVED):  # by a run that was killed meanwhile
+            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(self.folder)
         paths = self.paths()
         kept = set(list(paths)[-self.keep :])
         for step, path in paths.items():
             if step not in kept and not (self.keep_every and step % self.keep_every == 0):
                 # renamed first, so that a state is whole as long as it has its name
-                gone = path.with_name(f".{path.name}.removed")
-                shutil.rmtree(gone, ignore_errors=True)
+                gone = path.with_name(f".{path.name}{REMOVED}")
                 path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+
+
+def _compare(path: Path, saved: Mapping[str, tuple], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a state of other tensors than these."""
+    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+    if not differing:
+        return
+    name = differing[0]
+    if name not in saved or name not in own:
+        how = f"{'has' if name in saved else 'lacks'} {name}"
+    else:
+        how = "has {} of shape {} in {} where this run's is {} in {}".format(name, *saved[name], *own[name])
+    raise ValueError(
+        f"{path} {how}, one of {len(differing)} tensors by which it differs from this run: go on with the model, "
+        "optimizer, trained parameters and averages that the run had"
+    )
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

@@ -60,9 +60,9 @@ class Speed:
         # chunks of which a batch of prompts can consist, at the most
         self._longest = math.lcm(*range(1, settings.data.max_chunks + 1))
         self.plan = self._plan(networks, trained, latents_are_made)
-        self._flops = self._flops_of_a_picture(networks, used, trained)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self._peak = peak_flops(name)
+        self._flops = self._flops_of_a_picture(networks, used, trained) if self._peak else math.nan  # for MFU alone
         self.start_interval()
 
     def _plan(self, networks: Networks, trained: list[str], latents_are_made: bool) -> MemoryPlan:

@@ -1,14 +1,12 @@
 """``ztsnr finetune``: the run, from settings to files that every program loads right.
 
-One ``NoiseSchedule`` gives the betas, the SNR, the loss weights, the sampler of the previews, and what the exported files
-say.  Everything random follows from the seed and the place in the plan, so a run that was stopped goes on as if it had
-not been, on any number of processes.
+One ``NoiseSchedule`` gives the betas, the SNR, the loss weights, the sampler of the previews, and what the exported
+files say.  Everything random follows from the seed and the place in the plan, so a run that was stopped goes on as if
+it had not been, on any number of processes.
 """
 
-import signal
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,13 @@ from .networks import Denoiser, Tokenize, add_adapter, in_groups, load_networks,
 from .objective import Objective
 from .optimizers import clip_grad_norm, load_optimizer_tensors, lr_factor, make_optimizer, optimizer_tensors, set_lr
 from .parallel import World, parallelize, start_world, whole
+from .precision import LossScale
+from .prefetch import ahead
 from .previews import Previews
 from .quarantine import Quarantine
 from .run_state import RunStates
 from .speed import Speed
+from .stopping import out_of_memory_in_one_sentence, stop_signals
 from .tokens import batch_prompts
 from .validation import Validation
 from .watch import BandedLoss, Watch
@@ -70,33 +71,34 @@ def run_finetune(
     Raises:
         ValueError: what the user can mend, in a sentence.
     """
-    with start_world(settings.speed.device) as world:
-        tell = say if world.first else (lambda line: None)
+    with start_world(settings.speed.device) as world, out_of_memory_in_one_sentence(settings):
         states = RunStates(settings.out / "states", settings.keep, settings.keep_every, world)
-        _check_folder(settings, states, resume)
-        if world.first:
-            settings.out.mkdir(parents=True, exist_ok=True)
-        world.wait()
-        run = _Run(settings, world, tell)
+        trouble = world.tell(_folder_trouble(settings.out, states, resume) if world.first else None)
+        if trouble:
+            raise ValueError(trouble)
+        run = _Run(settings, world, say if world.first else (lambda line: None))
+        if last := states.last():
+            run.restore(states, *last)
+        run.write_settings()
         if dry_run:
             return []
-        with out_of_memory_in_one_sentence(settings):
-            if resume and states.paths():
-                run.restore(states)
-            run.warm_up()
-            if not run.train(states):
-                return []
-        return run.export()
+        run.warm_up()
+        return run.export() if run.train(states) else []
 
 
-def _check_folder(settings: FinetuneSettings, states: RunStates, resume: bool) -> None:
-    if settings.out.exists() and not settings.out.is_dir():
-        raise ValueError(f"{settings.out} cannot be the folder of a run: it is a file")
+def _folder_trouble(out: Path, states: RunStates, resume: bool) -> str | None:
+    """Why this cannot be the folder of the run; it is made if it is not there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror or error
+        return f"{out} cannot be the folder of a run: {reason}"
     if states.paths() and not resume:
-        raise ValueError(
-            f"{settings.out} holds a run that is at step {max(states.paths())}: go on with --resume auto, or choose "
-            "another folder"
+        return (
+            f"{out} holds a run that is at step {max(states.paths())}: go on with --resume auto, or choose another "
+            "folder"
         )
+    return None
 
 
 class _Run:
@@ -105,11 +107,8 @@ class _Run:
     def __init__(self, settings: FinetuneSettings, world: World, say: Callable[[str], None]):
         self.settings, self.world, self.say = settings, world, say
         self.place = Place()
-        if world.first:
-            with atomic_write(settings.out / "config.toml") as file:
-                file.write(write_settings(settings))
         self.objective = Objective(settings.objective, device=world.device)
-        self._say_objective()
+        self.say(self.objective.table())
         self.data = open_data(settings.data, settings.seed, world, settings.out / "index.arrow")
         self._say_data()
 
@@ -129,16 +128,19 @@ class _Run:
         )
         self.optimizer = self._make_optimizer()
         self.guard = StepGuard(settings.out / "bad_batches", settings.optimizer.max_skipped, world)
-        self.scaler = torch.amp.GradScaler(world.device.type) if settings.model.dtype == "float16" else None
+        self.loss_scale = LossScale(world.device) if settings.model.dtype == "float16" else None
+        last = self.objective.schedule.last_timestep
+        self.bands = BandedLoss(last, [round(band / 999 * last) for band in BANDS], world.device)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Putting it together
 
-    def _say_objective(self) -> None:
-        self.say(self.objective.table())
-        if self.world.first:
-            with atomic_write(self.settings.out / "objective.csv") as file:
-                file.write(self.objective.to_csv().encode())
+    def write_settings(self) -> None:
+        """Put down all that the run depends on."""
+        contents = {"config.toml": write_settings(self.settings), "objective.csv": self.objective.to_csv().encode()}
+        for name, content in contents.items() if self.world.first else ():
+            with atomic_write(self.settings.out / name) as file:
+                file.write(content)
 
     def _say_data(self) -> None:
         plan = self.data.plan
@@ -177,8 +179,9 @@ class _Run:
         if settings.model.adapter is not None:
             add_adapter(networks.unet, settings.model.adapter)
         self.denoiser = Denoiser(networks).train()
-        if device.type == "cuda":
-            networks.unet.to(memory_format=torch.channels_last)
+        # given on, because a compiled U-Net is for one layout of its input
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        networks.unet.to(memory_format=self.layout)
         self.dtype = getattr(torch, settings.model.dtype)
         self.denoiser.to(device)
         networks.vae.to(device)
@@ -199,6 +202,7 @@ class _Run:
             self.world,
             self.say,
         )
+        self.denoiser.requires_grad_(False)  # from here on ``self.model`` says what is trained
         self.speed.prepare(networks.unet)
         kept_in = torch.bfloat16 if settings.optimizer.bf16_stochastic_round else torch.float32
         self.model = parallelize(self.denoiser, settings.speed.strategy, self.dtype, names, kept_in, self.world)
@@ -267,15 +271,14 @@ class _Run:
             x0 = self.latents(batch.data[part], slots[part], batch.epoch, batch.step)
             noise = self.objective.draw_noise(x0.shape[1:], slots[part], self.settings.seed, batch.epoch, batch.step)
             noisy = self.objective.noisy(x0, noise, t[part]).to(self.dtype)
-            if self.world.device.type == "cuda":
-                noisy = noisy.contiguous(memory_format=torch.channels_last)
+            noisy = noisy.contiguous(memory_format=self.layout)
             tokens = self.speed.of_one_length(batch.tokens._replace(rows=batch.tokens.rows[part]))
             with nullcontext() if last else self.model.accumulating():
                 output = self.model(noisy, t[part], tokens, batch.time_ids[part])
                 weighted, error = self.objective.losses(output, x0, noise, t[part])
                 weighted = weighted * batch.weights[part]
                 loss = weighted.sum() / len(slots)
-                (self.scaler.scale(loss) if self.scaler else loss).backward()
+                (loss * self.loss_scale.scale if self.loss_scale else loss).backward()
             errors.append(error)
             losses.append(weighted.detach())
         return torch.cat(errors), torch.cat(losses)
@@ -283,13 +286,15 @@ class _Run:
     def step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step of the optimizer; (B,) timesteps, errors and losses of this rank's pictures."""
         step = self.place.step
-        if (stage := self._stage_at(step)) != self.stage:
-            self._enter_stage(stage)
+        if self._stage_at(step) != self.stage:
+            self.warm_up()  # other parameters, other graphs
         plan = self.data.plan
         slots = range(plan.rank, plan.batch_size, plan.world_size)
         t = self.objective.draw_timesteps(self.settings.seed, batch.epoch, batch.step, plan.batch_size)
         t = t[plan.rank :: plan.world_size].to(self.world.device, non_blocking=True)
         errors, losses = self._backward(batch, slots, t)
+        if self.objective.learned is not None:
+            self.world.average_gradients(self.objective.learned.parameters())
 
         settings = self.settings.optimizer
         factor = lr_factor(
@@ -301,12 +306,14 @@ class _Run:
             reference_steps=settings.reference_steps,
         )
         set_lr(self.optimizer, factor * self.settings.stages[self.stage].learning_rate)
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm(self._all_parameters(), settings.clip or None)
+        if self.loss_scale:
+            self.loss_scale.unscale(self._all_parameters())
+        norm = clip_grad_norm(self.model.parameters.values(), settings.clip or None)  # not a learned weight's beside
         if settings.bf16_stochastic_round:  # by torch's own generator; the same on all ranks, and after a resume
             torch.manual_seed(self.settings.seed + step)
-        self.guard.step(self.optimizer, norm, batch, t, step, self.scaler)
+        bad = self.guard.step(self.optimizer, norm, batch, t, step)
+        if self.loss_scale:
+            self.loss_scale.update(bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step + 1)
         self.place = Place(step + 1, batch.epoch, batch.step + 1)
@@ -328,8 +335,7 @@ class _Run:
         device, factor = self.world.device, self.networks.factor
         channels = self.networks.unet.config.in_channels
         noisy = torch.zeros(batch, channels, size[1] // factor, size[0] // factor, device=device, dtype=self.dtype)
-        if device.type == "cuda":
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        noisy = noisy.contiguous(memory_format=self.layout)
         tokens = self.speed.of_one_length(batch_prompts([self.tokenize("")] * batch))
         t = torch.zeros(batch, dtype=torch.int64, device=device)
         self.model(noisy, t, tokens, torch.zeros(batch, 6, device=device)).float().sum().backward()
@@ -343,27 +349,29 @@ class _Run:
         validation = self._validation()
         previews = self._previews()
         last = self.objective.schedule.last_timestep
-        bands = BandedLoss(last, [round(band / 999 * last) for band in BANDS], world.device)
         batches = self._batches()
         bar = tqdm(total=settings.steps, initial=self.place.step, unit="step", disable=None if world.first else True)
-        written = self.place.step
         self.speed.start_interval()
-        with stop_signals() as stopped, bar:
+        with stop_signals() as stopped, closing(batches), bar:
             while self.place.step < settings.steps:
-                bands.add(*self.step(next(batches)))
+                self.bands.add(*self.step(next(batches)))
+                self.guard.look()
                 bar.update()
                 step = self.place.step
                 self.speed.count(settings.data.batch_size)
                 ends = step == settings.steps
                 if step % settings.watch.log_every == 0 or ends:
-                    metrics = bands.read(world) | self.guard.read() | self.speed.read()
-                    metrics["learning rate"] = self.optimizer.param_groups[0]["lr"] * 1.0
-                    watch.write(step, metrics)
+                    metrics = self.bands.read(world) | self.guard.read() | self.speed.read()
+                    metrics["learning rate"] = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor
+                    with self._writing():
+                        watch.write(step, metrics)
                     bar.set_postfix_str(_postfix(metrics, last))
                     self.speed.start_interval()
                 if validation is not None and (step % settings.watch.validate_every == 0 or ends):
                     with self.speed.paused():
-                        watch.write(step, self._measure(validation))
+                        metrics = self._measure(validation)
+                        with self._writing():
+                            watch.write(step, metrics)
                 if previews is not None and (step % settings.watch.preview_every == 0 or ends):
                     with self.speed.paused():
                         self._show(previews, watch)
@@ -374,14 +382,23 @@ class _Run:
                 if step % settings.save_every == 0 or stopping or ends:
                     self.guard.read()  # what is saved is sound
                     with self.speed.paused():
-                        written = self._save(states, written)
+                        self._save(states)
                 if stopping and not ends:
                     break
-        watch.close()
+        with self._writing():
+            watch.close()
         if self.place.step < settings.steps:
             self.say(f"stopped at step {self.place.step}; go on with --resume auto")
             return False
         return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What cannot be written within the block is missing, and said; the run matters more."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.say(f"{error}; training goes on without it")
 
     def _batches(self) -> Iterator[Batch]:
         settings = self.settings
@@ -431,13 +448,14 @@ class _Run:
     def _show(self, previews: Previews, watch: Watch) -> None:
         with self._averaged(), self.speed.eager():
             sheet, metrics = previews.make()
-        watch.write(self.place.step, metrics)
-        watch.picture(self.place.step, "previews", sheet)
-        if self.world.first:
-            folder = self.settings.out / "previews"
-            folder.mkdir(exist_ok=True)
-            with atomic_write(folder / f"step-{self.place.step:08d}.png") as file:
-                sheet.save(file, "PNG")
+        with self._writing():
+            watch.write(self.place.step, metrics)
+            watch.picture(self.place.step, "previews", sheet)
+            if self.world.first:
+                folder = self.settings.out / "previews"
+                folder.mkdir(exist_ok=True)
+                with atomic_write(folder / f"step-{self.place.step:08d}.png") as file:
+                    sheet.save(file, "PNG")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -456,23 +474,31 @@ class _Run:
         named = self._named_parameters()
         tensors = {f"parameter.{name}": parameter.detach() for name, parameter in named.items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer, named).items()}
-        return tensors | {f"average.{name}": tensor for name, tensor in self.ema.state_tensors().items()}
+        if self.loss_scale:
+            tensors |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state_tensors().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.ema.state_tensors().items()}
+        return tensors | {"bands": self.bands.sums}
 
     def _named_parameters(self) -> dict[str, torch.Tensor]:
         learned = self.objective.learned
         more = {} if learned is None else {f"learned_weight.{n}": p for n, p in learned.named_parameters()}
         return self.model.parameters | more
 
-    def _save(self, states: RunStates, written: int) -> int:
-        """Write the state; where that fails, say so and train on.  The step of the last one written."""
+    def _leave_bands_to_first(self) -> None:
+        """What was gathered since the last line of metrics, of all processes, is in all of them: count it once."""
+        if not self.world.first:
+            self.bands.sums.zero_()
+
+    def _save(self, states: RunStates) -> None:
+        """Write the state; where that fails, say so and train on."""
         step = self.place.step
         state = {
             "epoch": self.place.epoch,
             "epoch_step": self.place.epoch_step,
             "fingerprint": self.data.fingerprint,
             "guard": self.guard.state(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
         }
+        self.world.sum(self.bands.sums)
         try:
             states.write(step, self._tensors(), state)
         except ValueError as error:
@@ -480,12 +506,10 @@ class _Run:
             self.say(f"{error}; {there}")
             if step >= self.settings.steps:
                 raise
-            return written
-        return step
+        self._leave_bands_to_first()
 
-    def restore(self, states: RunStates) -> None:
-        """Go on from the last state."""
-        step, path = list(states.paths().items())[-1]
+    def restore(self, states: RunStates, step: int, path: Path) -> None:
+        """Go on from a state."""
         state = states.read_json(path)
         if state["fingerprint"] != self.data.fingerprint:
             raise ValueError(
@@ -502,8 +526,7 @@ class _Run:
         load_optimizer_tensors(self.optimizer, self._named_parameters(), part["optimizer"])
         self.ema.load_state_tensors(part["average"])
         self.guard.load(state["guard"])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        self._leave_bands_to_first()
         self.place = Place(step, state["epoch"], state["epoch_step"])
         self.say(f"going on from step {step}")
 
@@ -527,7 +550,11 @@ class _Run:
         written = []
         for kind, profile in kinds.items():
             tensors = self.model.parameters if profile is None else self.ema.tensors(profile)
-            weights = {name: whole(tensor.detach()).float().cpu() for name, tensor in tensors.items()}
+            weights = {}
+            for name, tensor in tensors.items():
+                one = whole(tensor.detach())
+                if self.world.first:
+                    weights[name] = one.float().cpu()
             trouble = None
             if self.world.first:
                 try:
@@ -544,76 +571,6 @@ class _Run:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device; the next one is on its way while this one is used."""
-    ready: deque[Batch] = deque()
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in batches:
-        with torch.cuda.stream(stream) if stream else nullcontext():
-            ready.append(_moved(batch, device))
-        if len(ready) == 2:
-            yield _arrived(ready.popleft(), stream)
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    def to(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    tokens = batch.tokens._replace(chunks=tuple(map(to, batch.tokens.chunks)), rows=to(batch.tokens.rows))
-    return batch._replace(data=to(batch.data), tokens=tokens, time_ids=to(batch.time_ids), weights=to(batch.weights))
-
-
-def _arrived(batch: Batch, stream: "torch.cuda.Stream | None") -> Batch:
-    if stream is not None:
-        now = torch.cuda.current_stream()
-        now.wait_stream(stream)
-        for tensor in (batch.data, *batch.tokens, batch.time_ids, batch.weights):
-            for part in tensor if isinstance(tensor, tuple) else (tensor,):
-                part.record_stream(now)
-    return batch
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that is not empty any more once the process was asked to stop; asked again, it stops at once."""
-    caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {}
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-    with suppress(ValueError):  # in another thread than the main one there are no signals
-        for number in numbers:
-            before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def out_of_memory_in_one_sentence(settings: FinetuneSettings) -> Iterator[None]:
-    """What can be done about it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        ways = []
-        if settings.speed.checkpointing != "full":
-            ways.append('speed.checkpointing = "full"')
-        ways.append(f"optimizer.accumulation above {settings.optimizer.accumulation}")
-        if settings.optimizer.name == "adamw":
-            ways.append('optimizer.name = "adamw8bit"')
-        if not settings.average.on_cpu:
-            ways.append("average.on_cpu = true")
-        if settings.model.adapter is None:
-            ways.append("model.adapter")
-        raise ValueError(f"the device has too little memory: try {', '.join(ways)}") from error
 
 
 def _postfix(metrics: dict[str, float], last: int) -> str:

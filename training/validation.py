@@ -34,7 +34,7 @@ class Validation:
 
     Every picture is asked about at the middles of 8 equal parts of the distribution of timesteps and at t = T, with
     noise of its own that never changes, nor does its crop or its caption.  The pictures are read once and kept as
-    latents.
+    latents.  The numbers are the same for any number of processes.
 
     Args:
         data: with the pictures held out; those that cannot be used are passed over.
@@ -59,20 +59,25 @@ class Validation:
         self._objective, self._world = objective, world
         middles = objective.timesteps_at((np.arange(QUANTILES) + 0.5) / QUANTILES)
         self.timesteps = torch.cat([middles, torch.tensor([objective.schedule.last_timestep])]).unique()
-        usable = []
+        self.count, own, first = 0, [], None
         for picture, bucket in zip(data.held_out.tolist(), data.held_out_buckets.tolist(), strict=True):
-            if len(usable) == pictures:
+            if self.count == pictures:
                 break
             try:
                 numbers = partial(keyed_generator, data.plan.seed, 0, picture)
-                loaded = data.load(picture, data.plan.buckets[bucket], numbers)
+                loaded = (picture, *data.load(picture, data.plan.buckets[bucket], numbers))
             except (PictureError, OSError):
                 continue
-            usable.append((picture, *loaded))
-        self.count = len(usable) // world.size * world.size  # as many for each process, as FSDP needs it
+            first = first or loaded
+            if self.count % world.size == world.rank:
+                own.append(loaded)
+            self.count += 1
+        self._counted = len(own)
+        if len(own) < -(-self.count // world.size):
+            own.append(first)  # asked without counting: shares of weights are fetched as often by every process
         plain = replace(captions, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
         self._questions = []
-        for picture, pixels, conditioning in usable[world.rank : self.count : world.size]:
+        for picture, pixels, conditioning in own:
             latents = to_latents(pixels[None].to(objective.device), picture)
             numbers = partial(keyed_generator, data.plan.seed, 0, picture)
             tokens = tokenize(caption_text(data.index.captions(picture), plain, numbers(CAPTION)))
@@ -95,14 +100,15 @@ class Validation:
         """
         device, t = self._objective.device, self.timesteps.to(self._objective.device)
         total = torch.zeros(len(t), dtype=torch.float64, device=device)
-        for question in self._questions:
+        for number, question in enumerate(self._questions):
             latents, noise = (
                 tensor.to(device).expand(len(t), -1, -1, -1) for tensor in (question.latents, question.noise)
             )
             noisy = self._objective.noisy(latents, noise, t)
             output = predict(noisy, t, question.tokens, question.time_ids.to(device))
             _, errors = self._objective.losses(output, latents, noise, t)
-            total += errors.double()
+            if number < self._counted:
+                total += errors.double()
         means = (self._world.sum(total) / self.count).tolist()
         by_timestep = zip(self.timesteps.tolist(), means, strict=True)
         return {"validation": float(np.mean(means))} | {f"validation/t{at:03d}": mean for at, mean in by_timestep}

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +99,33 @@ class BandedLoss:
     Args:
         bands: first timesteps of all bands but the lowest.
         last: the last timestep T, which is a band of its own.
+
+    Attributes:
+        sums: (3, bands) float64 on the device, of this process: counts, errors, losses.
     """
 
     def __init__(self, last: int, bands: Sequence[int], device: torch.device):
         starts = [0, *bands, last]
         self.names = [
-            *(f"loss/t{low:03d}-{high - 1:03d}" for low, high in zip(starts, starts[1:], strict=False)),
+            *(f"loss/t{low:03d}-{high - 1:03d}" for low, high in pairwise(starts)),
             f"loss/t{last:03d}",
         ]
         self._starts = torch.tensor(starts[1:], device=device)
-        self._sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
 
     def add(self, t: torch.Tensor, errors: torch.Tensor, losses: torch.Tensor) -> None:
         """(B,) timesteps, mean square errors and weighted losses; what is not finite does not count."""
         band = torch.bucketize(t, self._starts, right=True)
         rows = torch.stack([torch.ones_like(errors), errors, losses]).double()
-        self._sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
+        self.sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
 
     def read(self, world: World) -> dict[str, float]:
         """The mean error of each band that had a picture, "loss" of all and "loss/weighted"; begins anew.
 
         Waits for the device.
         """
-        counts, errors, losses = world.sum(self._sums).tolist()
-        self._sums.zero_()
+        counts, errors, losses = world.sum(self.sums).tolist()
+        self.sums.zero_()
         metrics = {name: error / count for name, error, count in zip(self.names, errors, counts, strict=True) if count}
-        total = max(sum(counts), 1)
+        total = sum(counts) or math.nan  # where none counts there is no loss
         return {"loss": sum(errors) / total, "loss/weighted": sum(losses) / total} | metrics

@@ -37,10 +37,20 @@ def make_speed(place, world=None, said=None, **changes) -> tuple[Speed, torch.nn
     return Speed(settings, networks, plan, trained, True, world, say), networks.unet
 
 
-def test_flops_are_the_mean_over_the_pictures(place):
-    speed, unet = make_speed(place)
+def test_mfu(place, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("ztsnr.training.speed.peak_flops", lambda name: 1e9)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    speed, unet = make_speed(place, World(0, 2, 2, torch.device("cpu")))
+    speed.start_interval()
+    speed.count(12)
+    now[0] += 4.0
     each = [unet_flops(unet.requires_grad_(True), 1, latent) for latent in ((16, 16), (16, 24))]
-    assert speed._flops == pytest.approx(sum(each) / 2, rel=1e-12)  # six pictures of each
+    assert speed.read()["MFU"] == pytest.approx(3 / 2 * sum(each) / 2 / 1e9, rel=1e-12)  # six pictures of each
+
+
+def test_without_a_known_peak_there_is_no_mfu(place):
+    assert "MFU" not in make_speed(place)[0].read()
 
 
 def test_parts_of_a_step(place):

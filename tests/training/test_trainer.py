@@ -1,0 +1,409 @@
+"""A run that is stopped, killed or has no room goes on as if nothing had been; on one process.
+
+For more of them see test_parallel.py.
+"""
+
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from ztsnr.training import trainer
+from ztsnr.training.config import FinetuneSettings, parse_settings
+from ztsnr.training.trainer import run_finetune
+
+from ..samplers.conftest import NoHostReads
+from .tiny_run import assert_same, at, losses, make_content, metrics, poison, sends, state, states, train
+
+# stages, a learned weight, trained encoders and all kinds of averages in one
+MUCH = {
+    "stages": [{"groups": ["up"], "steps": 4, "learning_rate": 0.5}, {"groups": ["all"]}],
+    "objective__weighting": "learned",
+    "model__text_encoders": True,
+    "average__decay": 0.9,
+    "average__on_cpu": True,
+    "average__every": 2,
+    "optimizer__accumulation": 2,
+    "data__flip": 0.5,
+    "watch__log_every": 4,  # no divisor of where it is stopped
+    "watch__validate_every": 8,
+    "data__validation_share": 0.2,
+}
+
+
+ADAPTER = {
+    "model__adapter": {"kind": "lora", "rank": 2},
+    "model__dtype": "bfloat16",
+    "data__workers": 1,
+    "average__decay": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(place, tmp_path_factory):
+    """12 steps at once, with the usual settings."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train(make_content(place, out))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [(signal.SIGTERM, MUCH), pytest.param(signal.SIGINT, ADAPTER, marks=pytest.mark.slow)],
+)
+def test_stopped_and_resumed(place, tmp_path, number, changes):
+    """12 steps at once, and 5, a signal, and the rest: the same to the last bit."""
+    whole, parts, said = tmp_path / "whole", tmp_path / "parts", []
+    train(make_content(place, whole, **changes))
+    content = make_content(place, parts, save_every=100, **changes)
+    with at({4: sends(number)}) as taken:
+        assert train(content, say=said.append) == []
+    assert taken == [0, 1, 2, 3, 4]
+    assert said[-1] == "stopped at step 5; go on with --resume auto"
+    assert states(parts) == [5]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    exported = train(content, resume=True, say=said.append)
+    assert "going on from step 5" in said
+    assert_same(parts, whole)
+    assert {parts / "export" / name for name in ("parts", "parts_decay_0.9")} <= set(exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit", "adafactor"])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_other_optimizers_resume(place, tmp_path, name, rounds):
+    """torchao's in 8 and 4 bits, with and without stochastic rounding of bfloat16 weights."""
+    if rounds and name == "adafactor":
+        pytest.skip("it does not round stochastically")
+    changes = {"optimizer__name": name, "optimizer__bf16_stochastic_round": rounds}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_content(place, whole, **changes))
+    with at({4: sends(signal.SIGTERM)}):
+        train(make_content(place, parts, **changes))
+    train(make_content(place, parts, **changes), resume=True)
+    assert_same(parts, whole)
+    assert any(key.endswith(".codes") for key in state(whole, 12)) == (name != "adafactor")  # some are large enough
+    if rounds:
+        assert state(whole, 12)["parameter.unet.conv_in.weight"].dtype == torch.bfloat16
+
+
+def test_asked_twice(place, tmp_path, monkeypatch):
+    """At once is one request, as torchrun passes a signal on; later it ends the run on the spot."""
+    content = make_content(place, tmp_path / "run", save_every=100)
+    with at({1: lambda batch: sends(signal.SIGINT)(sends(signal.SIGTERM)(batch))}):
+        train(content)
+    assert states(tmp_path / "run") == [2]
+    monkeypatch.setattr("ztsnr.training.stopping.ONE_REQUEST", 0.0)
+    twice = {3: lambda batch: sends(signal.SIGINT)(sends(signal.SIGINT)(batch))}
+    with at(twice), pytest.raises(KeyboardInterrupt):
+        train(content, resume=True)
+    assert states(tmp_path / "run") == [2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+def signalled(content, number, seconds):
+    """A run that goes on in processes of its own, all of which get a signal so long after its first metrics line.
+
+    What it ended with.
+    """
+    child = os.fork()
+    if not child:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        try:
+            train(content, resume=True)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    path = Path(content["out"]) / "metrics.jsonl"
+    before, begin = path.stat().st_size if path.exists() else 0, time.monotonic()
+    while not path.exists() or path.stat().st_size <= before:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        assert time.monotonic() < begin + 120
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.killpg(child, number)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes(place, tmp_path, number):
+    """Ctrl-C reaches the workers that read pictures too: they leave it to the run, which stops behind its step."""
+    content = make_content(place, tmp_path / "run", steps=500, save_every=500, data__workers=2)
+    assert signalled(content, number, 0.1) == 0
+    (step,) = states(tmp_path / "run")
+    assert step == len(losses(tmp_path / "run")) < 500
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(2, 12), pytest.param(25, 100, marks=pytest.mark.slow)])
+def test_killed(place, plain, tmp_path, kills, steps):
+    """At random moments; half of the time of such a run goes into the writing of states."""
+    draw = random.Random(kills)
+    content = make_content(place, tmp_path / "killed", save_every=1, steps=steps)
+    best = 0
+    for _ in range(kills):
+        signalled(content, signal.SIGKILL, draw.uniform(0, 0.3))
+        now = states(tmp_path / "killed")
+        assert not now or max(now) >= best  # never behind where it was
+        best = max(now, default=0)
+    train(content, resume=True)
+    if steps != 12:
+        train(content | {"out": str(plain := tmp_path / "whole")})
+    assert_same(tmp_path / "killed", plain, steps)
+    names = {path.name for path in (tmp_path / "killed" / "states").iterdir()}
+    assert names == {f"step-{step:08d}" for step in (steps - 1, steps)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# No room
+
+
+class SmallDisk:
+    """A file system of its own that a file fills and whose removal makes room again."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("only root may mount")
+
+    def fill(self):
+        with (self.folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def empty(self):
+        (self.folder / "filler").unlink()
+
+    def close(self):
+        subprocess.run(["umount", "-l", self.folder], check=True)
+
+
+class Limit:
+    """The system's limit of the size of a file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, self.before[1]))
+
+    def empty(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+    close = empty
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "lost"),
+    [
+        (SmallDisk, "No space left|os error 28", 0),  # lines of metrics: a page of their file has room still
+        pytest.param(Limit, "too large|os error 27", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_full_disk(place, plain, tmp_path, kind, reason, lost):
+    """From step 6 to step 11 nothing can be written: the run says so, keeps what it has, and trains on."""
+    disk, said = kind(tmp_path / "disk"), []
+    try:
+        there = []
+
+        def fill(batch):
+            disk.fill()
+            return batch
+
+        def look(batch):
+            disk.empty()
+            there.extend(states(disk.folder / "run"))
+            return batch
+
+        with at({5: fill, 10: look}):
+            train(make_content(place, disk.folder / "run", save_every=3), say=said.append)
+        assert there == [3]
+        (sentence,) = (line for line in said if line.startswith("the state at step 6"))
+        assert re.search(f"could not be written: .*({reason}).*; that of step 3 is there$", sentence)
+        assert sum("training goes on" in line for line in said) == lost
+        ours, theirs = state(disk.folder / "run", 12), state(plain, 12)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finally:
+        disk.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients that are no numbers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_a_bad_step_is_left_out(place, tmp_path, dtype):
+    """Weights, moments and counts are those of the step before; the averages see these weights again."""
+    out = tmp_path / "run"
+    with at({2: poison}):
+        train(make_content(place, out, model__dtype=dtype, steps=4, save_every=1, keep=9))
+    before, behind = state(out, 2), state(out, 3)
+    for name, tensor in before.items():
+        if name.startswith(("parameter.", "optimizer.")):
+            assert torch.equal(tensor, behind[name])
+        elif name == "average.step":
+            assert behind[name] == tensor + 1
+        elif name.startswith("average."):
+            parameter = before["parameter." + name.removeprefix("average.power_0.05.")]
+            assert ((behind[name] - parameter).abs() <= (tensor - parameter).abs()).all()
+    assert not torch.equal(behind["parameter.unet.conv_in.weight"], state(out, 4)["parameter.unet.conv_in.weight"])
+    assert [path.name for path in (out / "bad_batches").iterdir()] == ["step-00000002-rank-0.safetensors"]
+    assert [line["steps left out"] for line in metrics(out)] == [0, 0, 1, 1]
+    assert metrics(out)[2]["gradient norm"] is None
+    assert all(math.isfinite(loss) for loss in losses(out))
+
+
+def test_too_many_bad_steps_end_the_run(place, tmp_path):
+    content = make_content(place, tmp_path / "run", optimizer__max_skipped=3)
+    sentence = r"not finite in 3 steps in a row, up to step 7, .* is in .*step-00000007"
+    with at(dict.fromkeys((2, 3, 5, 6, 7), poison)), pytest.raises(ValueError, match=sentence):
+        train(content)
+    assert states(tmp_path / "run") == [5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective__weighting": "learned", "model__text_encoders": True, "model__dtype": "bfloat16"},
+        pytest.param({"model__dtype": "float16", "optimizer__accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"model__adapter": {"rank": 2}, "average__on_cpu": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_reads_nothing_on_the_host(place, tmp_path, monkeypatch, changes):
+    """On a GPU it would be waited for."""
+    step = trainer._Run.step
+
+    def watched(run, batch):
+        with NoHostReads():
+            return step(run, batch)
+
+    monkeypatch.setattr(trainer._Run, "step", watched)
+    train(make_content(place, tmp_path / "run", steps=2, **changes))
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_float16(place, plain, tmp_path):
+    """It trains as float32 does; and a step that overflows halves the scale and is left out, also behind a resume."""
+    content = make_content(place, tmp_path / "float16", model__dtype="float16", steps=6, save_every=1, keep=9)
+    out = tmp_path / "float16"
+    with at({3: poison, 4: sends(signal.SIGTERM)}):
+        train(content)
+    train(content, resume=True)
+    assert [state(out, step)["loss_scale.scale"].item() for step in range(1, 7)] == [2.0**16] * 3 + [2.0**15] * 3
+    assert metrics(out)[-1]["steps left out"] == 1
+    assert losses(out)[:3] == pytest.approx(losses(plain)[:3], rel=5e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One sentence each
+
+
+def test_out_of_memory(place, tmp_path, monkeypatch):
+    """A stand-in: where there is no GPU there is no such error."""
+
+    def out_of_memory_stand_in(run, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer._Run, "step", out_of_memory_stand_in)
+    with pytest.raises(ValueError, match=r"^the device has too little memory: try speed\.checkpointing = \"full\", "):
+        train(make_content(place, tmp_path / "run"))
+
+
+def test_folders_that_cannot_be_those_of_a_run(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file cannot be the folder of a run: it is a file$"):
+        train(make_content(place, tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"cannot be the folder of a run: Not a directory$"):
+        train(make_content(place, tmp_path / "file" / "inside"))
+
+
+def test_a_read_only_folder(place, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+        folder.chmod(0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("nothing is read-only here")
+    try:
+        for out in (folder, folder / "run"):
+            with pytest.raises(ValueError, match=r"Read-only file system|Permission denied"):
+                train(make_content(place, out))
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)
+        folder.chmod(0o700)
+
+
+@pytest.fixture(scope="module")
+def done(place, tmp_path_factory):
+    """A run of 2 steps, and its settings."""
+    out = tmp_path_factory.mktemp("done") / "run"
+    content = make_content(place, out, steps=2)
+    train(content)
+    return out, content
+
+
+def test_a_folder_with_a_run(done):
+    out, content = done
+    with pytest.raises(ValueError, match=f"^{out} holds a run that is at step 2: go on with --resume auto, or"):
+        train(content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": 1}, "other pictures, buckets, another batch_size or another seed"),
+        ({"data__batch_size": 2}, "other pictures, buckets, another batch_size or another seed"),
+        ({"optimizer__name": "adafactor"}, r"tensors by which it differs .* optimizer, trained parameters"),
+        ({"model__adapter": {"rank": 2}}, r"tensors by which it differs .* trained parameters"),
+        ({"average__sigma_rel": (0.1,)}, r"average\.power_0\.\d+\..* and averages that the run had"),
+        ({"objective__weighting": "learned"}, r"lacks optimizer\.learned_weight"),
+    ],
+)
+def test_other_settings_at_a_resume(place, done, changes, sentence):
+    """The run stays as it was, and can go on with the settings it had."""
+    out, _ = done
+    before = (out / "config.toml").read_bytes()
+    with pytest.raises(ValueError, match=sentence):
+        train(make_content(place, out, steps=4, **changes), resume=True)
+    assert (out / "config.toml").read_bytes() == before
+
+
+def test_a_run_that_is_done_is_exported_again(done):
+    out, content = done
+    shutil.rmtree(out / "export")
+    assert train(content, resume=True) == [out / "export" / "run"]
+
+
+def test_a_dry_run(place, tmp_path):
+    settings = parse_settings(FinetuneSettings, make_content(place, tmp_path / "run"))
+    said = []
+    assert run_finetune(settings, dry_run=True, say=said.append) == []
+    assert {"config.toml", "objective.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "run" / "states").exists()
+    train(make_content(place, tmp_path / "run", steps=1))  # the folder is free still
