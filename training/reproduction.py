@@ -27,14 +27,27 @@ from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak_report import load_row, row_of_pictures
 from .config import FinetuneSettings, parse_settings
 from .make_latent_cache import run_cache
+from .pictures import open_picture
 from .reproduction_data import SIZES as PICTURE_SIZES
 from .reproduction_data import vocabulary, write_pictures
-from .reproduction_measures import BANDS, SHAPES, SOLIDS, STARTS, STEPS, KnownPrompt, Row, TrainedModel, measure_prompts
+from .reproduction_measures import (
+    BANDS,
+    SHAPES,
+    SOLIDS,
+    STARTS,
+    STEPS,
+    KnownPrompt,
+    Row,
+    TrainedModel,
+    measure_prompts,
+    pixel_statistics,
+)
 from .small_model import SIZES, write_small_model
 from .trainer import run_finetune
 
-SEEDS = range(8)  # of the noise
+SEEDS = range(6)  # of the noise
 LEAK_SEEDS = range(16)
+REFERENCE_PICTURES = 500
 
 # what is trained: all that differs is the objective
 TRAININGS: dict[str, dict] = {
@@ -68,7 +81,7 @@ class Recipe:
 
 
 RECIPES = {
-    "cpu": Recipe(2000, 1, 1200, 16, 2e-3, 0.3, "float32"),
+    "cpu": Recipe(2000, 1, 800, 16, 2e-3, 0.2, "float32"),
     "gpu": Recipe(20_000, 4, 12_000, 32, 5e-4, 0.3, "bfloat16"),
 }
 
@@ -101,7 +114,7 @@ class Reproduction:
     Args:
         out: folder; what is finished in it stays.
         size: one of RECIPES.
-        data: a folder of pictures and captions to train with instead of those drawn here.
+        data: a folder of pictures and captions that are trained with beside those drawn here.
         recipe: another one, for tests.
         say: takes each line for the user.
 
@@ -158,7 +171,7 @@ class Reproduction:
 
     def _prepare(self) -> None:
         """The pictures, the model before training, and the latents; all trainings share them."""
-        pictures, base = self._pictures(), self.out / "base"
+        pictures, base = self.out / "pictures", self.out / "base"
         if not pictures.exists():
             self.say(f"drawing {self.recipe.pictures} pictures")
             write_pictures(pictures, self.recipe.pictures, scale=self.recipe.scale)
@@ -166,7 +179,7 @@ class Reproduction:
             write_small_model(base, vocabulary(), SIZES[self.size])
         if not (self.out / "latents" / "index.arrow").exists():
             run_cache(
-                [pictures],
+                self._sources(),
                 self.out / "latents",
                 [self.buckets],
                 vae=base,
@@ -175,8 +188,8 @@ class Reproduction:
                 say=lambda line: None,
             )
 
-    def _pictures(self) -> Path:
-        return self.data or self.out / "pictures"
+    def _sources(self) -> list[Path]:
+        return [self.out / "pictures", *([self.data] if self.data else [])]
 
     def _folder(self, training: str, seed: int) -> Path:
         name = "".join(letter if letter.isalnum() else "-" for letter in training).replace("--", "-")
@@ -195,7 +208,7 @@ class Reproduction:
                 "keep": 1,
                 "model": {"base": str(self.out / "base"), "text_encoders": True, "dtype": recipe.dtype},
                 "data": {
-                    "sources": [{"path": str(self._pictures())}],
+                    "sources": [{"path": str(source)} for source in self._sources()],
                     "latents": str(self.out / "latents"),
                     "batch_size": recipe.batch_size,
                     "captions": {"caption_dropout": recipe.caption_dropout},
@@ -226,6 +239,15 @@ class Reproduction:
 
     def _model(self, folder: Path) -> Path:
         return folder / "export" / folder.name
+
+    def reference(self) -> np.ndarray:
+        """Pixel statistics of the pictures that it is trained with."""
+        return pixel_statistics(self.training_pictures(REFERENCE_PICTURES))
+
+    def training_pictures(self, count: int) -> list[np.ndarray]:
+        """The first of the pictures that were drawn, (H, W, 3) uint8."""
+        paths = sorted((self.out / "pictures").glob("*.png"))[:count]
+        return [np.asarray(open_picture(path.read_bytes())) for path in paths]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measuring
@@ -284,3 +306,35 @@ def starts_of(model_rows: Sequence[Row]) -> list:
     """The starts that there are rows of, in order."""
     there = {row.start for row in model_rows}
     return [start for start in STARTS if start in there]
+
+
+def reproduce(
+    out: Path,
+    size: str = "cpu",
+    data: Path | None = None,
+    seeds: Sequence[int] = (0,),
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Train, measure, judge and report; False if a signal stopped it.
+
+    Args:
+        seeds: of the trainings; several give intervals over trainings.
+
+    Raises:
+        ValueError: see ``Reproduction``.
+    """
+    from .reproduction_report import claims_text, summary_rows, summary_table, write_report
+
+    reproduction = Reproduction(out, size, data, say=say)
+    runs = []
+    for seed in seeds:
+        measured = reproduction.run(seed)
+        if measured is None:
+            say(f"stopped; the same command goes on from here, in {out}")
+            return False
+        runs.append({one.training: one for one in measured})
+    claims = write_report(reproduction, runs)
+    say(
+        f"\n{summary_table(summary_rows(runs, reproduction.reference()))}\n\n{claims_text(claims)}\n\nReport: {out / 'report.html'}"
+    )
+    return True
