@@ -54,24 +54,31 @@ def main(out: Path, size: str, seeds: int, first_seed: int, report: bool, write:
         for name in TRAININGS
         if runs[0][name].leak is not None
     )
-    minutes = [
-        second / 60 for seed in range(first_seed, first_seed + seeds) for second in seconds_of(reproduction, seed)
-    ]
-    text = (
-        f"`python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}`, {datetime.date.today().isoformat()}.\n"
-        f"{machine(None)}.\n\n"
-        f"Four trainings of a small SDXL ({recipe.steps} steps of {recipe.batch_size} pictures, "
-        f"{min(minutes):.1f} to {max(minutes):.1f} minutes each, two at a time), {seeds} seeds\n"
-        f"each; the same weights, pictures and noise for all four. Mean and standard deviation over trainings, each the mean\n"
-        f"of {len(SEEDS)} noises; Euler, no guidance.\n\n"
-        f"{re.sub(r'^ +', '    ', claims_text(claims), flags=re.MULTILINE)}\n\n"
-        f"How far x0 at t = T follows the mean of the noise, as a share of its peak (one number a training):\n\n{slopes}\n\n"
-        f"20 steps; 10 and 28 are in results.json. Brightness error: of six solid colours, in levels of 255. CIEDE2000: of their\n"
-        "pixels, to the colour asked for. Background: share of the pixels within 10 of it, shapes on a ground. Coarse contrast:\n"
-        "standard deviation of the brightness of 4 x 4 blocks, solid black and white. First prediction: CIEDE2000 of its mean.\n"
-        "Fréchet: of nine pixel statistics, to pictures of training; it is no FID.\n\n"
-        f"```\n{summary_table(rows)}\n```\n"
-    )
+    minutes = [second / 60 for run in runs for second in seconds_of(reproduction, run["v, zero SNR"].seed)]
+    claims_lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
+    today = datetime.date.today().isoformat()
+    text = f"""`python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}`, {today}.
+{machine(None)}.
+
+Four trainings of a small SDXL, {recipe.steps} steps of {recipe.batch_size} pictures, {min(minutes):.1f} to
+{max(minutes):.1f} minutes each, {seeds} seeds each; the same weights, pictures and noise for all four. Mean and
+standard deviation over trainings, each the mean of {len(SEEDS)} noises; Euler, without guidance.
+
+{claims_lines}
+
+How far x0 at t = T follows the mean of the noise, as a share of its peak, a number a training:
+
+{slopes}
+
+20 steps; 10 and 28 are in results.json. Brightness error: of six solid colours, in levels of 255. CIEDE2000: of their
+pixels, to the colour asked for. Background: share of the pixels within 10 of it, shapes on a ground. Coarse contrast:
+standard deviation of the brightness of 4 x 4 blocks, solid black and white. First prediction: CIEDE2000 of its mean.
+Fréchet: of nine pixel statistics, to pictures of training; it is no FID.
+
+```
+{summary_table(rows)}
+```
+"""
     print(text)
     if write:
         write_section(RESULTS, "Reproduction: what zero terminal SNR does", text)

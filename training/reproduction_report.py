@@ -180,8 +180,8 @@ def _html(reproduction: Reproduction, runs: Runs, claims: Sequence[Claim], rows:
     recipe = reproduction.recipe
     side = runs[0][OURS].rows[0].pictures.shape[1]
     about = (
-        f"{recipe.steps} steps of {recipe.batch_size} pictures of about {side} x {side} pixels, which the program draws "
-        f"itself; the pictures below are of the first training, with the noise of seed {SEEDS[0]}."
+        f"{recipe.steps} steps of {recipe.batch_size} pictures of about {side} x {side} pixels, which the program "
+        f"draws itself; the pictures below are of the first training, with the noise of seed {SEEDS[0]}."
     )
     page = environment.get_template("reproduction_report.html").render(
         version=__version__,
