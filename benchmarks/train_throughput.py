@@ -184,7 +184,7 @@ def our_loop(unet: UNet2DConditionModel, batches: Iterable[Batch], steps: int, d
         planned = plan(unet, batch=size, buckets=[pixels], memory=device_memory(device))
         print(planned)
         apply_checkpointing(unet, planned.mode or "full")
-        choose_attention(unet, size, [pixels], torch.bfloat16, print)
+        choose_attention(unet, size, latent[::-1], torch.bfloat16, print)
         unet.compile(dynamic=False)
     layout = torch.channels_last if is_cuda else torch.contiguous_format
     unet.train().to(memory_format=layout)

@@ -36,7 +36,7 @@ Runs = Sequence[dict[str, Measured]]
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures of a claim: names of the columns, and for each row its name and pictures as data URLs."""
+    """What is shown of a claim: names of the columns, and for each row its name and its cells, data URLs or texts."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -221,13 +221,18 @@ def _sheets(run: dict[str, Measured]) -> dict[int, Sheet]:
         1: Sheet(solid_names, from_everywhere, same_noise),
         2: Sheet([prompt.text for prompt in (*SOLIDS[:2], *SHAPES)], pulled, same_noise),
         3: Sheet(
-            ["brightness of the first prediction is in the table: first prediction, CIEDE2000"],
-            [],
-            "The mean colour of the very first prediction of x0, from pure noise, beside the colour asked for.",
+            [prompt.text for prompt in SOLIDS],
+            [(name, _first_errors(run[name].rows)) for name in (OURS, PLAIN, STARVED)],
+            "CIEDE2000 between the colour asked for and the mean of the very first prediction of x0, from pure noise.",
         ),
         4: Sheet([prompt.text for prompt in BANDS], large, f"{LARGE_STEPS} Euler steps, a canvas of double length."),
         5: Sheet(solid_names, starved, same_noise),
     }
+
+
+def _first_errors(rows: Sequence[Row]) -> list[str]:
+    found = {row.prompt: row for row in rows if (row.start, row.steps) == (math.inf, JUDGED_STEPS)}
+    return [f"{found[prompt].first_colour_error:.1f}" for prompt in SOLIDS]
 
 
 def _pictures(
@@ -274,8 +279,11 @@ def _figure(runs: Runs):
         [(prompt.text.replace(" background", "").replace(", ", "\n"), 1) for prompt in prompts],
         captions,
         np.array(alarms),
-        title="One network, one noise: four ways to train, and where sampling begins",
-        subtitle=f"{JUDGED_STEPS} Euler steps; off by: mean brightness, in levels of 255, over {len(SEEDS)} noises",
+        title="Four ways to train, and where sampling begins",
+        subtitle=(
+            f"The same weights before, the same noise; {JUDGED_STEPS} Euler steps. "
+            f"Off by: mean brightness, in levels of 255, over {len(SEEDS)} noises"
+        ),
     )
 
 

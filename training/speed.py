@@ -69,7 +69,7 @@ class Speed:
         settings, device = self._settings, self._world.device
         chosen = settings.speed.checkpointing
         on_device = device_memory(device) if device.type == "cuda" else _main_memory() // self._world.local_size
-        largest = max(self.buckets, key=lambda size: size[0] * size[1])
+        largest = max(self.buckets, key=math.prod)
         average = settings.average
         profiles = 0 if average.on_cpu else len(average.sigma_rel) + (average.decay is not None)
         planned = plan(
@@ -102,15 +102,22 @@ class Speed:
     # ------------------------------------------------------------------------------------------------------------------
     # Before the first step
 
-    def prepare(self, unet: UNet2DConditionModel) -> None:
-        """Set checkpointing, choose the attention, and have the U-Net compiled when it is first called."""
+    def prepare(self, unet: UNet2DConditionModel, factor: int) -> None:
+        """Set checkpointing, choose the attention, and have the U-Net compiled when it is first called.
+
+        Args:
+            factor: pixels of a latent's side.
+
+        Raises:
+            ValueError: it does not fit into the memory.
+        """
         if self.plan.mode is None and self._settings.speed.checkpointing == "auto":
             raise ValueError(f"this does not fit into the memory: {self.plan.advice}")
         apply_checkpointing(unet, self.plan.mode or self._settings.speed.checkpointing)
         if self._world.device.type == "cuda":
-            choose_attention(
-                unet, self.micro_batch, self.buckets, getattr(torch, self._settings.model.dtype), self._say
-            )
+            width, height = max(self.buckets, key=math.prod)
+            latents, dtype = (width // factor, height // factor), getattr(torch, self._settings.model.dtype)
+            choose_attention(unet, self.micro_batch, latents, dtype, self._say)
         if self._compiles:
             # one artifact a bucket; the default allows for eight
             torch._dynamo.config.recompile_limit = max(64, 4 * len(self.buckets))
@@ -196,21 +203,26 @@ def compiled_graphs() -> int:
 def choose_attention(
     unet: UNet2DConditionModel,
     batch: int,
-    buckets: list[Size],
+    latents: Size,
     dtype: torch.dtype,
     say: Callable[[str], None],
     runs: int = 10,
 ) -> None:
     """Time the kernels of scaled_dot_product_attention on the device and leave only the fastest one turned on.
 
-    Forward and backward of the self-attention of the largest bucket at the U-Net's finest level with attention; the
-    plain kernel stays on for shapes that the others do not take.
+    Forward and backward of the self-attention at the U-Net's finest level with attention; the plain kernel stays on for
+    shapes that the others do not take.
+
+    Args:
+        latents: (width, height) of the largest.
     """
-    block = next(index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
+    with_attention = (index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
+    block = next(with_attention, None)
+    if block is None:
+        return
     heads = unet.config.num_attention_heads or unet.config.attention_head_dim
     heads = heads[block] if isinstance(heads, list | tuple) else heads
-    width, height = max(buckets, key=lambda size: size[0] * size[1])
-    tokens = (width // 8 >> block) * (height // 8 >> block)
+    tokens = (latents[0] >> block) * (latents[1] >> block)
     shape = (batch, heads, tokens, unet.config.block_out_channels[block] // heads)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     times = {}

@@ -203,7 +203,7 @@ class _Run:
             self.say,
         )
         self.denoiser.requires_grad_(False)  # from here on ``self.model`` says what is trained
-        self.speed.prepare(networks.unet)
+        self.speed.prepare(networks.unet, networks.factor)
         kept_in = torch.bfloat16 if settings.optimizer.bf16_stochastic_round else torch.float32
         self.model = parallelize(self.denoiser, settings.speed.strategy, self.dtype, names, kept_in, self.world)
         self.stage = -1

@@ -64,10 +64,10 @@ def test_the_plan_is_said_and_decides(place):
     said = []
     speed, unet = make_speed(place, said=said, speed__checkpointing="auto")
     assert "gradient checkpointing: off" in said[-1]
-    speed.prepare(unet)
+    speed.prepare(unet, 2)
     assert not unet.is_gradient_checkpointing
     speed, unet = make_speed(place, speed__checkpointing="full")
-    speed.prepare(unet)
+    speed.prepare(unet, 2)
     assert unet.is_gradient_checkpointing
 
 
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_said(place, monkeypatch):
     monkeypatch.setattr("ztsnr.training.speed._main_memory", lambda: 2**20)
     speed, unet = make_speed(place, speed__checkpointing="auto")
     with pytest.raises(ValueError, match="does not fit into the memory"):
-        speed.prepare(unet)
+        speed.prepare(unet, 2)
 
 
 def test_pictures_a_second(place, monkeypatch):
