@@ -54,8 +54,8 @@ def main() -> None:
 @click.option(
     "--train",
     type=click.Choice(["cpu", "gpu"]),
-    help="Train four small models instead, and measure the claims about zero terminal SNR on them: in about ten "
-    "minutes on two processor cores, or on a GPU, with larger ones.  A run that was stopped goes on.",
+    help="Train four small models instead, and measure the claims about zero terminal SNR on them: in about a "
+    "quarter of an hour on two processor cores, or larger ones on a GPU.  A run that was stopped goes on.",
 )
 @click.option(
     "--data",
