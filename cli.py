@@ -413,11 +413,9 @@ def _bucket_options(command: Callable) -> Callable:
 
 
 def _bucket_sets(names: tuple[str, ...], areas: tuple[str, ...], step: int, limit: int) -> list[list[tuple[int, int]]]:
-    from .canvas import area_buckets
-    from .training.bucket_report import parse_buckets, parse_size
+    from .training.bucket_report import bucket_sets
 
-    sets = [parse_buckets(name, step, limit) for name in names or ("sdxl",) * (not areas)]
-    return sets + [area_buckets(parse_size(area), step, limit) for area in areas]
+    return bucket_sets(names or ("sdxl",) * (not areas), areas, step, limit)
 
 
 @main.command()

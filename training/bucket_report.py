@@ -93,6 +93,16 @@ def parse_buckets(text: str, step: int = 64, limit: int = 2048) -> list[Size]:
 # Numbers
 
 
+def bucket_sets(names: Sequence[str], areas: Sequence[str], step: int = 64, limit: int = 2048) -> list[list[Size]]:
+    """One set of buckets a resolution: those of ``parse_buckets``, and those made for areas such as "512x512".
+
+    Raises:
+        ValueError: text that is none of these.
+    """
+    sets = [parse_buckets(name, step, limit) for name in names]
+    return sets + [area_buckets(parse_size(area), step, limit) for area in areas]
+
+
 def bucket_rows(bucketing: Bucketing, plan: EpochPlan) -> list[BucketRow]:
     """What becomes of each bucket, in their order, those without pictures too."""
     numbers, error, crop_loss = bucketing.assignment, bucketing.aspect_error, bucketing.crop_loss

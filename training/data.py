@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from PIL.ImageColor import getrgb
 
-from ..canvas import Size, area_buckets
-from .bucket_report import parse_buckets, parse_size
+from ..canvas import Size
+from .bucket_report import bucket_sets
 from .bucketing import REASONS, TAKEN, TOO_FEW, bucket_pictures
 from .captions import CaptionSettings
 from .config import DataSettings
@@ -132,12 +132,6 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
     )
 
 
-def bucket_sets(settings: DataSettings) -> list[list[Size]]:
-    """One set of buckets a resolution."""
-    sets = [parse_buckets(name, settings.step, settings.limit) for name in settings.buckets]
-    return sets + [area_buckets(parse_size(area), settings.step, settings.limit) for area in settings.areas]
-
-
 def _nearest_buckets(
     settings: DataSettings, index: PictureIndex, training: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, list[Size], dict[str, int]]:
@@ -150,7 +144,7 @@ def _nearest_buckets(
     assignment = np.full(len(index), -1)
     found = bucket_pictures(
         index.sizes[training],
-        bucket_sets(settings),
+        bucket_sets(settings.buckets, settings.areas, settings.step, settings.limit),
         batch_size=settings.batch_size,
         repeats=index.repeats[training],
         **limits,

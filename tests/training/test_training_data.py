@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ztsnr.training.bucket_report import bucket_sets
 from ztsnr.training.config import DataSettings, SourceSettings, TagWeightSettings, TrainingCaptions
-from ztsnr.training.data import bucket_sets, open_data
+from ztsnr.training.data import open_data
 from ztsnr.training.dataset import loader
 from ztsnr.training.latent_cache import LatentCache
 from ztsnr.training.make_latent_cache import run_cache
@@ -154,7 +155,7 @@ def test_cached_latents(pictures, tmp_path):
     run_cache(
         [pictures],
         tmp_path / "latents",
-        bucket_sets(settings(pictures)),
+        bucket_sets(settings(pictures).buckets, (), settings(pictures).step, settings(pictures).limit),
         vae=tmp_path / "tiny",
         margin=0,
         say=lambda line: None,
