@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 from sampler_accuracy import RESULTS, machine, write_section
 
-from ztsnr.training.reproduction import SEEDS, TRAININGS, Reproduction
-from ztsnr.training.reproduction_report import claims_text, summary_rows, summary_table, write_report
+from ztsnr.training.reproduction import SEEDS, Reproduction
+from ztsnr.training.reproduction_report import claims_text, leak_shares, summary_rows, summary_table, write_report
 
 
 def seconds_of(reproduction: Reproduction, seed: int) -> list[float]:
@@ -49,11 +49,7 @@ def main(out: Path, size: str, seeds: int, first_seed: int, report: bool, write:
         return
     claims = write_report(reproduction, runs)
     rows, recipe = summary_rows(runs, reproduction.reference()), reproduction.recipe
-    slopes = "\n".join(
-        f"- {name}: " + ", ".join(f"{run[name].leak['share']['value']:+.2f}" for run in runs)
-        for name in TRAININGS
-        if runs[0][name].leak is not None
-    )
+    slopes = "\n".join(f"- {name}: {', '.join(shares)}" for name, shares in leak_shares(runs))
     minutes = [second / 60 for run in runs for second in seconds_of(reproduction, run["v, zero SNR"].seed)]
     claims_lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
     today = datetime.date.today().isoformat()
@@ -66,7 +62,7 @@ standard deviation over trainings, each the mean of {len(SEEDS)} noises; Euler, 
 
 {claims_lines}
 
-How far x0 at t = T follows the mean of the noise, as a share of its peak, a number a training:
+How far x0 at t = T follows the mean of the noise without a prompt, as a share of its peak, a number a training:
 
 {slopes}
 

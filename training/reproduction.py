@@ -96,6 +96,7 @@ class Measured:
         rows: of reproduction_measures, without their pictures.
         large: the same of the bands, on a canvas twice as long, from the starts of ``LARGE_STARTS``.
         leak: the checkpoint's answer of the mean-leak test; None for epsilon, which says nothing at infinity.
+        last_error: mean square error of the network's answer at t = T on pictures that were held out.
     """
 
     training: str
@@ -103,6 +104,7 @@ class Measured:
     rows: list[Row]
     large: list[Row]
     leak: dict | None
+    last_error: float
 
 
 LARGE_STARTS = (math.inf, 56.0, 29.0, 14.6)
@@ -278,6 +280,7 @@ class Reproduction:
             [_load(row, place) for row in content["rows"]],
             [_load(row, place) for row in content["large"]],
             content["leak"],
+            _last_error(folder / "metrics.jsonl"),
         )
 
     def _canvas(self) -> Size:
@@ -292,6 +295,12 @@ class Reproduction:
             file.write(row_of_pictures(row.pictures, [str(seed) for seed in SEEDS]))
         about["start"] = "infinity" if row.start == math.inf else row.start
         return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in about.items()}
+
+
+def _last_error(metrics: Path) -> float:
+    """Of the last validation of a training."""
+    lines = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "validation" in line][-1]["validation/t999"]
 
 
 def _load(about: dict, place: Path) -> Row:

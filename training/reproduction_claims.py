@@ -7,7 +7,7 @@ on the side that the claim says, a no if it is on the other side or within what 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from .reproduction_measures import BANDS, SOLIDS, KnownPrompt, Row, Start, coars
 
 MATTERS = 1.0  # levels of 255, or of CIEDE2000: less is not seen
 SHARE_MATTERS = 0.05
+ERROR_MATTERS = 0.1  # of v, whose mean square is about 1
+LEARNED = 0.25  # share of whole bands
 BLACK, WHITE = SOLIDS[0], SOLIDS[1]
 JUDGED_STEPS = 20
 LARGE_STEPS = 28
@@ -33,6 +35,7 @@ class Evidence:
         one, other: the two numbers, and ``difference`` = one - other.
         expected: 1 if the claim says that it is above 0.
         matters: what the difference has to exceed.
+        testable: whether the model has learned what is compared at all.
     """
 
     text: str
@@ -41,10 +44,13 @@ class Evidence:
     difference: Estimate
     expected: int
     matters: float
+    testable: bool = True
 
     @property
     def answer(self) -> str:
         """yes, no, or cannot tell."""
+        if not self.testable:
+            return "cannot tell"
         side = Estimate(self.expected * self.difference.value, self.difference.error, self.difference.seeds)
         if side.side(self.matters) > 0:
             return "yes"
@@ -157,42 +163,39 @@ def _first_prediction(runs: Sequence[dict[str, Measured]]) -> Claim:
 
 
 def _coherence(runs: Sequence[dict[str, Measured]]) -> Claim:
-    def whole(start: Start):
-        def of(run: dict[str, Measured]) -> np.ndarray:
-            rows = [_row(run[OURS].large, prompt, start, LARGE_STEPS) for prompt in BANDS]
-            return np.mean([[is_whole(p, row.prompt) for p in row.pictures] for row in rows], axis=0)
+    def whole(rows: Sequence[Row]) -> np.ndarray:
+        return np.mean([[is_whole(p, row.prompt) for p in row.pictures] for row in rows], axis=0)
 
-        return of
+    def large(start: Start):
+        return lambda run: whole([_row(run[OURS].large, prompt, start, LARGE_STEPS) for prompt in BANDS])
 
+    own = np.mean([whole([_row(run[OURS].rows, prompt, float("inf")) for prompt in BANDS]) for run in runs])
     evidence = _compare(
         runs,
-        "share of whole bands on a canvas of double length, from sigma 29 and from 14.6",
-        whole(29.0),
-        whole(14.6),
+        f"share of whole bands on a canvas of double length, from sigma 29 and from 14.6 (on its own canvas, from "
+        f"infinity, {own:.0%} are whole; below {LEARNED:.0%} nothing can be said)",
+        large(29.0),
+        large(14.6),
         1,
         SHARE_MATTERS,
     )
-    return Claim(4, "On a larger canvas a larger sigma_max restores coherence", (evidence,))
+    claim = "On a larger canvas a larger sigma_max restores coherence"
+    return Claim(4, claim, (replace(evidence, testable=bool(own >= LEARNED)),))
 
 
 def _starved(runs: Sequence[dict[str, Measured]]) -> Claim:
-    def share(name: str):
-        return lambda run: np.array([run[name].leak["share"]["value"]])
-
-    errors = [runs[0][name].leak["share"]["error"] for name in (STARVED, OURS)]
-
     def error(name: str):
         return lambda run: _brightness_errors(_row(run[name].rows, BLACK, float("inf")))
 
     evidence = (
         _compare(
             runs,
-            "at t = T x0 follows the mean of the noise by this share of its peak, without a floor and with one",
-            share(STARVED),
-            share(OURS),
+            "mean square error of v at t = T on held-out pictures, without a floor and with one",
+            lambda run: np.array([run[STARVED].last_error]),
+            lambda run: np.array([run[OURS].last_error]),
             1,
-            SHARE_MATTERS,
-            error=float(np.hypot(*errors)),
+            ERROR_MATTERS,
+            error=0.0,  # of one training: the same pictures and noise
         ),
         _compare(
             runs,

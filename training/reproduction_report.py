@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from .. import __version__
 from ..checkpoints.atomic import atomic_write
-from ..diagnostics.leak import plain
+from ..diagnostics.leak import Estimate, plain
 from ..diagnostics.output import no_matplotlib, png
 from .reproduction import LARGE_STARTS, OURS, PLAIN, SEEDS, STARVED, TRAININGS, Measured, Reproduction, starts_of
 from .reproduction_claims import JUDGED_STEPS, LARGE_STEPS, Claim, judge_claims
@@ -141,6 +141,12 @@ def name_of(start: Start) -> str:
     return "infinity" if math.isinf(start) else f"{start:g}"
 
 
+def leak_shares(runs: Runs) -> list[tuple[str, list[str]]]:
+    """For each training that can be asked at infinity, the share of the peak with its interval, a text a seed."""
+    asked = [name for name in TRAININGS if runs[0][name].leak is not None]
+    return [(name, [str(Estimate(**run[name].leak["share"])) for run in runs]) for name in asked]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -190,6 +196,8 @@ def _html(reproduction: Reproduction, runs: Runs, claims: Sequence[Claim], rows:
         claims=claims,
         sheets=_sheets(runs[0]),
         table=[HEADERS, *rows],
+        leaks=leak_shares(runs),
+        seeds_of_training=[run[OURS].seed for run in runs],
         seeds=len(SEEDS),
         runs=len(runs),
     )
