@@ -29,6 +29,7 @@ from .reproduction_measures import (
     pixel_statistics,
 )
 
+ALARM = 30  # levels of brightness
 SHOWN_SOLIDS = SOLIDS[:5]  # black, white, red, green, blue
 
 Runs = Sequence[dict[str, Measured]]
@@ -257,10 +258,10 @@ def _data_url(picture: np.ndarray) -> str:
 
 
 def _figure(runs: Runs):
-    """The README's picture: solid colours and shapes, as each training makes them."""
+    """The README's picture: solid colours as each training makes them."""
     from ..diagnostics.plots import contact_sheet
 
-    run, prompts = runs[0], (*SOLIDS[:3], *SHAPES[:3])
+    run = runs[0]
     lines = [
         (OURS, math.inf, "as this package trains and samples"),
         (OURS, 14.6, "the same network, from finite noise"),
@@ -272,19 +273,14 @@ def _figure(runs: Runs):
     pictures, captions, alarms = [], [], []
     for training, start, _ in lines:
         rows = {row.prompt: row for row in run[training].rows if (row.start, row.steps) == (start, JUDGED_STEPS)}
-        shown = [rows[prompt] for prompt in prompts]
+        shown = [rows[prompt] for prompt in SOLIDS]
         pictures.append([row.pictures[0] for row in shown])
-        captions.append(
-            [
-                f"off by {row.brightness_error:.0f}" if row.prompt in SOLIDS else f"ground {row.background_share:.0%}"
-                for row in shown
-            ]
-        )
-        alarms.append([row.brightness_error > 10 if row.prompt in SOLIDS else False for row in shown])
+        captions.append([f"off by {row.brightness_error:.0f}" for row in shown])
+        alarms.append([row.brightness_error > ALARM for row in shown])
     return contact_sheet(
         np.array(pictures),
         [f"{training}\n{what}\nfrom {name_of(start)}" for training, start, what in lines],
-        [(prompt.text.replace(" background", "").replace(", ", "\n"), 1) for prompt in prompts],
+        [(prompt.text.replace(" background", ""), 1) for prompt in SOLIDS],
         captions,
         np.array(alarms),
         title="Four ways to train, and where sampling begins",
