@@ -642,7 +642,8 @@ def test_euler_made_from_our_config_runs_the_last_timestep():
     euler = EulerDiscreteScheduler.from_config(ZTSNRScheduler().config)
     euler.set_timesteps(10)
     assert euler.timesteps[0] == 999
-    assert euler.sigmas[0].item() == pytest.approx(4096, rel=1e-6)  # in float32, whose last bit depends on the processor
+    # in float32, whose last bit depends on the processor
+    assert euler.sigmas[0].item() == pytest.approx(4096, rel=1e-6)
 
 
 def test_save_and_load(tmp_path):
