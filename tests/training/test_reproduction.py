@@ -52,6 +52,7 @@ def test_all_of_it_in_small(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     monkeypatch.setitem(module.RECIPES, "cpu", TINY)
+    monkeypatch.setattr(module, "SEEDS", range(2))
     monkeypatch.setattr(module, "STEPS", (20, 28))
     monkeypatch.setattr(module, "LEAK_SEEDS", range(2))
     mine = tmp_path / "mine"
