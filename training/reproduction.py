@@ -260,7 +260,7 @@ class Reproduction:
             self.say(f"measuring {training}, seed {seed}")
             place.mkdir(exist_ok=True)
             model = TrainedModel(self._model(folder))
-            rows = measure_prompts(model, (*SOLIDS, *SHAPES, *BANDS), seeds=SEEDS)
+            rows = measure_prompts(model, (*SOLIDS, *SHAPES, *BANDS), steps=STEPS, seeds=SEEDS)
             twice = tuple(2 * side for side in self._canvas())
             large = measure_prompts(
                 TrainedModel(self._model(folder), twice), BANDS, LARGE_STARTS, steps=(max(STEPS),), seeds=SEEDS
