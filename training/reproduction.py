@@ -25,6 +25,7 @@ import numpy as np
 from ..canvas import Size
 from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak_report import load_row, row_of_pictures
+from ..diagnostics.output import no_matplotlib
 from .config import FinetuneSettings, parse_settings
 from .make_latent_cache import run_cache
 from .pictures import open_picture
@@ -344,5 +345,7 @@ def reproduce(
         runs.append({one.training: one for one in measured})
     claims = write_report(reproduction, runs)
     table = summary_table(summary_rows(runs, reproduction.reference()))
-    say(f"\n{table}\n\n{claims_text(claims)}\n\nReport: {out / 'report.html'}")
+    say(f"\n{table}\n\n{claims_text(claims)}\n")
+    say(no_matplotlib() or f"Sheet:  {out / 'sheet.png'}")
+    say(f"Report: {out / 'report.html'}")
     return True
