@@ -15,7 +15,13 @@ import click
 from sampler_accuracy import RESULTS, machine, write_section
 
 from ztsnr.training.reproduction import SEEDS, Reproduction
-from ztsnr.training.reproduction_report import claims_text, leak_shares, summary_rows, summary_table, write_report
+from ztsnr.training.reproduction_report import (
+    claims_text,
+    leak_shares,
+    summary_table,
+    write_readme_picture,
+    write_report,
+)
 
 
 def seconds_of(reproduction: Reproduction, seed: int) -> list[float]:
@@ -47,8 +53,8 @@ def main(out: Path, size: str, seeds: int, first_seed: int, report: bool, write:
         runs.append({one.training: one for one in measured})
     if not report:
         return
-    claims = write_report(reproduction, runs)
-    rows, recipe = summary_rows(runs, reproduction.reference()), reproduction.recipe
+    claims, rows = write_report(reproduction, runs)
+    recipe = reproduction.recipe
     slopes = "\n".join(f"- {name}: {', '.join(shares)}" for name, shares in leak_shares(runs))
     minutes = [second / 60 for run in runs for second in seconds_of(reproduction, run["v, zero SNR"].seed)]
     claims_lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
@@ -78,6 +84,7 @@ Fréchet: of nine pixel statistics, to pictures of training; it is no FID.
     print(text)
     if write:
         write_section(RESULTS, "Reproduction: what zero terminal SNR does", text)
+        write_readme_picture(out / "sheet.png", RESULTS.parent.parent / "docs" / "reproduction.jpg")
 
 
 if __name__ == "__main__":

@@ -245,12 +245,8 @@ class Reproduction:
 
     def reference(self) -> np.ndarray:
         """Pixel statistics of the pictures that it is trained with."""
-        return pixel_statistics(self.training_pictures(REFERENCE_PICTURES))
-
-    def training_pictures(self, count: int) -> list[np.ndarray]:
-        """The first of the pictures that were drawn, (H, W, 3) uint8."""
-        paths = sorted((self.out / "pictures").glob("*.png"))[:count]
-        return [np.asarray(open_picture(path.read_bytes())) for path in paths]
+        paths = sorted((self.out / "pictures").glob("*.png"))[:REFERENCE_PICTURES]
+        return pixel_statistics([np.asarray(open_picture(path.read_bytes())) for path in paths])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Measuring
@@ -262,7 +258,7 @@ class Reproduction:
             place.mkdir(exist_ok=True)
             model = TrainedModel(self._model(folder))
             rows = measure_prompts(model, (*SOLIDS, *SHAPES, *BANDS), steps=STEPS, seeds=SEEDS)
-            twice = tuple(2 * side for side in self._canvas())
+            twice = (2 * SIZES[self.size].side,) * 2
             large = measure_prompts(
                 TrainedModel(self._model(folder), twice), BANDS, LARGE_STARTS, steps=(max(STEPS),), seeds=SEEDS
             )
@@ -283,10 +279,6 @@ class Reproduction:
             content["leak"],
             _last_error(folder / "metrics.jsonl"),
         )
-
-    def _canvas(self) -> Size:
-        side = SIZES[self.size].side
-        return side, side
 
     def _save(self, row: Row, place: Path, prefix: str) -> dict:
         about = {name: value for name, value in asdict(row).items() if name != "pictures"}
@@ -333,7 +325,7 @@ def reproduce(
     Raises:
         ValueError: see ``Reproduction``.
     """
-    from .reproduction_report import claims_text, summary_rows, summary_table, write_report
+    from .reproduction_report import claims_text, summary_table, write_report
 
     reproduction = Reproduction(out, size, data, say=say)
     runs = []
@@ -343,9 +335,8 @@ def reproduce(
             say(f"stopped; the same command goes on from here, in {out}")
             return False
         runs.append({one.training: one for one in measured})
-    claims = write_report(reproduction, runs)
-    table = summary_table(summary_rows(runs, reproduction.reference()))
-    say(f"\n{table}\n\n{claims_text(claims)}\n")
+    claims, rows = write_report(reproduction, runs)
+    say(f"\n{summary_table(rows)}\n\n{claims_text(claims)}\n")
     say(no_matplotlib() or f"Sheet:  {out / 'sheet.png'}")
     say(f"Report: {out / 'report.html'}")
     return True

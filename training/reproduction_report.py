@@ -44,14 +44,14 @@ class Sheet:
     note: str
 
 
-def write_report(reproduction: Reproduction, runs: Runs) -> list[Claim]:
+def write_report(reproduction: Reproduction, runs: Runs) -> tuple[list[Claim], list[list]]:
     """Write report.html, results.json and, where there is matplotlib, sheet.png into the folder.
 
     Args:
         runs: of one or several training seeds, each by the names of its trainings.
 
     Returns:
-        The claims, judged.
+        The claims, judged, and ``summary_rows``.
 
     Raises:
         ValueError: a file cannot be written.
@@ -67,7 +67,7 @@ def write_report(reproduction: Reproduction, runs: Runs) -> list[Claim]:
     for name, content in files.items():
         with atomic_write(reproduction.out / name) as file:
             file.write(content)
-    return claims
+    return claims, rows
 
 
 def claims_text(claims: Sequence[Claim]) -> str:
