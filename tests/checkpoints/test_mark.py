@@ -21,6 +21,8 @@ from ztsnr.checkpoints import inspect_checkpoint, mark
 from ztsnr.checkpoints.header import read_header
 from ztsnr.checkpoints.mark import mark_checkpoint
 
+from .tiny_folders import wait_for_a_new_name
+
 UNET = "model.diffusion_model."
 VAE = {"first_stage_model.decoder.conv_in.weight": (2, 4, 3, 3)}
 CLIP = {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,)}
@@ -551,12 +553,16 @@ mark_checkpoint(sys.argv[1], v_pred=True, ztsnr=True, in_place=True)
 
 
 def mark_elsewhere(path, killed_after=None) -> float:
-    """Mark a file in another program, to be killed after so many seconds.  Returns how long it took."""
+    """Mark a file in another program, to be killed so many seconds after it began to write.
+
+    Returns how long it wrote.
+    """
+    before = set(os.listdir(path.parent))
     with run(MARK, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == "ready\n"
         process.stdin.write("go\n")
         process.stdin.flush()
-        start = time.perf_counter()
+        start = wait_for_a_new_name(path.parent, before, lambda: process.poll() is None)
         if killed_after is not None:
             time.sleep(killed_after)
             process.send_signal(signal.SIGKILL)

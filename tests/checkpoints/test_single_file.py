@@ -614,10 +614,11 @@ def test_killed_at_any_moment(copy, tmp_path, kills, words):
     whole, out = tmp_path / "whole" / "model.safetensors", tmp_path / "killed" / "model.safetensors"
     whole.parent.mkdir()
     out.parent.mkdir()
-    seconds = run_alone(to_single_file, copy, whole)
+    seconds = run_alone(to_single_file, copy, whole, writes_in=whole.parent)
     left = 0
     for i in range(kills):
-        run_alone(to_single_file, copy, out, killed_after=random.uniform(i, i + 1) / kills * seconds * 1.2)
+        moment = random.uniform(i, i + 1) / kills * seconds * 1.2
+        run_alone(to_single_file, copy, out, writes_in=out.parent, killed_after=moment)
         if out.exists():
             assert filecmp.cmp(out, whole, shallow=False)
             out.unlink()

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import time
 
 import diffusers
@@ -114,19 +115,35 @@ def grow(folder, words):
     return folder
 
 
-def run_alone(function, *arguments, killed_after=None, **options):
-    """Run a function in another process, to be killed after so many seconds.  Returns how long it took."""
+def run_alone(function, *arguments, writes_in, killed_after=None, **options):
+    """Run a function in another process, to be killed so many seconds after it began to write.
+
+    What comes before the first write, imports above all, takes longer in some runs than in others, and a kill there
+    would say nothing.
+
+    Args:
+        writes_in: the folder where a new name says that the writing has begun.
+
+    Returns:
+        How long it wrote, in seconds.
+    """
     process = multiprocessing.get_context("fork").Process(target=_run, args=(function, arguments, options))
-    start = time.perf_counter()
+    before = set(os.listdir(writes_in))
     process.start()
-    if killed_after is None:
-        process.join()
-        assert process.exitcode == 0
-    else:
+    start = wait_for_a_new_name(writes_in, before, process.is_alive)
+    if killed_after is not None:
         time.sleep(killed_after)
         process.kill()
-        process.join()
+    process.join()
+    assert killed_after is not None or process.exitcode == 0
     return time.perf_counter() - start
+
+
+def wait_for_a_new_name(folder, before, running):
+    """When a folder had another name in it than before, or the one who was to make it had ended."""
+    while running() and before >= set(os.listdir(folder)):
+        time.sleep(0.0005)
+    return time.perf_counter()
 
 
 def _run(function, arguments, options):

@@ -148,7 +148,11 @@ def test_a_folder_and_a_file_of_the_trained_weights(folders, tmp_path, kind):
     torch.testing.assert_close(picture(from_file.pipeline, scheduler()), ours, rtol=0, atol=0)
     # and as diffusers alone loads it
     plain = diffusers.StableDiffusionXLPipeline if kind == "SDXL" else diffusers.StableDiffusionPipeline
-    torch.testing.assert_close(picture(plain.from_pretrained(folder), scheduler()), ours, rtol=0, atol=0)
+    as_plain = plain.from_pretrained(folder)
+    as_plain.unet.requires_grad_(
+        False
+    )  # as ours: on some processors torch takes another kernel for what may be trained
+    torch.testing.assert_close(picture(as_plain, scheduler()), ours, rtol=0, atol=0)
 
 
 def test_all_but_the_unet_is_the_bases_byte_by_byte(folders, base_file, tmp_path):
