@@ -3,14 +3,28 @@
 import json
 import math
 import struct
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 # the tests' tensors are small, and the threads of two workers would only wait for each other
 torch.set_num_threads(1)
 
+# Progress bars share a lock with the processes that are forked here.  One that a test kills while a bar is drawn would
+# keep it, and the next bar, of whatever test, would wait for ever.
+tqdm.set_lock(threading.RLock())
+
+LONG = ("slow", "comfyui", "gpu")
+
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(map(item.get_closest_marker, LONG)):
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="session")

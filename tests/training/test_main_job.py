@@ -23,6 +23,8 @@ from ztsnr.training.small_model import SmallModelSize, write_small_model
 from ztsnr.training.trainer import run_finetune
 from ztsnr.training.validation import Validation
 
+pytestmark = pytest.mark.xdist_group("main job")  # one worker trains for all tests here
+
 STEPS = 250
 COLOURS = {
     "black": (0, 0, 0),
