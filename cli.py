@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 DEMO = Path("ztsnr_demo")
+PATIENCE = 10  # seconds in which torchrun ends all processes after the first
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -616,12 +618,18 @@ def _say_who_misreads_it(report: "CheckpointReport") -> None:
 
 @contextmanager
 def mistakes_in_one_sentence() -> Iterator[None]:
-    """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does."""
+    """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does.
+
+    Of several processes the first one says what all of them meet, and with it torchrun ends the others.  What another
+    one meets alone, such as too many broken pictures among its own, that one says, if it is still there after a while.
+    """
     try:
         yield
     except ValueError as error:
-        if int(os.environ.get("RANK", 0)):  # of several processes the first one says it
-            raise SystemExit(2) from None
-        mistake = click.ClickException(str(error))
+        sentence = str(error)
+        if rank := int(os.environ.get("RANK", 0)):
+            time.sleep(PATIENCE)
+            sentence = f"process {rank}: {sentence}"
+        mistake = click.ClickException(sentence)
         mistake.exit_code = 2
         raise mistake from None

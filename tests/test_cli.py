@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import ztsnr
+from ztsnr import cli
 from ztsnr.cli import main
 from ztsnr.diagnostics import demo, output
 
@@ -41,6 +42,33 @@ def test_help_and_version():
     code, text = ztsnr_command("demo", "--help")
     assert code == 0
     assert "--images" in text
+
+
+def test_what_one_process_alone_meets_it_says(monkeypatch):
+    """Under torchrun the first process may know nothing of a mistake, for one of pictures that another one reads."""
+    monkeypatch.setattr(cli, "PATIENCE", 0)
+    monkeypatch.setenv("RANK", "3")
+    code, text = ztsnr_command("buckets", "no-such-folder", "--buckets", "none")
+    assert code == 2
+    assert text == (
+        "Error: process 3: there are no buckets called 'none': choose sdxl or novelai, or list sizes as WxH,WxH\n"
+    )
+
+
+def test_what_all_processes_meet_is_said_once(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--no-python", sys.executable]
+    program = "from ztsnr import cli; cli.PATIENCE = 300; cli.main(['buckets', 'no-such-folder'])"
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("Error: there is no folder or file") == 1, done.stderr
+    assert "Error: process" not in done.stderr
 
 
 def test_help_loads_nothing_heavy():
