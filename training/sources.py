@@ -13,16 +13,17 @@ A source is one of these:
 - a folder that ``datasets`` wrote with ``save_to_disk``.
 
 Captions are read from the members of a JSON object, or from the columns of a table, that ``Source.caption_fields``
-names: each a text, or a list of several captions.  A number ``weight`` in a list or table multiplies the source's.
+names: each a text, or a list of several captions.  A number ``weight`` beside them multiplies the source's: it is how
+often an epoch sees this picture.
 
 The index is an Arrow table, so that ten million pictures do not become Python objects.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -355,12 +356,14 @@ def _is_inside(path: str, folder: str) -> bool:
 
 def _found_beside(source: Source, path: str, key: str) -> _Found:
     """A picture and the captions of its neighbours."""
-    stem, captions = os.path.splitext(path)[0], []
+    stem, captions, weight = os.path.splitext(path)[0], [], 1.0
     if os.path.exists(stem + ".txt"):
         captions.append(_text(stem + ".txt"))
     if os.path.exists(stem + ".json"):
-        captions += _captions(source, _json(_text(stem + ".json"), stem + ".json"), stem + ".json")
-    return _Found(key, path, _distinct(captions))
+        record = _json(_text(stem + ".json"), stem + ".json")
+        captions += _captions(source, record, stem + ".json")
+        weight = _weight(record, stem + ".json")
+    return _Found(key, path, _distinct(captions), weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,6 +373,7 @@ def _found_beside(source: Source, path: str, key: str) -> _Found:
 def _found_in_tar(source: Source, path: str, name: str) -> Iterator[_Found]:
     pictures: list[tuple[str, tarfile.TarInfo]] = []
     captions: dict[str, list[str]] = {}
+    weights: dict[str, float] = {}
     with _reading(path), open(path, "rb") as file, _tar(file, path) as tar:
         for member in tar:
             sample, suffix = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)|.*", member.name, re.DOTALL).groups()
@@ -381,15 +385,19 @@ def _found_in_tar(source: Source, path: str, name: str) -> Iterator[_Found]:
             elif suffix in (".txt", ".json") and member.isreg():
                 where = f"{member.name} in {path}"
                 text = _decoded(tar.extractfile(member).read(), where)
-                captions.setdefault(sample, []).extend(
-                    [text] if suffix == ".txt" else _captions(source, _json(text, where), where)
-                )
+                if suffix == ".txt":
+                    captions.setdefault(sample, []).append(text)
+                else:
+                    record = _json(text, where)
+                    captions.setdefault(sample, []).extend(_captions(source, record, where))
+                    weights[sample] = _weight(record, where)
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # at which tarfile stops without a word
             raise ValueError(f"{path} is cut short or damaged: it does not end with the mark of a tar's end")
     for sample, member in pictures:
         texts = _distinct(captions.get(sample, []))
-        yield _Found(f"{name}/{member.name}", path, texts, offset=member.offset_data, length=member.size)
+        key, weight = f"{name}/{member.name}", weights.get(sample, 1.0)
+        yield _Found(key, path, texts, weight, offset=member.offset_data, length=member.size)
 
 
 @contextmanager
@@ -455,7 +463,9 @@ def _found_by_name(source: Source, listed_in: str, name: str, record: dict, wher
         raise ValueError(f"{where} names no picture: it needs a text in one of {', '.join(PICTURE_FIELDS)}")
     path = os.path.normpath(os.path.join(folder, named))
     if not source.outside and not _is_inside(path, folder):
-        raise ValueError(f"{where} names a picture outside of its folder, {named}: if that is right, set outside=True")
+        raise ValueError(
+            f"{where} names a picture outside of its folder, {named}: if that is right, allow it (outside)"
+        )
     return _Found(_key(name, path, folder), path, _distinct(_captions(source, record, where)), _weight(record, where))
 
 
@@ -582,7 +592,7 @@ def _decoded(data: bytes, where: str) -> str:
 def _json(text: str, where: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object")
@@ -615,4 +625,4 @@ def _weight(record: dict, where: str) -> float:
 
 
 def _is_weight(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight <= sys.float_info.max

@@ -344,9 +344,19 @@ def test_weights_multiply(tmp_path):
         pa.table({"path": ["1.png", "2.png"], "text": ["x", "x"], "weight": [0.0, None]}), tmp_path / "x.parquet"
     )
     assert build(Source(tmp_path / "x.parquet", weight=0.5))[0].repeats.tolist() == [0, 0.5]
-    for weight in (-1, "2", True, float("nan")):
+    for weight in (-1, "2", True, float("nan"), 10**400):
         assert "must be a number of at least 0" in sentence(listing(tmp_path, {"path": "1.png", "weight": weight}))
     assert "must be a number of at least 0" in sentence(Source(path, weight=-1))
+
+
+def test_weights_beside_a_picture(tmp_path):
+    """As in lists and tables, so that a folder or a tar can repeat one of its pictures."""
+    files = {"1.png": picture((5, 5)), "1.json": '{"text": "x", "weight": 3}', "2.png": picture((5, 5)), "2.txt": "x"}
+    for source in (write(tmp_path / "set", files), write_tar(tmp_path / "set.tar", files)):
+        assert build(Source(source, weight=0.5))[0].repeats.tolist() == [1.5, 0.5]
+    files["1.json"] = '{"text": "x", "weight": "much"}'
+    for source in (write(tmp_path / "set", files), write_tar(tmp_path / "set.tar", files)):
+        assert "must be a number of at least 0, not 'much'" in sentence(source)
 
 
 def test_a_file_of_another_program_makes_no_saved_dataset(tmp_path):
@@ -361,7 +371,7 @@ def test_lists_name_no_picture_outside_of_their_folder(tmp_path, name):
     write(tmp_path, {"set/1.png": picture((5, 5))})
     path = listing(tmp_path / "set", {"path": "1.png", "text": "x"}, {"path": name, "text": "x"})
     assert sentence(path) == (
-        f"line 2 of {path} names a picture outside of its folder, {name}: if that is right, set outside=True"
+        f"line 2 of {path} names a picture outside of its folder, {name}: if that is right, allow it (outside)"
     )
     pq.write_table(pa.table({"path": [name], "text": ["x"]}), tmp_path / "set" / "x.parquet")
     assert sentence(tmp_path / "set" / "x.parquet").startswith("row 0 of ")
@@ -381,6 +391,7 @@ def test_pictures_outside_when_asked(tmp_path):
     [
         ("{", "line 2 of .* is not JSON: "),
         ("[1]", "line 2 of .* must hold a JSON object"),
+        ("[" * 10**5, "line 2 of .* is not JSON: maximum recursion depth"),
         ({"text": "x"}, "line 2 of .* names no picture: it needs a text in one of path, file_name, image"),
         ({"path": 3}, "line 2 of .* names no picture"),
         ({"path": "1.png", "text": 3}, "text in line 2 of .* must be a text or a list of texts"),
