@@ -369,7 +369,7 @@ def convert(
 
 
 def _bucket_options(command: Callable) -> Callable:
-    """Which buckets there are, and which pictures do not fit them."""
+    """Which buckets there are, and which pictures are taken."""
     options = (
         click.option(
             "--buckets",
@@ -408,6 +408,7 @@ def _bucket_options(command: Callable) -> Callable:
         ),
         click.option("--min-size", type=click.IntRange(0), default=0, help="Leave out pictures with a shorter side."),
         click.option("--no-upscale", is_flag=True, help="Leave out pictures that would be enlarged."),
+        click.option("--outside", is_flag=True, help="A list may name pictures outside of the folder that it is in."),
     )
     for option in reversed(options):
         command = option(command)
@@ -441,6 +442,7 @@ def buckets(
     max_aspect_error: float,
     min_size: int,
     no_upscale: bool,
+    outside: bool,
     out: Path,
 ) -> None:
     """Which aspect-ratio buckets the pictures of a folder go to.
@@ -459,6 +461,7 @@ def buckets(
             max_aspect_error=max_aspect_error,
             minimum_size=min_size,
             no_upscale=no_upscale,
+            outside=outside,
             say=click.echo,
         )
 
@@ -507,6 +510,7 @@ def cache(
     max_aspect_error: float,
     min_size: int,
     no_upscale: bool,
+    outside: bool,
     margin: int,
     background: str,
     device: str,
@@ -548,6 +552,7 @@ def cache(
             max_aspect_error=max_aspect_error,
             minimum_size=min_size,
             no_upscale=no_upscale,
+            outside=outside,
             say=click.echo,
         )
 

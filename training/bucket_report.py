@@ -211,6 +211,7 @@ def run_buckets(
     max_aspect_error: float,
     minimum_size: int,
     no_upscale: bool,
+    outside: bool = False,
     say: Callable[[str], None],
 ) -> dict:
     """Print the report on a folder's pictures and write buckets.json, left_out.csv and buckets.png.
@@ -219,6 +220,7 @@ def run_buckets(
         folder: or another source of pictures (``sources``).
         out: folder for the files; made if missing.
         bucket_sets, batch_size, max_aspect_error, minimum_size, no_upscale: see ``bucket_pictures``.
+        outside: see ``Source``.
         say: where text goes, one call a paragraph.
 
     Returns:
@@ -228,7 +230,7 @@ def run_buckets(
         ValueError: no pictures, or none that has a bucket; buckets that cannot be used; files that cannot be written.
     """
     prepare_folder(out)
-    index, unusable = build_index([Source(folder)], allow_missing_captions=True)
+    index, unusable = build_index([Source(folder, outside=outside)], allow_missing_captions=True)
     settings = {
         "batch_size": batch_size,
         "max_aspect_error": max_aspect_error,

@@ -306,6 +306,7 @@ def run_cache(
     rank: int = 0,
     world_size: int = 1,
     verify: bool = False,
+    outside: bool = False,
     say: Callable[[str], None] = print,
     **bucketing,
 ) -> None:
@@ -318,12 +319,15 @@ def run_cache(
         vae, config, device, dtype: see ``load_vae``.
         margin, background, workers, rank, world_size: see ``cache_latents``.
         verify: read all shards again in the end, and compare their checksums.
+        outside: see ``Source``.
         say: takes each line of the report.
 
     Raises:
         ValueError: see ``build_index``, ``bucket_pictures``, ``load_vae`` and ``cache_latents``.
     """
-    index, unusable = build_index([Source(source) for source in sources], allow_missing_captions=True)
+    encoder = load_vae(vae, config=config, device=device, dtype=dtype)  # a wrong name is told before all else
+    listed = [Source(source, outside=outside) for source in sources]
+    index, unusable = build_index(listed, allow_missing_captions=True)
     found = bucket_pictures(index.sizes, bucket_sets, **bucketing)
     if rank == 0:
         _say_refused(unusable, say)
@@ -331,7 +335,6 @@ def run_cache(
         for reason, count in zip(REASONS, counts.tolist(), strict=True):
             if count and reason != REASONS[TAKEN]:
                 say(f"Left out, being {reason}: {count} pictures; `ztsnr buckets` lists them.")
-    encoder = load_vae(vae, config=config, device=device, dtype=dtype)
     cache = cache_latents(
         out,
         index,

@@ -127,6 +127,18 @@ def test_weights_of_a_list(pictures, tmp_path):
     assert report["steps"] * 4 + report["waiting"] in (5, 6)  # 3 + 1 + 1, and every other epoch one more
 
 
+def test_lists_of_pictures_elsewhere(pictures, tmp_path):
+    path = tmp_path / "lists" / "one.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"path": str(next(pictures.glob("*.png")))}))
+    done = run(path, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "if that is right, allow it by --outside" in done.output
+    done = run(path, "--outside", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "buckets.json").read_text())["taken"] == 1
+
+
 def test_several_resolutions_are_drawn(monkeypatch):
     monkeypatch.setattr(bucket_plots, "MOST_POINTS", 500)
 

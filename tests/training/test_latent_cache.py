@@ -461,6 +461,26 @@ def test_the_command(vae, tmp_path):
         assert sentence in result.output
 
 
+def test_the_command_wants_the_vae_before_it_looks_at_millions_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_latent_cache, "build_index", lambda *_, **__: pytest.fail("looked at pictures"))
+    result = CliRunner().invoke(main, ["cache", str(tmp_path), "--vae", "none", "--out", str(tmp_path / "cache")])
+    assert result.exit_code == 2
+    assert result.output == "Error: there is no file or folder none to take the VAE from\n"
+
+
+def test_the_command_for_lists_of_pictures_elsewhere(vae, tmp_path):
+    vae.save_pretrained(tmp_path / "vae")
+    folder = make_pictures(tmp_path / "pictures", 1)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "one.jsonl").write_text(json.dumps({"path": str(folder / "000.png")}))
+    arguments = ["cache", tmp_path / "lists" / "one.jsonl", "--vae", tmp_path / "vae", "--area", "128x128"]
+    arguments = [str(part) for part in [*arguments, "--out", tmp_path / "cache", "--workers", 0, "--device", "cpu"]]
+    assert "allow it by --outside" in CliRunner().invoke(main, arguments).output
+    result = CliRunner().invoke(main, [*arguments, "--outside"])
+    assert result.exit_code == 0, result.output
+    assert len(LatentCache(tmp_path / "cache")) == 1
+
+
 def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
