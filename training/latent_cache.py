@@ -10,11 +10,12 @@ of the crop near its edges, where the VAE saw what is beyond.
 Pictures are not mirrored: the mirrored latents of a picture are not the latents of the mirrored picture.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from ..canvas import Size
@@ -31,6 +33,7 @@ from .keyed_random import CROP, POSTERIOR
 from .latent_stats import ChannelStatistics
 from .pictures import Color, MicroConditioning, PictureError
 from .sources import PictureIndex
+from .vae import hash_encoder
 
 INDEX = "index.arrow"
 ABOUT = "ztsnr.latents"  # in the metadata of the index and of the shards
@@ -215,6 +218,19 @@ class LatentCache:
         if assignment is not None:
             rows = add_buckets(rows, assignment, buckets)
         if difference := (recipe and recipe_difference(self.recipe, recipe)) or row_difference(self.pictures, rows):
+            raise ValueError(stale(self.folder, difference))
+
+    def check_vae(self, vae: AutoencoderKL) -> None:
+        """Refuse a cache of another VAE than that of the model that is trained.
+
+        Args:
+            vae: in the dtype that its file has, or float32; it is compared in the one that the cache was made in.
+
+        Raises:
+            ValueError: another one.
+        """
+        found = hash_encoder(copy.deepcopy(vae).to(getattr(torch, self.recipe.dtype)))
+        if difference := recipe_difference(self.recipe, replace(self.recipe, vae=found)):
             raise ValueError(stale(self.folder, difference))
 
     def verify(self) -> None:

@@ -550,6 +550,20 @@ def test_the_decoder_does_not_matter(small):
     cache.check(*arguments[:3], recipe_of(arguments[3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_of_a_model_that_is_trained(dataset, vae, tmp_path, dtype):
+    """It is float32 in training, whatever the cache was made in."""
+    cache = cache_latents(tmp_path, *dataset, copy.deepcopy(vae).to(dtype))
+    cache.check_vae(vae)
+    assert vae.dtype == torch.float32
+    cache.check_vae(changed_vae(vae, "decoder.conv_out.bias"))
+    for name in ("encoder.conv_in.weight", "quant_conv.bias"):
+        other = changed_vae(vae, name)
+        dict(other.named_parameters())[name].data.view(-1)[0] += 1  # more than bfloat16 rounds away
+        with pytest.raises(ValueError, match="is stale: it was made with another VAE"):
+            cache.check_vae(other)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
