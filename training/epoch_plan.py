@@ -5,12 +5,14 @@ bucket: those of epoch 0 in random order, behind them those of epoch 1 in anothe
 batches, and the steps of an epoch are the batches that its pictures complete; what is too few for a batch waits at the
 head of the next epoch's line.  So nothing is dropped, filled up or squeezed into another shape, and every picture is
 seen once an epoch, or, if it waits, at the beginning of the next.  The batch that those who waited are in takes none of
-them a second time, as long as the bucket fills two.
+them a second time; a bucket that does not fill two batches keeps its order for that, until an epoch ends in which none
+waits.  Only with repeats may a batch have a picture twice.
 
 The steps of an epoch come in random order, which is to draw the bucket of each step with probability proportional to
 the steps that remain of it (NovelAI, github.com/NovelAI/novelai-aspect-ratio-bucketing).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ import numpy as np
 from ..canvas import Size
 
 # what random numbers are for, so that no two uses share them
-ORDER, STEPS, PHASE = range(3)
+ORDER, STEPS, PHASE, KEPT_ORDER = range(4)  # the last one is of bucket 0, and those behind it are of the others
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,15 @@ class EpochPlan:
                 f"{width} x {height} with {counts[small[0]]}: leave them out, give their pictures to other buckets, or "
                 "choose a smaller batch"
             )
+        repeating = np.zeros(len(counts), dtype=bool)
+        if self.repeats is not None:
+            repeating[self.assignment[self._pictures[self.repeats[self._pictures] != 1]]] = True
+        # bucket -> epochs in which it has one order; behind them its pictures have filled batches without a rest
+        self._keeping = {
+            b: self.batch_size // math.gcd(int(count), self.batch_size)
+            for b, count in enumerate(counts)
+            if 0 < count < 2 * self.batch_size and not repeating[b]
+        }
 
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The pictures that an epoch has to choose from, in order, bucket by bucket; and where each bucket begins."""
@@ -194,7 +205,12 @@ class EpochPlan:
         keys |= self.assignment[pictures].astype(np.uint64) << np.uint64(64 - bits)
         pictures = pictures[np.argsort(keys, kind="stable")]
         counts = np.bincount(self.assignment[pictures], minlength=len(self.buckets))
-        return pictures, np.concatenate([[0], np.cumsum(counts)])
+        begins = np.concatenate([[0], np.cumsum(counts)])
+        for b, epochs in self._keeping.items():
+            members = np.sort(pictures[begins[b] : begins[b + 1]])
+            keys = self._random(epoch - epoch % epochs, KEPT_ORDER + b, len(members))
+            pictures[begins[b] : begins[b + 1]] = members[np.argsort(keys, kind="stable")]
+        return pictures, begins
 
     def _seen(self, epochs: int) -> np.ndarray:
         """(buckets,) how many pictures the first epochs have, repeats counted."""

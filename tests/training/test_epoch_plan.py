@@ -54,12 +54,20 @@ def test_every_picture_once_an_epoch(dataset, epochs, seed):
 
 
 @settings(deadline=None, max_examples=60)
-@given(datasets(fills=2), st.integers(0, 5))
+@given(datasets(), st.integers(0, 20))
 def test_no_batch_has_a_picture_twice(dataset, epoch):
     assignment, batch = dataset
     plan = EpochPlan(assignment, BUCKETS, batch_size=batch)
     for _, pictures in plan.steps(epoch):
         assert len(set(pictures.tolist())) == batch
+
+
+def test_small_buckets_are_shuffled_too():
+    """Of a batch and a half: each second epoch begins anew, with a batch that none waited for."""
+    plan = EpochPlan(np.zeros(12, dtype=int), BUCKETS, batch_size=8)
+    firsts = {tuple(all_steps(plan, epoch)[0][1]) for epoch in range(0, 20, 2)}
+    assert [plan.step_count(epoch) for epoch in range(4)] == [1, 2, 1, 2]
+    assert len(firsts) == 10
 
 
 @settings(deadline=None, max_examples=40)
