@@ -268,7 +268,7 @@ def fit_picture(
         (3, height, width) uint8, contiguous, and what SDXL is told about it.
 
     Raises:
-        PictureError: the picture is not of ``original_size``.
+        PictureError: see ``resize_picture``.
     """
     original_size = image.size if original_size is None else original_size
     width, height = cover_size(original_size, bucket)
@@ -290,8 +290,10 @@ def resize_picture(image: Image.Image, size: Size, original_size: Size) -> Image
         original_size: (width, height) of the upright picture in its file.
 
     Raises:
-        PictureError: the picture is not of ``original_size``.
+        PictureError: the picture is not of ``original_size``; or it would become larger than MAX_PIXELS, being a line.
     """
+    if size[0] * size[1] > MAX_PIXELS:
+        raise PictureError(f"resized it would have {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
     shrunk = round(original_size[0] / image.width)
     if shrunk not in (1, 2, 4, 8) or image.size != tuple(math.ceil(side / shrunk) for side in original_size):
         raise PictureError(f"it has changed: it is no longer {original_size[0]} x {original_size[1]} pixels")

@@ -580,3 +580,12 @@ def test_a_picture_that_is_not_the_one_of_the_index():
     for size in ((30, 40), (41, 30), (40, 29), (20, 15), (120, 90), (121, 80), (1, 1)):
         with pytest.raises(PictureError, match=f"it has changed: it is no longer {size[0]} x {size[1]} pixels"):
             fit_picture(image, (8, 8), np.random.default_rng(0), original_size=size)
+
+
+def test_a_line_does_not_become_a_giant():
+    """Where aspect ratios are not limited, covering its bucket would take it more memory than there is."""
+    line = Image.new("RGB", (2000, 1))
+    with pytest.raises(
+        PictureError, match="resized it would have 2048000 x 1024 pixels, more than the 89478485 allowed"
+    ):
+        fit_picture(line, (1024, 1024), np.random.default_rng(0))
