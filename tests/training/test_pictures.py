@@ -585,7 +585,5 @@ def test_a_picture_that_is_not_the_one_of_the_index():
 def test_a_line_does_not_become_a_giant():
     """Where aspect ratios are not limited, covering its bucket would take it more memory than there is."""
     line = Image.new("RGB", (2000, 1))
-    with pytest.raises(
-        PictureError, match="resized it would have 2048000 x 1024 pixels, more than the 89478485 allowed"
-    ):
+    with pytest.raises(PictureError, match="resized it would have 2048000 x 1024 pixels"):
         fit_picture(line, (1024, 1024), np.random.default_rng(0))
