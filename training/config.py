@@ -368,8 +368,12 @@ def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the con
 
 def write_settings(settings: Any) -> bytes:
     """Settings as TOML, with all that was left to the defaults."""
-    content = pydantic.TypeAdapter(type(settings)).dump_python(settings, mode="json", exclude_none=True)
-    return tomli_w.dumps(content).encode()
+    return tomli_w.dumps(settings_content(settings)).encode()
+
+
+def settings_content(settings: Any) -> dict[str, Any]:
+    """Settings as nested tables of what TOML and JSON can hold."""
+    return pydantic.TypeAdapter(type(settings)).dump_python(settings, mode="json", exclude_none=True)
 
 
 def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str) -> T:

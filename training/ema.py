@@ -13,9 +13,10 @@ device.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,20 +202,41 @@ class Ema:
         With sharded parameters all ranks must call this, as it gathers them; the first rank writes.
 
         Raises:
-            ValueError: it cannot be written, ``dtype`` cannot hold its numbers, or nothing is averaged yet.
+            ValueError: it cannot be written, ``dtype`` cannot hold its numbers, or nothing is averaged yet; with
+                sharded parameters in all ranks.
         """
         if self.step == 0:
             raise ValueError("there is no average before the first update")
-        streams = {name: _stream(average, dtype) for name, average in self.tensors(profile).items()}
+        averages = self.tensors(profile)
+        waiting = {name for name, average in averages.items() if isinstance(average, DTensor)}  # to be gathered
+        is_sharded = bool(waiting)
+
+        def gathered(name: str) -> Tensor:
+            if name not in waiting:
+                return averages[name]
+            waiting.remove(name)
+            return averages[name].full_tensor()
+
+        streams = {name: _stream(average, partial(gathered, name), dtype) for name, average in averages.items()}
         metadata = {PROFILE: profile.name, STEP: str(self.step)}
         if isinstance(profile, PowerFunction):
             metadata[SIGMA_REL] = repr(profile.sigma_rel)
+        trouble = None
         if not dist.is_initialized() or dist.get_rank() == 0:
-            with atomic_write(path) as file:
-                write_tensors(file, streams, metadata, hashed=False)
-        elif any(isinstance(average, DTensor) for average in self.tensors(profile).values()):
-            for stream in streams.values():
-                list(stream.read())
+            try:
+                with atomic_write(path) as file:
+                    write_tensors(file, streams, metadata, hashed=False)
+            except ValueError as error:
+                trouble = str(error)
+        if is_sharded:
+            for name in averages:  # in the other ranks all; in the first what it did not come to, as they wait for it
+                if name in waiting:
+                    gathered(name)
+            said = [trouble]
+            dist.broadcast_object_list(said, 0)
+            trouble = said[0]
+        if trouble is not None:
+            raise ValueError(trouble)
 
     def _take_copies(self) -> None:
         if self._copies is not None and self._copies.steps is not None:
@@ -254,10 +276,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _stream(tensor: Tensor, dtype: torch.dtype) -> TensorStream:
+def _stream(tensor: Tensor, whole: Callable[[], Tensor], dtype: torch.dtype) -> TensorStream:
     def read() -> Iterator[bytearray]:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield bytearray(whole.cpu().flatten().view(torch.uint8).numpy())
+        yield bytearray(whole().cpu().flatten().view(torch.uint8).numpy())
 
     return cast(TensorStream(dtype_name(tensor.dtype), tuple(tensor.shape), read), dtype_name(dtype))
 

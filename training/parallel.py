@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .precision import MixedPrecision
 
 # the others wait while the first process reads the headers of all pictures, or exports
 PATIENCE = timedelta(days=1)
+_starts = count()
+TROUBLE = "trouble"  # in the store of the processes: the sentence of the one that ended
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class World:
 def start_world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun has started, or be the only one.
 
+    A ValueError in one process ends all of them: those that are waiting for this one lose it, and raise the same.
+
     Raises:
         ValueError: a device that is not there.
     """
@@ -93,7 +98,10 @@ def start_world(device: str = "auto") -> Iterator[World]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and size > 1:
         device = f"cuda:{local_rank}"
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"speed.device = {device!r} is no device: it is auto, cpu, cuda or such as cuda:1") from None
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"the device {device} cannot be used: there is no CUDA here")
@@ -101,10 +109,26 @@ def start_world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank, size, local_size, place)
         return
+    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store = dist.PrefixStore(f"ztsnr {next(_starts)}", store)  # torchrun's, which has what a run before put there
     # gloo beside NCCL, for what is on the CPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
     try:
-        yield World(rank, size, local_size, place, dist.new_group(backend="gloo", timeout=PATIENCE))
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(rank, size, local_size, place, group)
+    except ValueError as error:
+        with suppress(RuntimeError):  # the store may have ended with the first process
+            store.set(TROUBLE, str(error))
+        raise
+    except RuntimeError as error:  # of one that this one waited for in vain?
+        trouble = None
+        with suppress(RuntimeError):
+            if store.check([TROUBLE]):
+                trouble = store.get(TROUBLE).decode()
+        if trouble is None:
+            raise
+        raise ValueError(trouble) from error
     finally:
         dist.destroy_process_group()
 
@@ -175,7 +199,8 @@ class Sharded:
         world: World,
         hsdp: bool,
     ):
-        self._denoiser = denoiser.to(kept_in)
+        # FSDP shares out contiguous weights only; convolutions follow the layout of their input all the same
+        self._denoiser = denoiser.to(kept_in, memory_format=torch.contiguous_format)
         if hsdp:
             shape, names = (world.size // world.local_size, world.local_size), ("replicate", "shard")
         else:

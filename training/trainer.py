@@ -6,7 +6,7 @@ it had not been, on any number of processes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.latent_scaling import LatentScaling
-from .config import FinetuneSettings, write_settings
+from .config import FinetuneSettings, settings_content, write_settings
 from .data import open_data
 from .dataset import Batch, loader
 from .ema import ConstantDecay, Ema, PowerFunction, Profile
@@ -345,10 +345,9 @@ class _Run:
     def train(self, states: RunStates) -> bool:
         """Until the last step; False if a signal stopped it."""
         settings, world, out = self.settings, self.world, self.settings.out
-        watch = Watch(out, settings.watch, world, self.place.step, write_settings(settings).decode())
+        watch = Watch(out, settings.watch, world, self.place.step, settings_content(settings))
         validation = self._validation()
         previews = self._previews()
-        last = self.objective.schedule.last_timestep
         batches = self._batches()
         bar = tqdm(total=settings.steps, initial=self.place.step, unit="step", disable=None if world.first else True)
         self.speed.start_interval()
@@ -363,14 +362,14 @@ class _Run:
                 if step % settings.watch.log_every == 0 or ends:
                     metrics = self.bands.read(world) | self.guard.read() | self.speed.read()
                     metrics["learning rate"] = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor
-                    with self._writing():
+                    with self._writing("the line of metrics"):
                         watch.write(step, metrics)
-                    bar.set_postfix_str(_postfix(metrics, last))
+                    bar.set_postfix_str(_postfix(metrics))
                     self.speed.start_interval()
                 if validation is not None and (step % settings.watch.validate_every == 0 or ends):
                     with self.speed.paused():
                         metrics = self._measure(validation)
-                        with self._writing():
+                        with self._writing("the validation"):
                             watch.write(step, metrics)
                 if previews is not None and (step % settings.watch.preview_every == 0 or ends):
                     with self.speed.paused():
@@ -385,7 +384,7 @@ class _Run:
                         self._save(states)
                 if stopping and not ends:
                     break
-        with self._writing():
+        with self._writing("the end of the metrics"):
             watch.close()
         if self.place.step < settings.steps:
             self.say(f"stopped at step {self.place.step}; go on with --resume auto")
@@ -393,12 +392,13 @@ class _Run:
         return True
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, what: str) -> Iterator[None]:
         """What cannot be written within the block is missing, and said; the run matters more."""
         try:
             yield
         except (OSError, ValueError) as error:
-            self.say(f"{error}; training goes on without it")
+            reason = getattr(error, "strerror", None) or error
+            self.say(f"{what} of step {self.place.step} could not be written: {reason}; training goes on without it")
 
     def _batches(self) -> Iterator[Batch]:
         settings = self.settings
@@ -448,7 +448,7 @@ class _Run:
     def _show(self, previews: Previews, watch: Watch) -> None:
         with self._averaged(), self.speed.eager():
             sheet, metrics = previews.make()
-        with self._writing():
+        with self._writing("the sheet of pictures"):
             watch.write(self.place.step, metrics)
             watch.picture(self.place.step, "previews", sheet)
             if self.world.first:
@@ -532,11 +532,13 @@ class _Run:
 
     def _snapshot(self) -> None:
         folder = self.settings.out / "snapshots"
-        folder.mkdir(exist_ok=True)
+        with suppress(OSError):  # what cannot be made, the first file finds missing
+            folder.mkdir(exist_ok=True)
         for profile in self.profiles:
             if isinstance(profile, PowerFunction):
                 path = folder / f"{profile.name}-step-{self.place.step:08d}.safetensors"
-                self.ema.save_snapshot(path, profile, dtype=torch.float16)
+                with self._writing("a snapshot"):
+                    self.ema.save_snapshot(path, profile, dtype=torch.float16)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -573,6 +575,8 @@ class _Run:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _postfix(metrics: dict[str, float], last: int) -> str:
-    shown = {"loss": "loss", f"loss/t{last:03d}": f"t={last}", "pictures a second": "img/s"}
-    return ", ".join(f"{short} {metrics[name]:.4g}" for name, short in shown.items() if name in metrics)
+def _postfix(metrics: dict[str, float]) -> str:
+    """The loss, of all and by bands of timesteps, and the speed; what a narrow terminal cuts off is the low noise."""
+    bands = {name: name.removeprefix("loss/") for name in reversed(metrics) if name.startswith("loss/t")}
+    shown = {"loss": "loss", "pictures a second": "img/s", **bands}
+    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in shown.items())

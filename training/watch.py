@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from ..checkpoints.atomic import atomic_write
 from .config import WatchSettings
 from .parallel import World
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class Watch:
     """Where metrics and pictures go; in all processes but the first, nowhere.
@@ -23,14 +27,22 @@ class Watch:
     Args:
         folder: of the run.
         step: that the run goes on from: what was written down behind it by a run before is dropped.
+        config: all settings of the run, for W&B.
 
     Raises:
         ValueError: a library that is not installed.
     """
 
-    def __init__(self, folder: Path, settings: WatchSettings, world: World, step: int = 0, config: Any = None):
+    def __init__(
+        self,
+        folder: Path,
+        settings: WatchSettings,
+        world: World,
+        step: int = 0,
+        config: Mapping[str, Any] | None = None,
+    ):
         self._path = folder / "metrics.jsonl"
-        self._writer = self._run = None
+        self._new_writer = self._writer = self._run = None
         self._writes = world.first
         if not self._writes:
             return
@@ -42,7 +54,8 @@ class Watch:
                 raise ValueError(
                     'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
                 ) from None
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._new_writer = partial(SummaryWriter, str(folder / "tensorboard"))
+            self._writer = self._new_writer(purge_step=step + 1)
         if settings.wandb:
             try:
                 import wandb
@@ -57,16 +70,17 @@ class Watch:
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+        with self._tensorboard() as writer:
+            for name, value in metrics.items() if writer else ():
+                writer.add_scalar(name, value, step)
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture at a step."""
-        if self._writer is not None:
-            self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        with self._tensorboard() as writer:
+            if writer:
+                writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self._run is not None:
             import wandb
 
@@ -78,6 +92,17 @@ class Watch:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator["SummaryWriter | None"]:
+        """What writes for it, if it is asked for.  One that failed never writes again, so another takes its place."""
+        if self._writer is None and self._new_writer is not None:
+            self._writer = self._new_writer()
+        try:
+            yield self._writer
+        except OSError:
+            self._writer = None
+            raise
 
     def _forget_behind(self, step: int) -> None:
         try:
@@ -115,7 +140,7 @@ class BandedLoss:
 
     def add(self, t: torch.Tensor, errors: torch.Tensor, losses: torch.Tensor) -> None:
         """(B,) timesteps, mean square errors and weighted losses; what is not finite does not count."""
-        band = torch.bucketize(t, self._starts, right=True)
+        band = torch.bucketize(t.contiguous(), self._starts, right=True)
         rows = torch.stack([torch.ones_like(errors), errors, losses]).double()
         self.sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
 

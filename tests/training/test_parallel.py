@@ -1,5 +1,6 @@
 """Real processes, started by torchrun and joined by gloo, train what one process trains at the same global batch."""
 
+import re
 import shutil
 
 import pytest
@@ -124,6 +125,26 @@ def test_stopped_and_poisoned(place, tmp_path):
         same = [name for name in before if name.startswith(("parameter.", "optimizer."))]
         assert [name for name in same if not torch.equal(before[name], behind[name])] == []
         assert len(list((bad / "bad_batches").iterdir())) == 2  # of each process
+
+
+def test_what_one_process_knows_ends_both(place, tmp_path):
+    """The one that waits for it too; and the run after it is a run as any other."""
+    broken, plain = (make_content(place, tmp_path / name, steps=2) for name in ("broken", "plain"))
+    first = {"content": broken, "broken": 1, "raises": "^what one process alone knows$"}
+    under_torchrun([first, {"content": plain}], 2, tmp_path)
+    assert states(tmp_path / "plain") == [2]
+
+
+def test_no_room_for_a_snapshot_of_shares(place, tmp_path):
+    """The first process, which writes, says so; the other one, which sends its shares, does not wait for ever."""
+    content = make_content(
+        place, tmp_path / "run", steps=4, save_every=100, speed__strategy="fsdp", average__snapshots=2
+    )
+    job = {"content": content, "small_files": 2, "raises": "^the state at step 4 could not be written"}
+    said = under_torchrun([job], 2, tmp_path)
+    assert re.search(r"a snapshot of step 4 could not be written: .*File too large; training goes on without it", said)
+    (path,) = (tmp_path / "run" / "snapshots").iterdir()
+    assert path.name == "power_0.05-step-00000002.safetensors"
 
 
 @pytest.mark.slow

@@ -11,7 +11,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import tomllib
+import types
 from contextlib import suppress
 from pathlib import Path
 
@@ -318,6 +321,41 @@ def test_float16(place, plain, tmp_path):
     assert [state(out, step)["loss_scale.scale"].item() for step in range(1, 7)] == [2.0**16] * 3 + [2.0**15] * 3
     assert metrics(out)[-1]["steps left out"] == 1
     assert losses(out)[:3] == pytest.approx(losses(plain)[:3], rel=5e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watching
+
+
+def test_weights_and_biases_gets_all_settings(place, tmp_path, monkeypatch):
+    """A stand-in, for it takes an account: a mapping, since a text would be the name of a file to it."""
+    given, logged = {}, []
+    run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: None)
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **more: given.update(more) or run, Image=lambda of: of)
+    )
+    train(make_content(place, tmp_path / "run", steps=2, watch__wandb="project"))
+    assert given["project"] == "project"
+    assert given["config"] == tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert [step for step, line in logged if "loss" in line] == [1, 2]
+
+
+def test_the_progress_bar_shows_the_loss_by_bands(place, tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(trainer.tqdm):
+        def set_postfix_str(self, text, refresh=True):
+            shown.append(text)
+
+    monkeypatch.setattr(trainer, "tqdm", Bar)
+    train(make_content(place, tmp_path / "run", steps=3, watch__log_every=3, objective__terminal_probability=0.4))
+    (line,) = metrics(tmp_path / "run")
+    bands = [name for name in line if name.startswith("loss/t")]
+    assert "loss/t999" in bands
+    (text,) = shown
+    for name in bands:
+        assert f"{name.removeprefix('loss/')} {line[name]:.3g}" in text
+    assert text.startswith(f"loss {line['loss']:.3g}, img/s ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

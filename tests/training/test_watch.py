@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import subprocess
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -116,6 +118,43 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     watch.picture(1, "previews", Image.new("RGB", (4, 4)))
     watch.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of its own, without room; and what makes room."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount")
+
+    def fill():
+        with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    yield folder, fill, (folder / "filler").unlink
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_tensorboard_goes_on_when_there_is_room_again(full_disk):
+    """Its writer is dead for good once it failed, so another one begins another file."""
+    folder, fill, empty = full_disk
+    watch = Watch(folder, WatchSettings(), ALONE)
+    watch.write(1, {"loss": 1.0})
+    watch._writer.flush()
+    fill()
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")  # more than what is left of a page
+    for step in range(2, 5):
+        with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+            watch.picture(step, "previews", picture)
+            watch._writer.flush()
+    empty()
+    watch.write(5, {"loss": 5.0})
+    watch.close()
+    assert scalars(folder, "loss") == [(1, 1.0), (5, 5.0)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

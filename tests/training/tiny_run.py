@@ -3,15 +3,18 @@
 Under torchrun this file is each of the processes: it takes the runs one after the other from a JSON file.
 """
 
+import gc
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +149,27 @@ def assert_same(out: Path, other: Path, step: int = 12) -> None:
     assert metrics(out) == metrics(other)
 
 
-def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: int = 1) -> None:
-    """Runs in real processes, one after the other.
+def small_files(batch: Batch) -> Batch:
+    """From here on this process cannot write files of 100 kB: no snapshot and no state, but what it says."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return batch
+
+
+def breaks(batch: Batch) -> Batch:
+    """Ends this process's run by itself."""
+    raise ValueError("what one process alone knows")
+
+
+def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: int = 1, seconds: float = 1200) -> str:
+    """Runs in real processes, one after the other; what they said.
 
     Args:
-        jobs: "content" of each; also "resume", "raises": a sentence, and what happens in the last process alone:
-            "poisoned": steps, "stopped": a step.
+        jobs: "content" of each; also "resume", "raises": a sentence, "small_files": a step from which on there is no
+            room, and what happens in the last process alone: "poisoned": steps, "stopped": a step, "broken": a step.
+        seconds: they are killed after so many.
     """
     path = place / f"jobs-{processes}-{machines}.json"
-    path.write_text(json.dumps([{**job, "port": _free_port()} for job in jobs]))
+    path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes // machines)]
     if machines == 1:
         commands = [[*command, "--standalone"]]
@@ -162,12 +177,39 @@ def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: i
         meet = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}"]
         commands = [[*command, *meet, "--rdzv-conf", f"is_host={int(number == 0)}"] for number in range(machines)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([*c, __file__, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for c in commands
-    ]
-    said = [process.communicate()[0].decode() for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(said)[-6000:]
+    started, logs = [], [path.with_suffix(f".{number}.log") for number in range(machines)]
+    end = time.monotonic() + seconds
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            with log.open("wb") as file:
+                started.append(
+                    subprocess.Popen(
+                        [*command, __file__, str(path)],
+                        env=environment,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        ended = [process.wait(max(0, end - time.monotonic())) for process in started]
+    finally:  # also where the time is over: none goes on without the test
+        for process in started:
+            _kill(process)
+    said = "\n".join(log.read_text() for log in logs)
+    assert not any(ended), said[-6000:]
+    return said
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """A torchrun and its processes, which are groups of their own."""
+    if process.poll() is not None:
+        return
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids = [process.pid, *(map(int, children.read_text().split()) if children.exists() else ())]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def _free_port() -> int:
@@ -178,16 +220,19 @@ def _free_port() -> int:
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it would still have the addresses of the run before
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     for job in json.loads(Path(path).read_text()):
-        os.environ["MASTER_PORT"] = str(job["port"])
-        steps = dict.fromkeys(job.get("poisoned", []), poison)
-        if "stopped" in job:
-            steps[job["stopped"]] = sends(signal.SIGTERM)
+        steps = dict.fromkeys(job.get("poisoned", []), poison) if last else {}
+        for name, action in (("stopped", sends(signal.SIGTERM)), ("broken", breaks)):
+            if name in job and last:
+                steps[job[name]] = action
+        if "small_files" in job:
+            steps[job["small_files"]] = small_files
         expected = pytest.raises(ValueError, match=job["raises"]) if "raises" in job else nullcontext()
-        with at(steps if last else {}), expected:
+        with at(steps), expected:
             train(job["content"], resume=job.get("resume", False), say=print)
+        del expected
+        gc.collect()  # the exception's frames hold connections on which others wait
 
 
 if __name__ == "__main__":
