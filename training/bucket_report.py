@@ -1,6 +1,7 @@
 """``ztsnr buckets``: which buckets a folder's pictures go to, what that costs, and who is left out and why."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -227,8 +228,11 @@ def run_buckets(
         What buckets.json holds.
 
     Raises:
-        ValueError: no pictures, or none that has a bucket; buckets that cannot be used; files that cannot be written.
+        ValueError: no pictures, or none that has a bucket; buckets that cannot be used; files that cannot be written,
+            or that would be among the pictures.
     """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} is in {folder}, where its plot would be one of the pictures: choose another --out")
     prepare_folder(out)
     index, unusable = build_index([Source(folder, outside=outside)], allow_missing_captions=True)
     settings = {
@@ -254,6 +258,7 @@ def run_buckets(
         "ztsnr": __version__,
         "source": str(folder),
         **settings,
+        "max_aspect_error": max_aspect_error if max_aspect_error < math.inf else None,  # which JSON does not have
         **found,
         "buckets": [asdict(row) for row in rows],
     }

@@ -127,6 +127,26 @@ def test_weights_of_a_list(pictures, tmp_path):
     assert report["steps"] * 4 + report["waiting"] in (5, 6)  # 3 + 1 + 1, and every other epoch one more
 
 
+def test_any_aspect_error(pictures, tmp_path):
+    done = run(pictures, "--buckets", BUCKETS, "--max-aspect-error", "inf", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "buckets.json").read_text())["max_aspect_error"] is None
+
+
+def test_the_plot_is_not_put_among_the_pictures(pictures, monkeypatch):
+    """It would be counted the next time, and trained with."""
+    files = sorted(pictures.iterdir())
+    for out in (pictures, pictures / "out"):
+        done = run(pictures, "--buckets", BUCKETS, "--out", out)
+        assert done.exit_code == 2
+        assert done.output == (
+            f"Error: {out} is in {pictures}, where its plot would be one of the pictures: choose another --out\n"
+        )
+    monkeypatch.chdir(pictures)
+    assert run(".", "--buckets", BUCKETS).exit_code == 2
+    assert sorted(pictures.iterdir()) == files
+
+
 def test_lists_of_pictures_elsewhere(pictures, tmp_path):
     path = tmp_path / "lists" / "one.jsonl"
     path.parent.mkdir()
@@ -234,7 +254,7 @@ def test_folders_without_pictures(tmp_path):
     assert done.exit_code == 2
     assert "none of the 1 pictures can be used" in done.output
     (tmp_path / "file").write_text("")
-    done = run(tmp_path, "--out", tmp_path / "file" / "out")
+    done = run(tmp_path / "empty", "--out", tmp_path / "file" / "out")
     assert done.exit_code == 2
     assert "Cannot write" in done.output
 
