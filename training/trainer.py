@@ -28,7 +28,7 @@ from .objective import Objective
 from .optimizers import clip_grad_norm, load_optimizer_tensors, lr_factor, make_optimizer, optimizer_tensors, set_lr
 from .parallel import World, parallelize, start_world, whole
 from .precision import LossScale
-from .prefetch import ahead
+from .prefetch import ahead, sent
 from .previews import Previews
 from .quarantine import Quarantine
 from .run_state import RunStates
@@ -291,7 +291,7 @@ class _Run:
         plan = self.data.plan
         slots = range(plan.rank, plan.batch_size, plan.world_size)
         t = self.objective.draw_timesteps(self.settings.seed, batch.epoch, batch.step, plan.batch_size)
-        t = t[plan.rank :: plan.world_size].to(self.world.device, non_blocking=True)
+        t = sent(t[plan.rank :: plan.world_size], self.world.device)
         errors, losses = self._backward(batch, slots, t)
         if self.objective.learned is not None:
             self.world.average_gradients(self.objective.learned.parameters())
