@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import re
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -294,18 +296,20 @@ class FinetuneSettings:
     keep_every: int = 0
 
     def __post_init__(self):
-        at_least_one = {
-            "steps": self.steps,
-            "save_every": self.save_every,
-            "keep": self.keep,
-            "data.batch_size": self.data.batch_size,
-            "optimizer.accumulation": self.optimizer.accumulation,
-            "watch.log_every": self.watch.log_every,
-            "average.every": self.average.every,
-        }
-        for name, number in at_least_one.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, not {number}")
+        for name, (low, high) in _RANGES.items():
+            _check_range(name, reduce(getattr, name.split("."), self), low, high)
+        for number, stage in enumerate(self.stages):
+            _check_range(f"stages.{number}.steps", stage.steps, 1)
+            _check_range(f"stages.{number}.learning_rate", stage.learning_rate, 0)
+            if not stage.groups:
+                raise ValueError(f"stages.{number}.groups is empty: name what is trained, or leave it out for all")
+        if self.watch.preview_size is not None and any(side < 8 or side % 8 for side in self.watch.preview_size):
+            raise ValueError(f"watch.preview_size must be two multiples of 8, not {list(self.watch.preview_size)}")
+        if self.average.on_cpu and self.speed.strategy != "ddp":
+            raise ValueError(
+                f'average.on_cpu does not work with speed.strategy = "{self.speed.strategy}", by which averages are '
+                "shared out to the GPUs: leave it out"
+            )
         if self.data.latents is not None and self.data.flip:
             raise ValueError("data.flip does not work with cached latents: mirrored latents are not those of a mirror")
         if not self.stages or any(stage.steps is None for stage in self.stages[:-1]):
@@ -316,6 +320,35 @@ class FinetuneSettings:
             raise ValueError("nothing would be exported: export.single_file and export.folder are both off")
         if self.optimizer.schedule == "rsqrt" and self.optimizer.reference_steps is None:
             raise ValueError("the schedule rsqrt needs optimizer.reference_steps")
+
+
+# name -> the least and the largest value allowed; those of other tables are checked where they are used
+_RANGES = {
+    **dict.fromkeys(
+        (
+            *("steps", "save_every", "keep", "data.batch_size", "data.step", "data.max_chunks"),
+            *("optimizer.accumulation", "optimizer.max_skipped", "average.every"),
+            *("watch.log_every", "watch.validation_pictures", "watch.preview_steps"),
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            *("keep_every", "data.min_size", "data.workers", "average.snapshots"),
+            *("optimizer.learning_rate", "optimizer.text_encoder_learning_rate", "optimizer.weight_decay"),
+            *("optimizer.warmup_steps", "optimizer.clip"),
+            *("watch.validate_every", "watch.preview_every", "watch.guidance"),
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("data.flip", "data.max_unusable", "optimizer.final_share"), (0, 1)),
+}
+
+
+def _check_range(name: str, number: float | None, low: float, high: float = math.inf) -> None:
+    if number is not None and not (math.isfinite(number) and low <= number <= high):
+        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {wanted}, not {number}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,6 +377,12 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
     settings = parse_settings(kind, content, str(path))
+    listed = "--help" in overrides
+    named = [t for t in _optional_tables(kind) if listed or any(_is_of(t, argument) for argument in overrides)]
+    for table in named:  # with its defaults, where the file has none
+        reduce(lambda outer, name: outer.setdefault(name, {}), table, content)
+    if named:
+        settings = parse_settings(kind, content, str(path))
     return _override(kind, settings, overrides, program) if overrides else settings
 
 
@@ -376,6 +415,21 @@ def settings_content(settings: Any) -> dict[str, Any]:
     return pydantic.TypeAdapter(type(settings)).dump_python(settings, mode="json", exclude_none=True)
 
 
+def _optional_tables(kind: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where the tables are that may be missing, and then mean that there is no such thing."""
+    for name, hint in typing.get_type_hints(kind).items():
+        for choice in typing.get_args(hint) or (hint,):
+            if dataclasses.is_dataclass(choice) and typing.get_origin(hint) is not tuple:
+                if types.NoneType in typing.get_args(hint):
+                    yield (*place, name)
+                yield from _optional_tables(choice, (*place, name))
+
+
+def _is_of(table: tuple[str, ...], argument: str) -> bool:
+    """Whether an argument of the command line sets something in a table."""
+    return argument.replace("_", "-").startswith(f"--{'.'.join(table)}.".replace("_", "-"))
+
+
 def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str) -> T:
     said = io.StringIO()
     # values as in the file: true and false are said, and a table is there or not
@@ -391,9 +445,9 @@ def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str
         wanted = (
             part for part in parts if part.strip("╭╮╰╯ ") and not part.startswith(("Available", "For full", "Arg"))
         )
-        sentence = "; ".join(part.removeprefix("Error parsing ") for part in wanted)
+        sentence = "; ".join(part.removeprefix("Error parsing ") for part in wanted).removeprefix(f"{kind.__name__}: ")
         if match := re.match(r"Unrecognized options: ([^\s,]+)(?:.*Perhaps you meant: (--[^\s,]+))?", sentence):
-            near = f": did you mean {match[2]}?" if match[2] else ", unless the file has its table"
+            near = f": did you mean {match[2]}?" if match[2] else ""
             sentence = f"the command line has {match[1]}, which does not exist{near}"
         raise ValueError(sentence) from None
 

@@ -53,7 +53,7 @@ def out_of_memory_in_one_sentence(settings: FinetuneSettings) -> Iterator[None]:
         ways.append(f"optimizer.accumulation above {settings.optimizer.accumulation}")
         if settings.optimizer.name == "adamw":
             ways.append('optimizer.name = "adamw8bit"')
-        if not settings.average.on_cpu:
+        if not settings.average.on_cpu and settings.speed.strategy == "ddp":
             ways.append("average.on_cpu = true")
         if settings.model.adapter is None:
             ways.append("model.adapter")

@@ -8,7 +8,14 @@ import pytest
 from tabulate import tabulate
 
 import ztsnr
-from ztsnr.training.config import FinetuneSettings, StageSettings, parse_settings, read_settings, write_settings
+from ztsnr.training.config import (
+    FinetuneSettings,
+    StageSettings,
+    TagWeightSettings,
+    parse_settings,
+    read_settings,
+    write_settings,
+)
 from ztsnr.training.networks import AdapterSettings
 from ztsnr.training.objective import Objective
 
@@ -127,6 +134,21 @@ def test_names_that_do_not_exist_and_those_that_are_missing(read, old, new, sent
             "[export]\nfolder = false\nsingle_file = false\n[data]",
             "nothing would be exported: export.single_",
         ),
+        ("batch_size = 2", "batch_size = 2\nmax_chunks = 0", "data.max_chunks must be at least 1, not 0"),
+        ("batch_size = 2", "batch_size = 2\nstep = 0", "data.step must be at least 1, not 0"),
+        ("batch_size = 2", "batch_size = 2\nflip = 1.5", "data.flip must be from 0 to 1, not 1.5"),
+        ("[data]", "[optimizer]\nlearning_rate = nan\n[data]", "optimizer.learning_rate must be at least 0, not nan"),
+        ("[data]", "[optimizer]\nclip = -1.0\n[data]", "optimizer.clip must be at least 0, not -1.0"),
+        ("[data]", "[watch]\nvalidate_every = -1\n[data]", "watch.validate_every must be at least 0, not -1"),
+        ("[data]", "[watch]\npreview_steps = 0\n[data]", "watch.preview_steps must be at least 1, not 0"),
+        ("[data]", "[watch]\npreview_size = [20, 36]\n[data]", "watch.preview_size must be two multiples of 8, not ["),
+        ("[model]", "stages = [{ groups = [] }]\n[model]", "stages.0.groups is empty: name what is trained"),
+        ("[model]", "stages = [{ steps = 0 }, {}]\n[model]", "stages.0.steps must be at least 1, not 0"),
+        (
+            "[data]",
+            "[average]\non_cpu = true\n[speed]\nstrategy = 'fsdp'\n[data]",
+            'average.on_cpu does not work with speed.strategy = "fsdp"',
+        ),
         ("[data]", "[optimizer]\nschedule = 'rsqrt'\n[data]", "the schedule rsqrt needs optimizer.reference_steps"),
     ],
 )
@@ -197,6 +219,15 @@ def test_overrides_of_a_table_that_the_file_has(read):
     assert read(text, "--model.adapter.rank", "4").model.adapter == AdapterSettings("lora", 4)
 
 
+def test_overrides_of_a_table_that_the_file_does_not_have(read):
+    """Its other settings have their defaults; and nothing else appears."""
+    settings = read(SMALL, "--model.adapter.rank", "4", "--steps", "7")
+    assert settings.model.adapter == AdapterSettings(rank=4)
+    assert settings.steps == 7
+    assert settings.data.tag_weights is None
+    assert read(SMALL, "--data.tag_weights.power=0.3").data.tag_weights == TagWeightSettings(power=0.3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -204,13 +235,12 @@ def test_overrides_of_a_table_that_the_file_has(read):
             ("--optimizer.nam", "adamw"),
             "the command line has --optimizer.nam, which does not exist: did you mean --opt",
         ),
-        (
-            ("--model.adapter.rank", "4"),
-            "the command line has --model.adapter.rank, which does not exist, unless the f",
-        ),
+        (("--model.adapter.rnk", "4"), "the command line has --model.adapter.rnk, which does not exist: did you mean"),
+        (("--zzz", "4"), "the command line has --zzz, which does not exist"),
+        (("--optimizer.learning-rate", "nan"), "optimizer.learning_rate must be at least 0, not nan"),
         (("--steps", "many"), "--steps: invalid literal for int"),
         (("--steps",), "Missing value for argument '--steps'"),
-        (("--steps", "0"), "FinetuneSettings: steps must be at least 1, not 0"),
+        (("--steps", "0"), "steps must be at least 1, not 0"),
         (("--optimizer.name", "sgd"), "invalid choice 'sgd' for argument '--optimizer.name'. Expected one of ('adamw'"),
         (("--optimizer.betas", "0.8"), "Missing value for argument '--optimizer.betas'"),
         (("--objective.prediction-type", "epsilon"), "objective: an epsilon model cannot start"),
@@ -229,6 +259,8 @@ def test_help_lists_every_setting_with_its_meaning(read, capsys):
         "--objective.high-noise-share FLOAT",
         "--data.captions.caption-dropout",
         "--stages.0.steps",
+        "--model.adapter.rank INT",
+        "--data.tag-weights.power",
     ):
         assert name in text
     assert "share of the loss at t >= 900" in " ".join(text.replace("│", " ").split())

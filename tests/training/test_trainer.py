@@ -373,6 +373,13 @@ def test_out_of_memory(place, tmp_path, monkeypatch):
         train(make_content(place, tmp_path / "run"))
 
 
+def test_a_device_that_is_none(place, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^speed\.device = 'gpu' is no device: it is auto, cpu, cuda or such as cuda:1$"
+    ):
+        train(make_content(place, tmp_path / "run", speed__device="gpu"))
+
+
 def test_folders_that_cannot_be_those_of_a_run(place, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file cannot be the folder of a run: it is a file$"):
