@@ -467,7 +467,7 @@ def buckets(
 
 
 @main.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, metavar="[NAME=]SOURCE...")
 @click.option("--vae", required=True, metavar="MODEL", help="A diffusers folder or .safetensors file that has the VAE.")
 @click.option("--config", help="For a single file: a diffusers folder or hub name whose settings complete it.")
 @click.option(
@@ -498,7 +498,7 @@ def buckets(
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that open pictures.")
 @click.option("--verify", is_flag=True, help="In the end, read all shards again and compare their checksums.")
 def cache(
-    sources: tuple[Path, ...],
+    sources: tuple[str, ...],
     vae: str,
     config: str | None,
     out: Path,
@@ -520,22 +520,24 @@ def cache(
 ) -> None:
     """Encode pictures once, to train from their latents.
 
-    SOURCE is a folder, .jsonl, .parquet or .tar file; captions are not needed.  Pictures are not mirrored, because
-    mirrored latents are not those of a mirrored picture.  A run that was stopped goes on when it is started again.  On
-    several GPUs: torchrun --nproc-per-node 8 --no-python ztsnr cache ...
+    SOURCE is a folder, .jsonl, .parquet or .tar file; captions are not needed.  Give the sources in the order and with
+    the names that training has them.  Pictures are not mirrored, because mirrored latents are not those of a mirrored
+    picture.  A run that was stopped goes on when it is started again.  On several GPUs: torchrun --nproc-per-node 8
+    --no-python ztsnr cache ...
     """
     with mistakes_in_one_sentence():
         import torch
         from PIL.ImageColor import getrgb
 
         from .training.make_latent_cache import run_cache
+        from .training.sources import parse_source
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         run_cache(
-            sources,
+            [parse_source(source, outside=outside) for source in sources],
             out,
             _bucket_sets(names, areas, step, limit),
             vae=vae,
@@ -552,7 +554,6 @@ def cache(
             max_aspect_error=max_aspect_error,
             minimum_size=min_size,
             no_upscale=no_upscale,
-            outside=outside,
             say=click.echo,
         )
 

@@ -292,7 +292,7 @@ def _write_index(folder: Path, rows: pa.Table, shards: dict[Path, np.ndarray], r
 
 
 def run_cache(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | Source],
     out: str | Path,
     bucket_sets: Sequence[Sequence[Size]],
     *,
@@ -306,27 +306,25 @@ def run_cache(
     rank: int = 0,
     world_size: int = 1,
     verify: bool = False,
-    outside: bool = False,
     say: Callable[[str], None] = print,
     **bucketing,
 ) -> None:
     """Cache the latents of all pictures of some sources, and say which cannot be used.
 
     Args:
-        sources: see ``Source``; captions are not looked at.
+        sources: see ``Source``, or their paths; captions are not looked at.
         out: folder for the cache.
         bucket_sets, bucketing: see ``bucket_pictures``.
         vae, config, device, dtype: see ``load_vae``.
         margin, background, workers, rank, world_size: see ``cache_latents``.
         verify: read all shards again in the end, and compare their checksums.
-        outside: see ``Source``.
         say: takes each line of the report.
 
     Raises:
         ValueError: see ``build_index``, ``bucket_pictures``, ``load_vae`` and ``cache_latents``.
     """
     encoder = load_vae(vae, config=config, device=device, dtype=dtype)  # a wrong name is told before all else
-    listed = [Source(source, outside=outside) for source in sources]
+    listed = [source if isinstance(source, Source) else Source(source) for source in sources]
     index, unusable = build_index(listed, allow_missing_captions=True)
     found = bucket_pictures(index.sizes, bucket_sets, **bucketing)
     if rank == 0:

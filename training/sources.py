@@ -81,6 +81,14 @@ class Source:
     outside: bool = False
 
 
+def parse_source(text: str, *, outside: bool = False) -> Source:
+    """The source that a text means: its path, or NAME=PATH, where no file has the whole text for its name."""
+    name, equals, path = text.partition("=")
+    if not equals or os.path.exists(text):
+        return Source(text, outside=outside)
+    return Source(path, name, outside=outside)
+
+
 class PictureIndex:
     """The pictures of a data set, numbered from 0.
 

@@ -468,6 +468,21 @@ def test_the_command_wants_the_vae_before_it_looks_at_millions_of_pictures(tmp_p
     assert result.output == "Error: there is no file or folder none to take the VAE from\n"
 
 
+def test_the_command_with_names_for_its_sources(vae, tmp_path):
+    """Two folders of one name have the same keys; and training compares keys with those of its own names."""
+    vae.save_pretrained(tmp_path / "vae")
+    folders = [make_pictures(tmp_path / where / "pictures", 2) for where in "ab"]
+    arguments = ["--vae", tmp_path / "vae", "--area", "128x128", "--workers", 0, "--device", "cpu"]
+    arguments = [str(part) for part in ["cache", *arguments, "--out", tmp_path / "cache"]]
+    result = CliRunner().invoke(main, [*arguments, *map(str, folders)])
+    assert result.exit_code == 2
+    assert "pictures/000.png is there twice" in result.output
+    result = CliRunner().invoke(main, [*arguments, f"cats={folders[0]}", str(folders[1])])
+    assert result.exit_code == 0, result.output
+    index, _ = build_index([Source(folders[0], "cats"), Source(folders[1])], allow_missing_captions=True)
+    LatentCache(tmp_path / "cache").check(index)
+
+
 def test_the_command_for_lists_of_pictures_elsewhere(vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     folder = make_pictures(tmp_path / "pictures", 1)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ztsnr.training.pictures import PictureError
-from ztsnr.training.sources import CHUNK, SCHEMA, PictureIndex, Source, build_index, split
+from ztsnr.training.sources import CHUNK, SCHEMA, PictureIndex, Source, build_index, parse_source, split
 
 SIZES = {"a.png": (20, 10), "b.jpg": (16, 24), "c.webp": (8, 8), "d.png": (30, 10)}
 CAPTIONS = {name: (f"caption of {name}", "ünïcode 猫") for name in SIZES}
@@ -160,6 +160,14 @@ def test_saved_datasets_are_read_as_the_library_reads_them(tmp_path):
     index, _ = build(tmp_path / "set")
     assert [index.read(i) for i in range(4)] == [row["image"]["bytes"] for row in saved]
     assert [list(index.captions(i)) for i in range(4)] == list(saved["captions"])
+
+
+def test_names_of_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_source("some/cats") == Source("some/cats")
+    assert parse_source("cats=some/a=b", outside=True) == Source("some/a=b", "cats", outside=True)
+    (tmp_path / "seed=3").mkdir()
+    assert parse_source("seed=3") == Source("seed=3")
 
 
 def test_splits_of_a_saved_dataset(tmp_path):
