@@ -148,6 +148,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             metadata=header.metadata,
             scheduler_config=scheduler_config,
             has_yaml=os.path.isfile(path.with_suffix(".yaml")),
+            latent_scaling=latent_scaling,
         )
         programs = program_rows(marked, prediction_type, zero_terminal_snr)
     return CheckpointReport(

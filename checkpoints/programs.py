@@ -14,6 +14,7 @@ from typing import Any
 
 from .architecture import DIFFUSERS_FOLDER, DIFFUSERS_UNET, PREFIXED_UNET, SINGLE_FILE
 from .header import shorten
+from .latent_scaling import LatentScaling
 
 SDXL_FAMILY = frozenset({"SDXL base", "SSD-1B", "Vega", "KOALA"})
 SWARM_KEYS = ("modelspec.prediction_type", "prediction_type")  # where SwarmUI looks in the metadata
@@ -69,6 +70,7 @@ class Marked:
         names: of the tensors, "v_pred" and "ztsnr" among them.
         scheduler_config: of a diffusers folder, else empty.
         has_yaml: whether a .yaml file of the same name lies beside it.
+        latent_scaling: of its latents, where it is not the published one.
     """
 
     file_name: str
@@ -78,6 +80,7 @@ class Marked:
     metadata: Mapping[str, str]
     scheduler_config: Mapping[str, Any]
     has_yaml: bool = False
+    latent_scaling: LatentScaling | None = None
 
     @property
     def is_single_file(self) -> bool:
@@ -103,7 +106,11 @@ def rows(marked: Marked, prediction_type: str | None, zero_terminal_snr: bool | 
     for program, (read, remedy) in PROGRAMS.items():
         taken = read(marked)
         right = _is_right(taken, prediction_type, zero_terminal_snr)
-        found.append(ProgramRow(program, taken, right, remedy(marked, options) if right is False else ""))
+        change = remedy(marked, options) if right is False else ""
+        if taken.prediction_type is not None and not (scales := _scales_latents(program, marked)):
+            right = False if scales is False else right and None
+            change = f"{change} {_LATENTS[scales]}".strip()
+        found.append(ProgramRow(program, taken, right, change))
     return tuple(found)
 
 
@@ -115,6 +122,24 @@ def _is_right(taken: Taken, prediction_type: str | None, zero_terminal_snr: bool
     if prediction_type == "epsilon":  # which cannot have zero SNR
         zero_terminal_snr = bool(zero_terminal_snr)
     return None if zero_terminal_snr is None else taken.zero_terminal_snr == zero_terminal_snr
+
+
+_LATENTS = {
+    False: "It does not scale latents as this one says, so that colours are wrong: load a file with the node Load "
+    "Checkpoint (ZTSNR), a folder of SDXL with diffusers.",
+    None: "Whether it scales latents as the folder says is not known here.",
+}
+
+
+def _scales_latents(program: str, marked: Marked) -> bool | None:
+    """Whether a program scales latents as the checkpoint says; None if that is not known here."""
+    if marked.latent_scaling is None:
+        return True
+    if not marked.is_folder or program == "ComfyUI":  # the names in the metadata are this package's own
+        return False
+    if marked.latent_scaling.scaling_factor is not None:  # one number, which every pipeline takes from the config
+        return True
+    return marked.architecture in SDXL_FAMILY if program == "diffusers, folder" else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .architecture import LORA
 from .complete import MARKS, find_missing
 from .header import BITS, HASH, Header, read_header, shorten
 from .inspect import CheckpointReport, inspect_checkpoint
+from .latent_scaling import LatentScaling
 from .layouts import list_names
 from .single_file import single_file_tensors
 from .stream import CHUNK, TensorStream, stored
@@ -158,6 +159,8 @@ def verify_checkpoint(
             changes, only_here, only_there = _compare(path, other)
         except ValueError as error:
             problems.append(f"It cannot be compared with {other}: {error}.")
+        else:
+            remarks += _other_scaling(report, other)
     return VerifyReport(
         report,
         count,
@@ -168,6 +171,32 @@ def verify_checkpoint(
         tuple(sorted(only_there)),
         tuple(agreements),
     )
+
+
+def _other_scaling(report: CheckpointReport, other: Path) -> list[str]:
+    """What is to be said where latents are scaled differently, which no tensor shows."""
+    try:
+        theirs = inspect_checkpoint(other)
+    except ValueError:  # a VAE alone, ...
+        return []
+    said = [one.latent_scaling for one in (report, theirs)]
+    if not (report.has_vae and theirs.has_vae) or _same_scaling(*said):
+        return []
+    here, there = ("as published" if one is None else _describe(one) for one in said)
+    return [f"Latents are scaled differently: here {here}, in the other checkpoint {there}."]
+
+
+def _describe(scaling: LatentScaling) -> str:
+    mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (scaling.mean, scaling.std))
+    return f"by mean {mean}, std {std}"
+
+
+def _same_scaling(one: LatentScaling | None, other: LatentScaling | None) -> bool:
+    """But for the last bits, which the config of a folder loses."""
+    if one is None or other is None:
+        return one is other
+    numbers = [(*scaling.mean, *scaling.std) for scaling in (one, other)]
+    return len(numbers[0]) == len(numbers[1]) and all(map(partial(math.isclose, rel_tol=1e-9), *numbers))
 
 
 def _read_headers(path: Path) -> list[tuple[Path, str, Header]]:

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from ztsnr.checkpoints import inspect_checkpoint
+from ztsnr.checkpoints.latent_scaling import LatentScaling
 from ztsnr.checkpoints.programs import PROGRAMS, Marked, rows
 from ztsnr.cli import main
 
@@ -16,9 +17,9 @@ V, EPSILON = "v_prediction", "epsilon"
 
 
 def read(form=SINGLE, architecture="SDXL base", names=(), metadata=None, config=None, file_name="model.safetensors",
-         has_yaml=False, truth=(V, True)):  # fmt: skip
+         has_yaml=False, latent_scaling=None, truth=(V, True)):  # fmt: skip
     """Program -> its row."""
-    marked = Marked(file_name, form, architecture, set(names), metadata or {}, config or {}, has_yaml)
+    marked = Marked(file_name, form, architecture, set(names), metadata or {}, config or {}, has_yaml, latent_scaling)
     return {row.program: row for row in rows(marked, *truth)}
 
 
@@ -195,6 +196,25 @@ def test_a_folder_says_it_in_its_scheduler():
         assert taken(found[program]) == (None, None)
     assert taken(read(FOLDER)["diffusers, folder"]) == (EPSILON, False)
     assert "ztsnr mark" in read(FOLDER)["InvokeAI"].change
+
+
+def test_scaled_latents_are_wrong_where_nobody_looks():
+    """By docs/checkpoints.md: no program but this package reads a file's numbers, and diffusers reads a folder's."""
+    channels = LatentScaling((4.0, 0.0, 1.0, -1.0), (9.0, 6.0, 7.0, 5.0))
+    one_number = LatentScaling((0.0,) * 4, (5.0,) * 4)
+    marks = {"names": ("v_pred", "ztsnr"), "config": {"prediction_type": V, "rescale_betas_zero_snr": True}}
+    file = read(**marks, latent_scaling=channels)
+    assert read(**marks)["ComfyUI"].right
+    assert not file["ComfyUI"].right
+    assert "Load Checkpoint (ZTSNR)" in file["ComfyUI"].change
+    assert not any(row.right for row in file.values())
+    assert file["diffusers, folder"].right is None  # which does not load it
+    sdxl, sd = (read(FOLDER, name, **marks, latent_scaling=channels) for name in ("SDXL base", "SD 1.x"))
+    assert sdxl["diffusers, folder"].right
+    assert sd["diffusers, folder"].right is False
+    assert sdxl["InvokeAI"].right is None
+    assert "not known here" in sdxl["InvokeAI"].change
+    assert read(FOLDER, "SD 1.x", **marks, latent_scaling=one_number)["diffusers, folder"].right
 
 
 # ----------------------------------------------------------------------------------------------------------------------

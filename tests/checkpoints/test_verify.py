@@ -302,6 +302,26 @@ def test_a_folder_in_parts_is_the_same(tmp_path):
     assert (report.changes, report.only_here, report.only_there) == ((), (), ())
 
 
+def test_latents_that_are_scaled_differently_are_noted(tmp_path):
+    """No tensor shows it, and pictures have other colours."""
+    folder, file = make_tiny_sdxl(tmp_path / "folder"), tmp_path / "a.safetensors"
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    factor = config["scaling_factor"]
+    path.write_text(json.dumps(config | {"latents_mean": [0.1] * 4, "latents_std": [0.7 * factor, 1.1, 1.3, 0.9]}))
+    to_single_file(folder, file)
+    assert not any("scaled" in remark for remark in verify_checkpoint(file, folder).remarks)
+    path.write_text(json.dumps(config | {"latents_mean": [0.1] * 4, "latents_std": [0.6 * factor, 1.1, 1.3, 0.9]}))
+    report = verify_checkpoint(file, folder)
+    assert report.changes == ()
+    (remark,) = (remark for remark in report.remarks if "scaled" in remark)
+    assert remark.startswith("Latents are scaled differently: here by mean 0.1, 0.1, 0.1, 0.1, std 0.7, ")
+    path.write_text(json.dumps(config))
+    assert any(
+        remark.endswith("in the other checkpoint as published.") for remark in verify_checkpoint(file, folder).remarks
+    )
+
+
 def test_a_file_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "CHUNK", 4096)  # that queries, keys and values come in other pieces than stacked
     folder = make_tiny_sdxl(tmp_path / "tiny")
