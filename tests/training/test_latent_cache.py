@@ -405,6 +405,17 @@ def test_killed_and_resumed(vae, tmp_path):
     resumed.verify()
 
 
+def test_a_shard_that_is_half_written_has_no_name(dataset, vae, tmp_path, monkeypatch):
+    def stop_halfway(file, *_):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_latent_cache, "write_tensors", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(tmp_path, *dataset, vae)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_at_once(dataset, vae, tmp_path, cache):
     processes = [start(tmp_path, *dataset, vae, rank=rank, world_size=2) for rank in range(2)]
     for process in processes:
