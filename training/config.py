@@ -318,6 +318,11 @@ class FinetuneSettings:
             raise ValueError("nothing would be exported: there is no average, and export.raw is off")
         if not (self.export.single_file or self.export.folder or self.model.adapter is not None):
             raise ValueError("nothing would be exported: export.single_file and export.folder are both off")
+        if self.model.adapter and self.model.text_encoders and not (self.export.single_file or self.export.folder):
+            raise ValueError(
+                "the adapter is of the U-Net alone, so trained text encoders are exported with a whole model only: "
+                "turn export.single_file or export.folder on, or model.text_encoders off"
+            )
         if self.optimizer.schedule == "rsqrt" and self.optimizer.reference_steps is None:
             raise ValueError("the schedule rsqrt needs optimizer.reference_steps")
 

@@ -70,6 +70,8 @@ def export_model(
     if settings.model.adapter is not None and settings.model.adapter.kind == "lora":
         export_lora(adapter, lora, model=folder, dtype=dtype)
         written.append(lora)
+    for path in written:
+        say(f"Wrote {path}: the adapter by itself.")
 
     if settings.export.single_file:
         base = Path(settings.model.base)

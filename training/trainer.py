@@ -79,7 +79,8 @@ def run_finetune(
         run = _Run(settings, world, say if world.first else (lambda line: None))
         if last := states.last():
             run.restore(states, *last)
-        run.write_settings()
+        if not (dry_run and last):  # those of a run that is there are what it was trained with
+            run.write_settings()
         if dry_run:
             return []
         run.warm_up()
@@ -560,7 +561,8 @@ class _Run:
             trouble = None
             if self.world.first:
                 try:
-                    name = self.settings.out.name if kind == next(iter(kinds)) else f"{self.settings.out.name}_{kind}"
+                    name = self.settings.out.resolve().name  # also of "."
+                    name = name if kind == next(iter(kinds)) else f"{name}_{kind}"
                     out = self.settings.out / "export"
                     written += export_model(
                         weights, out, name, self.settings, self.objective, self.latent_scaling, self.say

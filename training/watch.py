@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -68,8 +69,15 @@ class Watch:
         if not self._writes:
             return
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        rest = memoryview(f"{json.dumps(line)}\n".encode())
+        with open(self._path, "ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:  # no half line, to which the next one would be added
+                file.truncate(before)
+                raise
         with self._tensorboard() as writer:
             for name, value in metrics.items() if writer else ():
                 writer.add_scalar(name, value, step)

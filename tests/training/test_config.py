@@ -149,6 +149,11 @@ def test_names_that_do_not_exist_and_those_that_are_missing(read, old, new, sent
             "[average]\non_cpu = true\n[speed]\nstrategy = 'fsdp'\n[data]",
             'average.on_cpu does not work with speed.strategy = "fsdp"',
         ),
+        (
+            "[data]",
+            "text_encoders = true\nadapter = {}\n[export]\nfolder = false\nsingle_file = false\n[data]",
+            "the adapter is of the U-Net alone",
+        ),
         ("[data]", "[optimizer]\nschedule = 'rsqrt'\n[data]", "the schedule rsqrt needs optimizer.reference_steps"),
     ],
 )

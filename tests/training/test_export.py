@@ -303,9 +303,11 @@ def test_an_adapter_beside_trained_text_encoders(folders, tmp_path):
 
 def test_an_adapter_alone(folders, tmp_path):
     chosen = settings(folders["SDXL"], adapter=LORA, single_file=False, folder=False)
-    written = export(chosen, tmp_path)
+    said = []
+    written = export(chosen, tmp_path, say=said.append)
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     assert [path.name for path in written] == ["model_adapter", "model_lora.safetensors"]
+    assert said == [f"Wrote {path}: the adapter by itself." for path in written]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

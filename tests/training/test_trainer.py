@@ -452,3 +452,14 @@ def test_a_dry_run(place, tmp_path):
     assert {"config.toml", "objective.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert not (tmp_path / "run" / "states").exists()
     train(make_content(place, tmp_path / "run", steps=1))  # the folder is free still
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    other = parse_settings(FinetuneSettings, make_content(place, tmp_path / "run", optimizer__learning_rate=1e-5))
+    assert run_finetune(other, resume=True, dry_run=True, say=said.append) == []
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before  # what it was trained with
+
+
+def test_in_the_folder_where_one_is(place, tmp_path, monkeypatch):
+    """Which names what is exported, though it is written as a dot."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert train(make_content(place, Path(), steps=1)) == [Path("export/mine")]

@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import resource
 import subprocess
 from contextlib import suppress
 
@@ -136,6 +137,20 @@ def full_disk(tmp_path):
 
     yield folder, fill, (folder / "filler").unlink
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_line_without_room_is_no_half_line(tmp_path):
+    watch = Watch(tmp_path, WatchSettings(tensorboard=False), ALONE)
+    watch.write(1, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            watch.write(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    watch.write(3, {"loss": 3.0})
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
