@@ -45,5 +45,13 @@ def test_without_a_gpu_the_table_says_so(monkeypatch):
 
 
 def test_goals():
-    assert bench.goals(5.0, 12.0) == ": 2 x reached, 12 pictures a second reached, 20 missed"
-    assert bench.goals(11.0, 21.0) == ": 2 x missed, 12 pictures a second reached, 20 reached"
+    theirs, eager = bench.Measured(5.0, 1), bench.Measured(9.0, 97, 100)
+    near = "memory within 5% of the plan (not compiled, -3.0%) reached"
+    assert bench.goals(theirs, eager, bench.Measured(12.0, 60, 100)) == (
+        f": 2 x reached, 12 pictures a second reached, 20 missed, {near}"
+    )
+    theirs, eager = bench.Measured(11.0, 1), bench.Measured(9.0, 106, 100)
+    assert bench.goals(theirs, eager, bench.Measured(21.0, 100, 100)) == (
+        ": 2 x missed, 12 pictures a second reached, 20 reached, "
+        "memory within 5% of the plan (not compiled, +6.0%) missed"
+    )
