@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.tensor.experimental import implicit_replication
 
+from ..checkpoints.atomic import atomic_write
 from .dataset import Batch
 from .parallel import World
 
@@ -93,21 +93,23 @@ class StepGuard:
         self._in_a_row = self._in_a_row + 1 if pending.step == self._last_bad + 1 else 1
         self._last_bad = pending.step
         self._skipped += 1
-        path = self._write(pending)
+        found = self._write(pending)
         if self._in_a_row >= self.limit:
             raise ValueError(
                 f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and none "
-                f"of them was taken; the last batch is in {path}: lower the learning rate, or look at its pictures"
+                f"of them was taken; the last batch {found}: lower the learning rate, or look at its pictures"
             )
 
-    def _write(self, pending: _Pending) -> Path:
+    def _write(self, pending: _Pending) -> str:
+        """Where this process's share of the batch is now, as the end of a sentence."""
         batch = pending.batch
         path = self.folder / f"step-{pending.step:08d}-rank-{self.world.rank}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = {"data": batch.data, "timesteps": pending.t, "weights": batch.weights, "pictures": batch.pictures}
             about = {"captions": json.dumps(batch.captions, ensure_ascii=False), "norm": str(float(pending.norm))}
-            save_file({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, path, about)
-        except (OSError, SafetensorError):  # a full disk; the run matters more
-            pass
-        return path
+            with atomic_write(path) as file:
+                file.write(save({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, about))
+        except (OSError, ValueError):  # a full disk; the run matters more
+            return "could not be written down"
+        return f"is in {path}"

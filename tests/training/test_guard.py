@@ -122,6 +122,9 @@ def test_too_many_in_a_row(tmp_path):
 def test_a_batch_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "bad").touch()
     parameters, optimizer = make()
-    guard = StepGuard(tmp_path / "bad", 10, WORLD)
+    guard = StepGuard(tmp_path / "bad", 2, WORLD)
     take(guard, parameters, optimizer, 0, math.nan)
     assert guard.read()["steps left out"] == 1
+    take(guard, parameters, optimizer, 1, math.nan)
+    with pytest.raises(ValueError, match=r"up to step 1, .*; the last batch could not be written down: lower"):
+        guard.look()
