@@ -172,6 +172,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow reads most 16-bit pictures as 8-bit ones; grey ones it keeps, and would clip."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
+        if image.format == "TIFF" and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:  # white is 0
+            values = 65535 - values  # which Pillow does for 8 bits only
         layers = [values >> 8]
         if "transparency" in image.info:
             layers.append(np.where(values == image.info["transparency"], 0, 255))

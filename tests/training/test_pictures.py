@@ -159,6 +159,17 @@ def test_grey_of_16_bits_is_scaled_and_not_clipped(kind):
     assert pixels[-1, -1].tolist() == [255, 255, 255]
 
 
+@pytest.mark.parametrize(("type", "white"), [("u1", 255), ("<u2", 65535)])
+def test_tiff_in_which_white_is_0(type, white):
+    values = (steps_of_16_bits(1)[..., 0] // (65535 // white)).astype(type)
+    data = encode(values, "TIFF")
+    order = "<" if data.startswith(b"II") else ">"
+    black_is_0, white_is_0 = (struct.pack(f"{order}HHIHH", 262, 3, 1, number, 0) for number in (1, 0))
+    assert data.count(black_is_0) == 1
+    pixels = pixels_of(data.replace(black_is_0, white_is_0))
+    assert np.abs(255 - pixels - values[..., None] * (255 / white)).max() < 1
+
+
 def test_16_bits_of_the_other_kinds():
     values = steps_of_16_bits(3)
     assert np.abs(pixels_of(png(values, 2)) - values / 257).max() < 1
