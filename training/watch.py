@@ -31,7 +31,7 @@ class Watch:
         config: all settings of the run, for W&B.
 
     Raises:
-        ValueError: a library that is not installed.
+        ValueError: a library that is not installed, W&B without a login, files that cannot be written.
     """
 
     def __init__(
@@ -56,13 +56,21 @@ class Watch:
                     'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
                 ) from None
             self._new_writer = partial(SummaryWriter, str(folder / "tensorboard"))
-            self._writer = self._new_writer(purge_step=step + 1)
+            try:
+                self._writer = self._new_writer(purge_step=step + 1)
+            except OSError as error:
+                raise ValueError(f"{folder / 'tensorboard'} cannot be written: {error.strerror or error}") from None
         if settings.wandb:
             try:
                 import wandb
             except ImportError:
                 raise ValueError("watch.wandb needs wandb: pip install wandb, or leave it out") from None
-            self._run = wandb.init(project=settings.wandb, dir=str(folder), name=folder.name, config=config)
+            try:
+                self._run = wandb.init(
+                    project=settings.wandb, dir=str(folder), name=folder.resolve().name, config=config
+                )
+            except wandb.Error as error:
+                raise ValueError(f"W&B cannot be written for, which watch.wandb asks for: {error}") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line of metrics at a step; names with a slash are groups."""

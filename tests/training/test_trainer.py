@@ -331,9 +331,8 @@ def test_weights_and_biases_gets_all_settings(place, tmp_path, monkeypatch):
     """A stand-in, for it takes an account: a mapping, since a text would be the name of a file to it."""
     given, logged = {}, []
     run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: None)
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(init=lambda **more: given.update(more) or run, Image=lambda of: of)
-    )
+    stand_in = types.SimpleNamespace(init=lambda **more: given.update(more) or run, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
     train(make_content(place, tmp_path / "run", steps=2, watch__wandb="project"))
     assert given["project"] == "project"
     assert given["config"] == tomllib.loads((tmp_path / "run" / "config.toml").read_text())

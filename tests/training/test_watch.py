@@ -5,6 +5,8 @@ import json
 import math
 import resource
 import subprocess
+import sys
+import types
 from contextlib import suppress
 
 import numpy as np
@@ -109,6 +111,26 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, name, setting
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ValueError, match=sentence):
         Watch(tmp_path, settings, ALONE)
+
+
+def test_weights_and_biases_without_a_login(tmp_path, monkeypatch):
+    """A stand-in that says what it says then."""
+
+    class UsageError(Exception):
+        pass
+
+    def init(**more):
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=UsageError))
+    with pytest.raises(ValueError, match=r"^W&B cannot be written for, which watch\.wandb asks for: No API key"):
+        Watch(tmp_path, WatchSettings(tensorboard=False, wandb="project"), ALONE)
+
+
+def test_a_file_in_the_place_of_tensorboards_folder(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(ValueError, match=r"tensorboard cannot be written: (Not a directory|File exists)$"):
+        Watch(tmp_path, WatchSettings(), ALONE)
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
