@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -155,6 +156,7 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
         ValueError: no layer has such a name.
     """
     from peft import LoKrConfig, LoraConfig
+    from peft.tuners.lokr import LoKrLayer
 
     targets = list(settings.target_modules)
     if not any(name.endswith(tuple(targets)) for name, _ in unet.named_modules()):
@@ -166,6 +168,20 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same on all ranks
         unet.add_adapter(config)
+    if settings.kind == "lokr":
+        for module in unet.modules():
+            if isinstance(module, LoKrLayer):
+                module.train = MethodType(_without_dropout, module)
+                module.train()
+
+
+def _without_dropout(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    """``layer.train(mode)`` of LoKr: no dropout is set, but while training peft draws a number of torch's global
+    generator for it in each layer, and torch.compile ends its graph there."""
+    for child in layer.children():
+        child.train(mode)
+    layer.training = False
+    return layer
 
 
 def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> list[str]:

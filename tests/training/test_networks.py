@@ -205,6 +205,21 @@ def test_adapters_change_nothing_at_first_and_are_all_that_is_trained(trained, k
     assert all(parameter.grad is None for parameter in rest)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_with_an_adapter_the_unet_is_one_graph_and_draws_nothing(trained, kind):
+    """peft's LoKr would draw a random number in each layer, at which torch.compile ends a graph."""
+    networks = load_networks(trained)
+    add_adapter(networks.unet, AdapterSettings(kind, rank=2))
+    denoiser = Denoiser(networks).train().eval().train()
+    assert networks.unet.training
+    torch._dynamo.reset()
+    networks.unet.compile(backend="eager", fullgraph=True)
+    noisy, t, time_ids = question(networks)
+    torch.manual_seed(3)
+    denoiser(noisy, t, tokens_of(networks, PROMPT, ""), time_ids).sum().backward()
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+
+
 def test_adapters_begin_alike_on_all_ranks_and_leave_the_random_numbers_alone(trained):
     made = []
     for seed in (1, 2):
