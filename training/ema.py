@@ -255,7 +255,8 @@ class _Copies:
     def __init__(self, parameters: Sequence[Tensor]):
         from_cuda = any(parameter.is_cuda for parameter in parameters)
         self._parameters = [parameter.detach() for parameter in parameters]
-        self._buffers = [torch.empty(p.shape, dtype=p.dtype, pin_memory=from_cuda) for p in self._parameters]
+        # laid out as the parameters are: otherwise the device would sort each tensor anew, and lerp would walk in steps
+        self._buffers = [torch.empty_like(p, device="cpu", pin_memory=from_cuda) for p in self._parameters]
         self._sent = torch.cuda.Event() if from_cuda else None
         self.steps: tuple[int, int] | None = None  # (before, step) of the update on its way
 

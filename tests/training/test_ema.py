@@ -103,6 +103,18 @@ def test_kept_in_main_memory_it_is_the_same(dtype):
         assert same(here.tensors(profile), there.tensors(profile))
 
 
+def test_copies_lie_in_memory_as_the_parameters_do():
+    """Else a device would have to sort each tensor anew before it is sent."""
+    weight = torch.rand(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    ema = Ema({"weight": weight}, PROFILES, device="cpu")
+    ema.update(1)
+    assert [copy.stride() for copy in ema._copies.receive()] == [weight.stride()]
+    for profile in PROFILES:
+        average = ema.tensors(profile)["weight"]
+        assert average.stride() == weight.stride()
+        assert torch.equal(average, weight)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_main_memory_of_a_device():
