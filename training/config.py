@@ -29,6 +29,7 @@ from .checkpointing import MODES
 from .networks import AdapterSettings
 from .objective import ObjectiveSettings
 from .optimizers import OPTIMIZERS
+from .sources import CAPTION_FIELDS
 
 T = TypeVar("T")
 
@@ -57,11 +58,19 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Pictures: a folder, .jsonl, .parquet or .tar file; ``weight`` is how often an epoch sees each of them."""
+    """Pictures: a folder, .jsonl, .parquet or .tar file.
+
+    Attributes:
+        weight: how often an epoch sees each of them.
+        caption_fields: where captions are in JSON and in tables.
+        outside: a list may name pictures outside of the folder that it is in.
+    """
 
     path: Path
     name: str = ""
     weight: float = 1.0
+    caption_fields: tuple[str, ...] = CAPTION_FIELDS
+    outside: bool = False
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
     trouble = refused = None
     if world.first:
         try:
-            sources = [Source(source.path, source.name, source.weight) for source in settings.sources]
+            sources = [Source(**vars(source)) for source in settings.sources]
             index, refused = build_index(sources, allow_missing_captions=settings.allow_missing_captions)
             index.save(index_path)
         except ValueError as error:

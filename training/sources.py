@@ -472,8 +472,8 @@ def _found_by_name(source: Source, listed_in: str, name: str, record: dict, wher
     path = os.path.normpath(os.path.join(folder, named))
     if not source.outside and not _is_inside(path, folder):
         raise ValueError(
-            f"{where} names a picture outside of its folder, {named}: if that is right, allow it by --outside, or in "
-            "Python by outside=True"
+            f"{where} names a picture outside of its folder, {named}: if that is right, allow it by --outside, or for "
+            "this source alone by outside = true"
         )
     return _Found(_key(name, path, folder), path, _distinct(_captions(source, record, where)), _weight(record, where))
 

@@ -114,6 +114,8 @@ class _Run:
         self._say_data()
 
         self.networks = load_networks(settings.model.base, settings.model.config)
+        if self.data.cache is not None:
+            self.data.cache.check_vae(self.networks.vae)
         self.latent_scaling = self._choose_scaling()
         self.tokenize = Tokenize(self.networks, settings.data.max_chunks)
         self._place_networks()

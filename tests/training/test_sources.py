@@ -380,7 +380,7 @@ def test_lists_name_no_picture_outside_of_their_folder(tmp_path, name):
     path = listing(tmp_path / "set", {"path": "1.png", "text": "x"}, {"path": name, "text": "x"})
     assert sentence(path) == (
         f"line 2 of {path} names a picture outside of its folder, {name}: if that is right, allow it by "
-        "--outside, or in Python by outside=True"
+        "--outside, or for this source alone by outside = true"
     )
     pq.write_table(pa.table({"path": [name], "text": ["x"]}), tmp_path / "set" / "x.parquet")
     assert sentence(tmp_path / "set" / "x.parquet").startswith("row 0 of ")

@@ -23,8 +23,10 @@ import torch
 
 from ztsnr.training import trainer
 from ztsnr.training.config import FinetuneSettings, parse_settings
+from ztsnr.training.make_latent_cache import run_cache
 from ztsnr.training.trainer import run_finetune
 
+from ..checkpoints.tiny_folders import rewrite
 from ..samplers.conftest import NoHostReads
 from .tiny_run import assert_same, at, losses, make_content, metrics, poison, sends, state, states, train
 
@@ -455,6 +457,18 @@ def test_a_dry_run(place, tmp_path):
     other = parse_settings(FinetuneSettings, make_content(place, tmp_path / "run", optimizer__learning_rate=1e-5))
     assert run_finetune(other, resume=True, dry_run=True, say=said.append) == []
     assert (tmp_path / "run" / "config.toml").read_bytes() == before  # what it was trained with
+
+
+def test_latents_of_another_vae(place, tmp_path):
+    """Which look like latents, and would teach the network the wrong pictures."""
+    another = shutil.copytree(place / "tiny", tmp_path / "another")
+    rewrite(another, "vae", lambda tensors: tensors | {"encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 0.1})
+    buckets = [[(32, 32), (48, 32), (32, 48)]]
+    run_cache([place / "pictures"], tmp_path / "latents", buckets, vae=another, margin=0, say=lambda line: None)
+    content = make_content(place, tmp_path / "run", steps=1, data__latents=str(tmp_path / "latents"))
+    with pytest.raises(ValueError, match=r"latents .*another VAE"):
+        train(content)
+    train(make_content(place, tmp_path / "run", steps=1, data=content["data"], model__base=str(another)))
 
 
 def test_in_the_folder_where_one_is(place, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The data of a run from its settings: which pictures, in which buckets, which of them held out."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,6 +183,18 @@ def test_cached_latents(pictures, tmp_path):
     )
     assert (few.plan.assignment >= 0).sum() == largest * (counts == largest).sum()
     assert sum(few.left_out.values()) == sum(opened.left_out.values()) + counts[counts < largest].sum()
+
+
+def test_a_list_of_pictures_elsewhere(pictures, tmp_path):
+    lines = [{"path": str(path), "tags": f"picture {path.stem}"} for path in sorted(pictures.glob("*.png"))]
+    listed = tmp_path / "lists" / "list.jsonl"
+    listed.parent.mkdir()
+    listed.write_text("\n".join(map(json.dumps, lines)))
+    source = SourceSettings(listed, caption_fields=("tags",), outside=True)
+    opened = open_data(settings(pictures, sources=(source,)), 0, ALONE, tmp_path / "index.arrow")
+    assert {opened.index.captions(i) for i in range(len(opened.index))} == {(line["tags"],) for line in lines[:48]}
+    with pytest.raises(ValueError, match="outside = true"):
+        open_data(settings(pictures, sources=(replace(source, outside=False),)), 0, ALONE, tmp_path / "index.arrow")
 
 
 @pytest.mark.parametrize(
