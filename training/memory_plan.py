@@ -4,8 +4,9 @@ The state (weights, gradients, optimizer, averages) follows from the shapes of t
 keeps for the backward one, and what both need for a moment, is no formula: the step is run on tensors without data
 (training/fake_step.py), and the bytes of those that are alive are added up.
 
-The plan is for the eager mode.  torch.compile keeps less for the backward pass, so there it is an upper bound.  It does
-not know the workspaces of cuBLAS, cuDNN and NCCL, nor what the allocator loses between blocks; the reserve is for them.
+The plan is for the eager mode.  torch.compile keeps less for the backward pass, so there it is an upper bound, once it
+is known that a compiled backward pass gives the gradients of all weights at its end.  It does not know the workspaces
+of cuBLAS, cuDNN and NCCL, nor what the allocator loses between blocks; the reserve is for them.
 """
 
 import weakref
@@ -309,6 +310,7 @@ def plan(
     units: Sequence[torch.nn.Module] | None = None,
     gradients_kept: bool = False,
     encoding: int = 0,
+    compiled: bool = False,
     modes: Sequence[str] = MODES,
 ) -> MemoryPlan:
     """Plan the memory of training, and choose the fastest checkpointing that fits.  Some seconds a mode for SDXL.
@@ -323,6 +325,7 @@ def plan(
         text_length: tokens of a prompt.
         gradients_kept: they are there before the backward pass: accumulation, or DistributedDataParallel's buckets.
         encoding: ``measure_encoding``, if latents are made in the step, before the U-Net's gradients.
+        compiled: the U-Net as a whole by torch.compile.
         modes: of checkpointing to choose from, the fastest first.
 
     Raises:
@@ -339,6 +342,8 @@ def plan(
         shards=shards,
         units=units,
     )
+    # beside those that are kept; without such, they make room for their float32 copies one by one
+    at_once = dtype.itemsize * state["trained parameters"] // FLOAT32 if compiled and shards == 1 else 0
     width, height = bucket = max(buckets, key=lambda size: size[0] * size[1])
     activations, totals = {}, {}
     for mode in modes:
@@ -353,7 +358,7 @@ def plan(
         )
         found = activations[mode] = measure_activations(step)
         if gradients_kept or shards > 1:
-            totals[mode] = sum(state.values()) + max(found.peak, encoding)
+            totals[mode] = sum(state.values()) + max(found.peak, encoding, at_once)
         else:
             totals[mode] = sum(state.values()) - state["gradients"] + max(found.peak_with_gradients, encoding)
     return MemoryPlan(state, activations, encoding, totals, bucket, batch, memory, reserve)

@@ -4,12 +4,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import product
+from typing import Any
 
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
+from torch._inductor.compile_fx import compile_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..canvas import Size
@@ -56,7 +58,8 @@ class Speed:
         self.buckets = [count.size for count in used]
         compile_it = settings.speed.compile
         self._compiles = world.device.type == "cuda" if compile_it is None else compile_it
-        self._graphs = 0
+        self._graphs = self._warm = 0  # compiled so far, and in the warm-up
+        self._attention = ExitStack()  # left with this object
         # chunks of which a batch of prompts can consist, at the most
         self._longest = math.lcm(*range(1, settings.data.max_chunks + 1))
         self.plan = self._plan(networks, trained, latents_are_made)
@@ -86,6 +89,7 @@ class Speed:
             others=[*networks.text_encoders, networks.vae],
             shards={"ddp": 1, "fsdp": self._world.size, "hsdp": self._world.local_size}[settings.speed.strategy],
             gradients_kept=settings.optimizer.accumulation > 1 or self._world.size > 1,
+            compiled=self._compiles,
             encoding=measure_encoding(networks.vae, self.micro_batch, largest) if latents_are_made else 0,
             **({} if chosen == "auto" else {"modes": (chosen,)}),
         )
@@ -117,11 +121,12 @@ class Speed:
         if self._world.device.type == "cuda":
             width, height = max(self.buckets, key=math.prod)
             latents, dtype = (width // factor, height // factor), getattr(torch, self._settings.model.dtype)
-            choose_attention(unet, self.micro_batch, latents, dtype, self._say)
+            backends = choose_attention(unet, self.micro_batch, latents, dtype, self._say)
+            self._attention.enter_context(sdpa_kernel(backends, set_priority=True))
         if self._compiles:
-            # one artifact a bucket; the default allows for eight
-            torch._dynamo.config.recompile_limit = max(64, 4 * len(self.buckets))
-            unet.compile(dynamic=False)
+            # one artifact a bucket, size of a part, and stage; behind the limit torch would go on without compiling
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
+            unet.compile(backend=self._counted, dynamic=False)
 
     def warm_up(self, try_bucket: Callable[[Size, int], None]) -> None:
         """Compile for every bucket before the first step.
@@ -134,7 +139,7 @@ class Speed:
         start = time.perf_counter()
         for bucket, batch in product(self.buckets, sorted({self.micro_batch, self._rest} - {0})):
             try_bucket(bucket, batch)
-        self._graphs = compiled_graphs()
+        self._warm = self._graphs
         self._say(f"compiled {len(self.buckets)} buckets in {time.perf_counter() - start:.0f} s")
         self.start_interval()
 
@@ -147,6 +152,11 @@ class Speed:
             return tokens
         return tokens._replace(rows=tokens.rows.repeat(1, self._longest // tokens.rows.shape[1]))
 
+    def _counted(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        """torch.compile's backend; those of an optimizer, which torchao compiles in its first step, do not count."""
+        self._graphs += 1
+        return compile_fx(graph, inputs)
+
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Within the block nothing is compiled: shapes of other kinds, used now and then."""
@@ -155,8 +165,8 @@ class Speed:
 
     @property
     def recompiled(self) -> int:
-        """Graphs that were compiled after the warm-up, which should be none."""
-        return compiled_graphs() - self._graphs if self._compiles else 0
+        """Graphs of the U-Net that were compiled after the warm-up, which should be none."""
+        return self._graphs - self._warm
 
     # ------------------------------------------------------------------------------------------------------------------
     # On the way
@@ -164,6 +174,8 @@ class Speed:
     def start_interval(self) -> None:
         """Count from here."""
         self._pictures, self._start = 0, time.perf_counter()
+        if self._world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._world.device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -195,11 +207,6 @@ class Speed:
         return metrics
 
 
-def compiled_graphs() -> int:
-    """How many torch.compile has made so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def choose_attention(
     unet: UNet2DConditionModel,
     batch: int,
@@ -207,24 +214,31 @@ def choose_attention(
     dtype: torch.dtype,
     say: Callable[[str], None],
     runs: int = 10,
-) -> None:
-    """Time the kernels of scaled_dot_product_attention on the device and leave only the fastest one turned on.
+) -> list[SDPBackend]:
+    """Time the kernels of scaled_dot_product_attention on the U-Net's device.
 
-    Forward and backward of the self-attention at the U-Net's finest level with attention; the plain kernel stays on for
-    shapes that the others do not take.
+    Forward and backward of the self-attention at the U-Net's finest level with attention, the heads lying in memory as
+    they do there.
 
     Args:
         latents: (width, height) of the largest.
+
+    Returns:
+        What ``sdpa_kernel`` should be told, with ``set_priority``: the fastest, and behind it those for the shapes that
+        it does not take.  By itself torch has cuDNN's behind all others, or on some devices before them.
     """
+    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with_attention = (index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
     block = next(with_attention, None)
     if block is None:
-        return
+        return [*BACKENDS, SDPBackend.MATH]
     heads = unet.config.num_attention_heads or unet.config.attention_head_dim
     heads = heads[block] if isinstance(heads, list | tuple) else heads
     tokens = (latents[0] >> block) * (latents[1] >> block)
-    shape = (batch, heads, tokens, unet.config.block_out_channels[block] // heads)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    shape = (batch, tokens, heads, unet.config.block_out_channels[block] // heads)
+    q, k, v, gradient = (
+        torch.randn(shape, device=unet.device, dtype=dtype, requires_grad=True).transpose(1, 2) for _ in range(4)
+    )
     times = {}
     for backend in BACKENDS:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -233,20 +247,19 @@ def choose_attention(
                 for run in range(runs + 3):
                     if run == 3:
                         begin.record()
-                    torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+                    answer = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                    torch.autograd.grad(answer, (q, k, v), gradient)
                 end.record()
         except RuntimeError:  # it does not take this shape, or is not there
             continue
         end.synchronize()
         times[backend] = begin.elapsed_time(end) / runs
     if not times:
-        return
+        return rest
     fastest = min(times, key=times.get)
-    torch.backends.cuda.enable_flash_sdp(fastest is SDPBackend.FLASH_ATTENTION)
-    torch.backends.cuda.enable_cudnn_sdp(fastest is SDPBackend.CUDNN_ATTENTION)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)  # cross-attention may need it
     measured = ", ".join(f"{backend.name.lower()} {ms:.3f} ms" for backend, ms in times.items())
     say(f"attention of {tokens} tokens, forward and backward: {measured}; {fastest.name.lower()} is used")
+    return list(dict.fromkeys([fastest, *rest]))
 
 
 def _main_memory() -> int:

@@ -264,6 +264,19 @@ def test_totals_are_sums_of_the_parts():
     assert plan(unet, memory=2**40, encoding=GIB, modes=["full"], **PLANNED).totals["full"] > GIB
 
 
+def test_a_compiled_backward_pass_has_all_gradients_at_once():
+    """Where they are small beside what is kept of the forward pass, as in the first case, it is of no matter."""
+    unet = make_unet("meta")
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    small = {**PLANNED, "batch": 1, "buckets": [(64, 64)], "modes": ["full"], "memory": 2**40}
+    for settings in ({**PLANNED, "memory": 2**40}, {**small, "gradients_kept": False}, {**small, "shards": 2}):
+        assert plan(unet, compiled=True, **settings).totals == plan(unet, **settings).totals
+    state = state_bytes(unet, dtype=torch.float32)
+    kept = {**small, "gradients_kept": True}
+    assert plan(unet, compiled=True, **kept).totals["full"] == sum(state.values()) + 4 * count
+    assert plan(unet, **kept).totals["full"] < sum(state.values()) + 4 * count
+
+
 def test_a_table_is_printed():
     text = str(plan(make_unet("meta"), memory=2**40, **PLANNED))
     assert text.startswith("GiB, 2 x 192 x 256")

@@ -5,13 +5,14 @@ import time
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ztsnr.training.config import FinetuneSettings, parse_settings
 from ztsnr.training.epoch_plan import EpochPlan
 from ztsnr.training.flops import unet_flops
 from ztsnr.training.networks import load_networks
 from ztsnr.training.parallel import World
-from ztsnr.training.speed import Speed
+from ztsnr.training.speed import Speed, choose_attention
 from ztsnr.training.tokens import TokenBatch
 
 from .tiny_run import make_content, train, write_pictures
@@ -99,6 +100,108 @@ def test_prompts_of_any_length_become_one_length_where_it_is_compiled(place):
     speed, _ = make_speed(place, speed__compile=True)
     longer = speed.of_one_length(tokens).rows
     assert longer.tolist() == [[0, 1] * 3, [2, 2] * 3]  # of at most three chunks: lcm(1, 2, 3) = 6
+
+
+class AnySize(torch.nn.Module):
+    """A stand-in for the U-Net, which takes no time."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_graphs_behind_the_warm_up_are_counted_and_none_else(place, monkeypatch):
+    monkeypatch.setattr("ztsnr.training.speed.compile_fx", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr("ztsnr.training.speed.apply_checkpointing", lambda unet, mode: None)
+    torch._dynamo.reset()
+    speed, _ = make_speed(place, speed__compile=True)
+    unet = AnySize()
+    speed.prepare(unet, 2)
+
+    def ask(width, height):
+        unet(torch.zeros(1, 4, height, width))
+
+    speed.warm_up(lambda size, batch: ask(size[0] // 2, size[1] // 2))
+    assert (speed._graphs, speed.recompiled) == (2, 0)
+    ask(16, 16)
+    torch.compile(torch.sin, backend="eager")(torch.zeros(3))  # as torchao compiles its step
+    assert speed.recompiled == 0
+    for count in range(1, 10):  # behind eight torch would stop by itself, and count no more
+        ask(16, 16 + 8 * count)
+        assert speed.recompiled == count
+
+
+@pytest.mark.parametrize(
+    ("costs", "order"),
+    [
+        ({"FLASH_ATTENTION": 2, "CUDNN_ATTENTION": 1, "EFFICIENT_ATTENTION": 3}, "CUDNN EFFICIENT MATH"),
+        ({"FLASH_ATTENTION": 1, "CUDNN_ATTENTION": 2, "EFFICIENT_ATTENTION": 3}, "FLASH EFFICIENT MATH"),
+        ({"FLASH_ATTENTION": 2, "CUDNN_ATTENTION": None, "EFFICIENT_ATTENTION": 1}, "EFFICIENT MATH"),
+        ({"FLASH_ATTENTION": None, "CUDNN_ATTENTION": None, "EFFICIENT_ATTENTION": None}, "EFFICIENT MATH"),
+    ],
+)
+def test_the_fastest_attention_comes_first(place, monkeypatch, costs, order):
+    """With a stand-in for CUDA's events, and for kernels, of which some do not take the shape."""
+    clock, seen = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def attention(q, k, v):
+        (name,) = (name for name in costs if _is_on(name))
+        seen.append((q.shape, q.stride()))
+        if costs[name] is None:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        clock[0] += costs[name]
+        return q * k * v
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    unet, said = load_networks(place / "tiny").unet, []
+    found = choose_attention(unet, 3, (16, 8), torch.float32, said.append)
+    assert [backend.name for backend in found] == [
+        f"{n}_ATTENTION".replace("MATH_ATTENTION", "MATH") for n in order.split()
+    ]
+    (shape, stride) = seen[0]
+    assert shape[0] == 3
+    assert stride[1] == shape[3]  # heads are beside each other, as a linear layer gives them
+    for backend, cost in costs.items():
+        assert cost is None or f"{backend.lower()} {cost:.3f} ms" in said[0]
+    with sdpa_kernel(found, set_priority=True):  # it takes them
+        assert torch._C._get_sdp_priority_order()[: len(found)] == [int(backend) for backend in found]
+
+
+def _is_on(name):
+    kind = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn", "EFFICIENT_ATTENTION": "mem_efficient"}[name]
+    return getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()
+
+
+def test_attention_that_is_there_is_timed(place, monkeypatch):
+    """On the processor flash attention alone is a kernel of its own."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: _Clock())
+    unet = load_networks(place / "tiny").unet
+    found = choose_attention(unet, 1, (16, 16), torch.float32, lambda line: None, runs=2)
+    assert found == [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class _Clock:
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
 
 
 @pytest.mark.slow
