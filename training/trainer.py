@@ -134,6 +134,7 @@ class _Run:
         self.loss_scale = LossScale(world.device) if settings.model.dtype == "float16" else None
         last = self.objective.schedule.last_timestep
         self.bands = BandedLoss(last, [round(band / 999 * last) for band in BANDS], world.device)
+        self.previews = self._previews()  # a prompt that cannot be followed is told now
 
     # ------------------------------------------------------------------------------------------------------------------
     # Putting it together
@@ -350,7 +351,7 @@ class _Run:
         settings, world, out = self.settings, self.world, self.settings.out
         watch = Watch(out, settings.watch, world, self.place.step, settings_content(settings))
         validation = self._validation()
-        previews = self._previews()
+        previews = self.previews
         batches = self._batches()
         bar = tqdm(total=settings.steps, initial=self.place.step, unit="step", disable=None if world.first else True)
         self.speed.start_interval()

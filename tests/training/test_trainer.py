@@ -471,6 +471,13 @@ def test_latents_of_another_vae(place, tmp_path):
     train(make_content(place, tmp_path / "run", steps=1, data=content["data"], model__base=str(another)))
 
 
+def test_a_dry_run_finds_a_prompt_that_cannot_be_followed(place, tmp_path):
+    """And not the first sheet of pictures, when a thousand steps are done."""
+    wrong = make_content(place, tmp_path / "run", watch__preview_every=1000, watch__prompts=["a cat=purplish"])
+    with pytest.raises(ValueError, match="purplish"):
+        run_finetune(parse_settings(FinetuneSettings, wrong), dry_run=True, say=lambda line: None)
+
+
 def test_in_the_folder_where_one_is(place, tmp_path, monkeypatch):
     """Which names what is exported, though it is written as a dot."""
     (tmp_path / "mine").mkdir()

@@ -195,7 +195,7 @@ def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: i
     finally:  # also where the time is over: none goes on without the test
         for process in started:
             _kill(process)
-    said = "\n".join(log.read_text() for log in logs)
+    said = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
     assert not any(ended), said[-6000:]
     return said
 
