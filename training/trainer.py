@@ -369,6 +369,8 @@ class _Run:
                     with self._writing("the line of metrics"):
                         watch.write(step, metrics)
                     bar.set_postfix_str(_postfix(metrics))
+                    if bar.disable:  # there is no terminal
+                        self.say(f"step {step}: {_postfix(metrics)}")
                     self.speed.start_interval()
                 if validation is not None and (step % settings.watch.validate_every == 0 or ends):
                     with self.speed.paused():
@@ -583,5 +585,5 @@ class _Run:
 def _postfix(metrics: dict[str, float]) -> str:
     """The loss, of all and by bands of timesteps, and the speed; what a narrow terminal cuts off is the low noise."""
     bands = {name: name.removeprefix("loss/") for name in reversed(metrics) if name.startswith("loss/t")}
-    shown = {"loss": "loss", "pictures a second": "img/s", **bands}
-    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in shown.items())
+    shown = {"loss": "loss", "pictures a second": "img/s", "MFU": "MFU", "peak memory (GiB)": "GiB", **bands}
+    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in shown.items() if name in metrics)

@@ -359,6 +359,16 @@ def test_the_progress_bar_shows_the_loss_by_bands(place, tmp_path, monkeypatch):
     assert text.startswith(f"loss {line['loss']:.3g}, img/s ")
 
 
+def test_without_a_terminal_there_is_a_line_each_interval(place, tmp_path, monkeypatch):
+    read = trainer.Speed.read
+    monkeypatch.setattr(trainer.Speed, "read", lambda speed: read(speed) | {"MFU": 0.41, "peak memory (GiB)": 97.25})
+    said = []
+    train(make_content(place, tmp_path / "run", steps=4, watch__log_every=2), say=said.append)
+    lines = [line for line in said if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == ["step 2", "step 4"]
+    assert all(", img/s " in line and ", MFU 0.41, GiB 97.2, t" in line for line in lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One sentence each
 
