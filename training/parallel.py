@@ -96,15 +96,19 @@ def start_world(device: str = "auto") -> Iterator[World]:
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and size > 1:
-        device = f"cuda:{local_rank}"
     try:
         place = torch.device(device)
     except RuntimeError:
         raise ValueError(f"speed.device = {device!r} is no device: it is auto, cpu, cuda or such as cuda:1") from None
+    if size > 1 and place.index is not None:
+        raise ValueError(f"speed.device = {device!r} is one device, and there are {size} processes: give no number")
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"the device {device} cannot be used: there is no CUDA here")
+        if place.index is None:  # torch makes no GPU the current one without its number
+            place = torch.device("cuda", local_rank)
+        if place.index >= (there := torch.cuda.device_count()):
+            raise ValueError(f"the device {place} cannot be used: this machine has {there} GPUs, counted from 0")
         torch.cuda.set_device(place)
     if size == 1:
         yield World(rank, size, local_size, place)

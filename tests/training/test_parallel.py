@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+from ztsnr.training.parallel import start_world
 
 from .tiny_run import difference, make_content, metrics, states, train, under_torchrun
 
@@ -125,6 +128,39 @@ def test_stopped_and_poisoned(place, tmp_path):
         same = [name for name in before if name.startswith(("parameter.", "optimizer."))]
         assert [name for name in same if not torch.equal(before[name], behind[name])] == []
         assert len(list((bad / "bad_batches").iterdir())) == 2  # of each process
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Stand-ins for two GPUs, and what the current one was set to, which torch's own function has looked at."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
+    return current
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_one_process_on_a_gpu(two_gpus, device, index):
+    with start_world(device) as world:
+        assert world.device == torch.device("cuda", index)
+    assert two_gpus == [index]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "sentence"),
+    [
+        ("cuda:1", 4, "speed.device = 'cuda:1' is one device, and there are 4 processes: give no number"),
+        ("auto", 4, "the device cuda:3 cannot be used: this machine has 2 GPUs, counted from 0"),
+        ("cuda:2", 1, "the device cuda:2 cannot be used: this machine has 2 GPUs, counted from 0"),
+    ],
+)
+def test_gpus_that_are_not_there(two_gpus, monkeypatch, device, processes, sentence):
+    for name, number in (("WORLD_SIZE", processes), ("RANK", processes - 1), ("LOCAL_RANK", processes - 1)):
+        monkeypatch.setenv(name, str(number))
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"), start_world(device):
+        pass
+    assert two_gpus == []
 
 
 def test_what_one_process_knows_ends_both(place, tmp_path):
