@@ -103,9 +103,7 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     if (out / STATE).exists() and not settings.resume:
         raise ValueError(f"{out} has the state of a run: set resume to go on with it, or choose another folder")
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(settings.device)
     vae = load_vae(settings.model, config=settings.config, device=device)
     encoder = hash_encoder(vae)
     perceptual = None
@@ -141,6 +139,18 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     save_vae(vae, out / "vae")
     say(f"Wrote {out / 'vae'}, {out / SCORES} and {out / SHEET}.")
     return VaeDecoderReport(before, after, out / "vae", merged)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device = {name!r} is no device: it is auto, cpu, cuda or such as cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"device = {name!r} cannot be used: this machine has {there} GPUs, counted from 0")
+    return device
 
 
 def _read_pictures(
