@@ -14,7 +14,7 @@ device.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ class Ema:
         named_parameters: by name; DTensors are averaged in their own shards.
         profiles: which averages.
         device: "cpu" keeps them in the main memory, where an update is made of a copy that the device has sent since
-            the one before; None where the parameters are.
+            the one before; call ``settle`` before the parameters change again.  None where the parameters are.
         every: steps from one update to the next, in which the weights are taken to be those at the end.
 
     Attributes:
@@ -134,7 +134,8 @@ class Ema:
             }
             for profile in self.profiles
         }
-        self._copies = _Copies(list(self._parameters.values())) if device is not None else None
+        elsewhere = device is not None and self.profiles
+        self._copies = _Copies(list(self._parameters.values())) if elsewhere else None
 
     def update(self, step: int) -> None:
         """Take the parameters as they are after so many steps of the optimizer; between ``every`` steps, do nothing."""
@@ -142,12 +143,17 @@ class Ema:
             return
         if step <= self.step:
             raise ValueError(f"the averages have seen step {self.step} already, and cannot take step {step}")
-        if self._copies is None:
-            self._lerp([_local(parameter).float() for parameter in self._parameters.values()], self.step, step)
-        else:
+        if self._copies is not None:
             self._take_copies()
             self._copies.send(self.step, step)
+        elif self.profiles:
+            self._lerp([_local(parameter).float() for parameter in self._parameters.values()], self.step, step)
         self.step = step
+
+    def settle(self) -> None:
+        """Have what the device does next wait until the parameters are copied; the host waits for nothing."""
+        if self._copies is not None:
+            self._copies.settle()
 
     def tensors(self, profile: Profile) -> dict[str, Tensor]:
         """An average by the names of the parameters: float32, the tensors that updates change."""
@@ -250,22 +256,33 @@ class Ema:
 
 
 class _Copies:
-    """The parameters on their way to the main memory, in buffers that are used again."""
+    """The parameters on their way to the main memory, in buffers that are used again.
+
+    CUDA copies them on a stream of its own, beside the forward and backward pass of the next step.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]):
         from_cuda = any(parameter.is_cuda for parameter in parameters)
         self._parameters = [parameter.detach() for parameter in parameters]
         # laid out as the parameters are: otherwise the device would sort each tensor anew, and lerp would walk in steps
         self._buffers = [torch.empty_like(p, device="cpu", pin_memory=from_cuda) for p in self._parameters]
+        self._stream = torch.cuda.Stream() if from_cuda else None
         self._sent = torch.cuda.Event() if from_cuda else None
         self.steps: tuple[int, int] | None = None  # (before, step) of the update on its way
 
     def send(self, before: int, step: int) -> None:
-        for buffer, parameter in zip(self._buffers, self._parameters, strict=True):
-            buffer.copy_(parameter, non_blocking=True)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the step that has changed them
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for buffer, parameter in zip(self._buffers, self._parameters, strict=True):
+                buffer.copy_(parameter, non_blocking=True)
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(self._stream)
         self.steps = before, step
+
+    def settle(self) -> None:
+        if self._sent is not None:
+            torch.cuda.current_stream().wait_event(self._sent)
 
     def receive(self) -> list[Tensor]:
         if self._sent is not None:

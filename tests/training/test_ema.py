@@ -1,7 +1,7 @@
 """Averages against their sums in float64, and averages made of snapshots against those that were tracked."""
 
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -115,6 +115,62 @@ def test_copies_lie_in_memory_as_the_parameters_do():
         assert torch.equal(average, weight)
 
 
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_copies_are_sent_beside_the_next_step_and_before_the_parameters_change(monkeypatch):
+    """With a stand-in for CUDA's streams."""
+    said, now, real = [], ["main"], torch.empty_like
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits for event of {event.of}")
+
+    class Event:
+        def record(self, stream):
+            self.of = stream.name
+            said.append("event")
+
+        def synchronize(self):
+            said.append("host waits")
+
+    @contextmanager
+    def on(stream):
+        now[0] = stream.name
+        yield
+        now[0] = "main"
+
+    class Buffer(torch.Tensor):
+        def copy_(self, source, non_blocking):
+            said.append(f"copied on {now[0]}, {'not ' * (not non_blocking)}in passing")
+            return super().copy_(source.as_subclass(torch.Tensor))
+
+    def pinned(tensor, device, pin_memory):
+        assert (device, pin_memory) == ("cpu", True)
+        return real(tensor.as_subclass(torch.Tensor)).as_subclass(Buffer)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    monkeypatch.setattr(Ema, "_lerp", lambda *_: said.append("average"))
+    ema = Ema({"weight": torch.ones(3).as_subclass(OnCuda)}, [ConstantDecay(0.5)], device="cpu")
+    ema.update(1)
+    assert said == ["side waits for main", "copied on side, in passing", "event"]
+    ema.settle()
+    assert said[3:] == ["main waits for event of side"]
+    ema.update(2)
+    assert said[4:] == ["host waits", "average", *said[:3]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_main_memory_of_a_device():
@@ -124,6 +180,7 @@ def test_main_memory_of_a_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 20):
+            in_memory.settle()
             for parameter in named.values():
                 parameter.mul_(0.9).add_(0.01 * step)
             on_device.update(step)

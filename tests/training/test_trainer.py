@@ -312,6 +312,17 @@ def test_a_step_reads_nothing_on_the_host(place, tmp_path, monkeypatch, changes)
     assert len(losses(tmp_path / "run")) == 2
 
 
+def test_weights_change_when_they_are_copied(place, tmp_path, monkeypatch):
+    """Averages in the main memory: a GPU copies the weights while the next step computes, and not while it is taken."""
+    said, take = [], torch.optim.AdamW.step
+    take = getattr(take, "__wrapped__", take)  # without the calls of hooks, which torch puts around it
+    monkeypatch.setattr(trainer.Ema, "settle", lambda ema: said.append("settled"))
+    monkeypatch.setattr(trainer.Ema, "update", lambda ema, step: said.append("update"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (said.append("step"), take(self)))
+    train(make_content(place, tmp_path / "run", steps=2, average__on_cpu=True, average__sigma_rel=[], export__raw=True))
+    assert said == ["settled", "step", "update"] * 2
+
+
 @pytest.mark.slow
 def test_float16(place, plain, tmp_path):
     """It trains as float32 does; and a step that overflows halves the scale and is left out, also behind a resume."""
