@@ -62,7 +62,10 @@ class LatentScaling:
         import torch
 
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return torch.tensor([self.mean, self.std], dtype=dtype, device=like.device)[..., None, None]
+        columns = torch.tensor([self.mean, self.std], dtype=dtype)[..., None, None]
+        if like.is_cuda:  # made there, or sent from other memory, it would wait for all that the device has to do
+            columns = columns.pin_memory()
+        return columns.to(like.device, non_blocking=True)
 
     @property
     def scaling_factor(self) -> float | None:

@@ -15,6 +15,8 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ztsnr.checkpoints import inspect_checkpoint, load_pipeline, mark_checkpoint, to_folder
 from ztsnr.checkpoints.latent_scaling import MEAN, STD, LatentScaling
@@ -81,6 +83,25 @@ def test_each_channel_has_its_own_numbers(shape, dtype, error):
     back = SCALING.from_model(x.double())
     assert back.dtype == torch.float64
     torch.testing.assert_close(back, z.double(), rtol=0, atol=20 * error)
+
+
+def test_a_device_is_sent_the_numbers_from_pinned_memory_without_waiting(monkeypatch):
+    """On a GPU without data; what is sent in another way waits for all that the GPU has to do, in every step."""
+    sent = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if "device" in kwargs and torch.device(kwargs["device"]).type == "cuda":
+                sent.append((function.overloadpacket.__name__, kwargs.get("non_blocking")))
+            return function(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append("pinned") or tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        latents = torch.empty(2, 2, 4, 4, device="cuda")
+        with Watched():
+            assert LatentScaling((1.0, 2.0), (3.0, 4.0)).to_model(latents).device.type == "cuda"
+    assert sent == ["pinned", ("_to_copy", True)]
 
 
 @pytest.mark.parametrize(
