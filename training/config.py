@@ -429,6 +429,16 @@ def settings_content(settings: Any) -> dict[str, Any]:
     return pydantic.TypeAdapter(type(settings)).dump_python(settings, mode="json", exclude_none=True)
 
 
+def changed_settings(before: dict[str, Any], now: dict[str, Any], place: str = "") -> Iterator[str]:
+    """What differs between two contents of settings, a line each."""
+    for name in before | now:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changed_settings(old, new, f"{place}{name}.")
+        elif old != new:
+            yield f"{place}{name} was {old}, and is {new} from here on"
+
+
 def _optional_tables(kind: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Where the tables are that may be missing, and then mean that there is no such thing."""
     for name, hint in typing.get_type_hints(kind).items():

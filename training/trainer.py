@@ -5,6 +5,7 @@ files say.  Everything random follows from the seed and the place in the plan, s
 it had not been, on any number of processes.
 """
 
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.latent_scaling import LatentScaling
-from .config import FinetuneSettings, settings_content, write_settings
+from .config import FinetuneSettings, changed_settings, settings_content, write_settings
 from .data import open_data
 from .dataset import Batch, loader
 from .ema import ConstantDecay, Ema, PowerFunction, Profile
@@ -79,6 +80,7 @@ def run_finetune(
         run = _Run(settings, world, say if world.first else (lambda line: None))
         if last := states.last():
             run.restore(states, *last)
+            run.say_changes()
         if not (dry_run and last):  # those of a run that is there are what it was trained with
             run.write_settings()
         if dry_run:
@@ -146,6 +148,13 @@ class _Run:
         for name, content in contents.items() if self.world.first else ():
             with atomic_write(self.settings.out / name) as file:
                 file.write(content)
+
+    def say_changes(self) -> None:
+        """What a run that goes on is trained with from here on, and was not before."""
+        with suppress(OSError, ValueError):  # somebody else's file by now
+            before = tomllib.loads((self.settings.out / "config.toml").read_text(encoding="utf-8"))
+            for line in changed_settings(before, settings_content(self.settings)):
+                self.say(line)
 
     def _say_data(self) -> None:
         plan = self.data.plan

@@ -83,6 +83,7 @@ def test_stopped_and_resumed(place, tmp_path, number, changes):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     exported = train(content, resume=True, say=said.append)
     assert "going on from step 5" in said
+    assert not any("from here on" in line for line in said)
     assert_same(parts, whole)
     assert {parts / "export" / name for name in ("parts", "parts_decay_0.9")} <= set(exported)
 
@@ -459,6 +460,18 @@ def test_other_settings_at_a_resume(place, done, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(make_content(place, out, steps=4, **changes), resume=True)
     assert (out / "config.toml").read_bytes() == before
+
+
+def test_what_is_other_at_a_resume_is_told(place, done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "run")
+    content = make_content(place, tmp_path / "run", steps=3, objective__high_noise_share=0.05)
+    said = []
+    train(content, resume=True, say=said.append)
+    assert [line for line in said if line.endswith("from here on")] == [
+        f"out was {done[0]}, and is {tmp_path / 'run'} from here on",
+        "steps was 2, and is 3 from here on",
+        "objective.high_noise_share was 0.1, and is 0.05 from here on",
+    ]
 
 
 def test_a_run_that_is_done_is_exported_again(done):
