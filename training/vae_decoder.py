@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from ..checkpoints.atomic import atomic_write, check_new
 from ..checkpoints.header import read_header
 from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
+from .config import write_settings
 from .dataset import PictureDataset, loader
 from .decoder_training import DecoderTraining
 from .epoch_plan import EpochPlan
@@ -43,7 +44,7 @@ from .vae import hash_encoder, load_vae
 from .vae_export import is_whole, merge_decoder, save_vae
 from .vae_settings import VaeDecoderSettings
 
-STATE, SCORES, SHEET = "state.safetensors", "scores.json", "pictures.png"
+STATE, SCORES, SHEET, SETTINGS = "state.safetensors", "scores.json", "pictures.png", "config.toml"
 ABOUT = "ztsnr.vae_decoder"  # in the metadata of a state: JSON
 # what may be another in a resumed run
 FREE = {
@@ -76,8 +77,9 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     """Fine-tune the decoder of a VAE, measure it, and write it alone and within its model.
 
     In ``out`` are then ``vae`` (a diffusers folder), ``merged`` or ``merged.safetensors``, ``scores.json``,
-    ``pictures.png`` (original, before, after) and the state of the run.  SIGINT and SIGTERM save the state and end it;
-    resumed, on the same machine it gives the same as without an end, bit for bit on a CPU in float32.
+    ``pictures.png`` (original, before, after), ``config.toml`` with all settings, and the state of the run.  SIGINT and
+    SIGTERM save the state and end it; resumed, on the same machine it gives the same as without an end, bit for bit on
+    a CPU in float32.
 
     Args:
         settings: what to do.
@@ -118,6 +120,8 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     if (out / STATE).exists():
         _load_state(training, out / STATE, about)
         say(f"Resumed behind step {training.steps}.")
+    with atomic_write(out / SETTINGS) as file:
+        file.write(write_settings(settings))
     if not _train(training, dataset, out / STATE, about, say):
         say(f"Stopped behind step {training.steps} of {settings.steps}; the state is saved: resume to go on.")
         return None

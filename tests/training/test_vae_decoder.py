@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.tiny_pipelines import make_tiny_sdxl, write_single_file
 from ztsnr.checkpoints.verify import verify_checkpoint
 from ztsnr.training import decoder_training, vae_decoder
+from ztsnr.training.config import read_settings
 from ztsnr.training.decoder_training import DecoderTraining
 from ztsnr.training.ema import ConstantDecay
 from ztsnr.training.perceptual import PatchDiscriminator, adaptive_weight
@@ -117,6 +118,11 @@ def test_held_out_pictures_come_out_better(run):
     assert sheet.shape == (16 + 8 * 32, 3 * 32, 3)
     original, before, after = (sheet[16:, 32 * i : 32 * (i + 1)].astype(float) for i in range(3))
     assert np.square(after - original).mean() < 0.8 * np.square(before - original).mean()
+
+
+def test_the_settings_are_with_the_run(run):
+    settings, report, _ = run
+    assert read_settings(VaeDecoderSettings, report.vae.parent / "config.toml") == settings
 
 
 def test_the_encoder_is_the_same(run, place):
@@ -262,7 +268,7 @@ def test_an_encoder_that_changes_is_noticed(place, tmp_path, monkeypatch):
     monkeypatch.setattr(DecoderTraining, "step", step_and_touch)
     with pytest.raises(RuntimeError, match="the encoder has changed"):
         finished(settings_for(place, tmp_path, steps=1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.safetensors", "unusable"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "state.safetensors", "unusable"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
