@@ -132,7 +132,8 @@ class _Run:
             every=settings.average.every,
         )
         self.optimizer = self._make_optimizer()
-        self.optimizer.register_step_pre_hook(lambda *_: self.ema.settle())
+        settle = self.ema.settle  # and not this object, whose memory would wait for the garbage collector
+        self.optimizer.register_step_pre_hook(lambda *_: settle())
         self.guard = StepGuard(settings.out / "bad_batches", settings.optimizer.max_skipped, world)
         self.loss_scale = LossScale(world.device) if settings.model.dtype == "float16" else None
         last = self.objective.schedule.last_timestep

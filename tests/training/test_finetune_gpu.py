@@ -1,6 +1,7 @@
 """The whole run at SDXL's full size on a GPU: 50 steps of random weights, stopped and resumed in the middle, exported,
 and loaded in diffusers; and what it takes beside what was planned."""
 
+import gc
 import json
 import shutil
 
@@ -72,6 +73,8 @@ def test_fifty_steps_of_sdxl(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer._Run, "export", exported)
     with at({STEPS // 2: sends(signal.SIGTERM)}) as before:
         assert train(content, say=said.append) == []
+    gc.collect()
+    torch.cuda.empty_cache()
     with at({STEPS // 2 + 1: forget}) as behind:
         file, folder = train(content, resume=True, say=said.append)
     assert before + behind == list(range(STEPS))
