@@ -586,7 +586,8 @@ def finetune(settings: Path, overrides: tuple[str, ...], resume: str, dry_run: b
     torchrun --nproc-per-node 8 --no-python ztsnr finetune SETTINGS.toml
     """
     with mistakes_in_one_sentence():
-        from .training.config import FinetuneSettings, read_settings
+        from .training.config import FinetuneSettings
+        from .training.settings_file import read_settings
 
         program = "ztsnr finetune SETTINGS.toml"
         chosen = read_settings(FinetuneSettings, settings, [*overrides, *["--help"] * list_settings], program)
@@ -605,7 +606,7 @@ def finetune_vae(settings: Path, overrides: tuple[str, ...], list_settings: bool
     as well, as in --steps 1000.
     """
     with mistakes_in_one_sentence():
-        from .training.config import read_settings
+        from .training.settings_file import read_settings
         from .training.vae_settings import VaeDecoderSettings
 
         program = "ztsnr finetune-vae SETTINGS.toml"

@@ -26,7 +26,7 @@ from ..canvas import Size
 from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak_report import load_row, row_of_pictures
 from ..diagnostics.output import no_matplotlib
-from .config import FinetuneSettings, parse_settings
+from .config import FinetuneSettings
 from .make_latent_cache import run_cache
 from .pictures import open_picture
 from .reproduction_data import SIZES as PICTURE_SIZES
@@ -43,6 +43,7 @@ from .reproduction_measures import (
     measure_prompts,
     pixel_statistics,
 )
+from .settings_file import parse_settings
 from .small_model import SIZES, write_small_model
 from .trainer import run_finetune
 

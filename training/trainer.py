@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.latent_scaling import LatentScaling
-from .config import FinetuneSettings, changed_settings, settings_content, write_settings
+from .config import FinetuneSettings
 from .data import open_data
 from .dataset import Batch, loader
 from .ema import ConstantDecay, Ema, PowerFunction, Profile
@@ -33,6 +33,7 @@ from .prefetch import ahead, sent
 from .previews import Previews
 from .quarantine import Quarantine
 from .run_state import RunStates
+from .settings_file import changed_settings, settings_content, write_settings
 from .speed import Speed
 from .stopping import out_of_memory_in_one_sentence, stop_signals
 from .tokens import batch_prompts

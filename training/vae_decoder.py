@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from ..checkpoints.atomic import atomic_write, check_new
 from ..checkpoints.header import read_header
 from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
-from .config import write_settings
 from .dataset import PictureDataset, loader
 from .decoder_training import DecoderTraining
 from .epoch_plan import EpochPlan
@@ -39,6 +38,7 @@ from .picture_boxes import load_crop, read_boxes
 from .pictures import PictureError
 from .quarantine import Quarantine
 from .reconstruction import Scores, evaluate, picture_sheet
+from .settings_file import write_settings
 from .sources import PictureIndex, Source, build_index, split
 from .vae import hash_encoder, load_vae
 from .vae_export import is_whole, merge_decoder, save_vae

@@ -8,16 +8,10 @@ import pytest
 from tabulate import tabulate
 
 import ztsnr
-from ztsnr.training.config import (
-    FinetuneSettings,
-    StageSettings,
-    TagWeightSettings,
-    parse_settings,
-    read_settings,
-    write_settings,
-)
+from ztsnr.training.config import FinetuneSettings, StageSettings, TagWeightSettings
 from ztsnr.training.networks import AdapterSettings
 from ztsnr.training.objective import Objective
+from ztsnr.training.settings_file import parse_settings, read_settings, write_settings
 
 EXAMPLES = sorted((Path(ztsnr.__file__).parent / "training" / "examples").glob("*.toml"))
 SMALL = """

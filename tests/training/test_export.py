@@ -16,10 +16,11 @@ from ztsnr.checkpoints.header import read_header
 from ztsnr.checkpoints.latent_scaling import LatentScaling
 from ztsnr.checkpoints.pipeline import load_pipeline
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
-from ztsnr.training.config import ExportSettings, FinetuneSettings, parse_settings
+from ztsnr.training.config import ExportSettings, FinetuneSettings
 from ztsnr.training.export import export_model
 from ztsnr.training.networks import AdapterSettings, Denoiser, add_adapter, load_networks, trained_names
 from ztsnr.training.objective import Objective, ObjectiveSettings
+from ztsnr.training.settings_file import parse_settings
 
 from ..checkpoints.tiny_folders import make_tiny_folders
 

@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from ztsnr.training import trainer
-from ztsnr.training.config import FinetuneSettings, parse_settings
+from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.make_latent_cache import run_cache
+from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
 
 from ..checkpoints.tiny_folders import rewrite

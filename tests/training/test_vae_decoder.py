@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tests.tiny_pipelines import make_tiny_sdxl, write_single_file
 from ztsnr.checkpoints.verify import verify_checkpoint
 from ztsnr.training import decoder_training, vae_decoder
-from ztsnr.training.config import read_settings
 from ztsnr.training.decoder_training import DecoderTraining
 from ztsnr.training.ema import ConstantDecay
 from ztsnr.training.perceptual import PatchDiscriminator, adaptive_weight
+from ztsnr.training.settings_file import read_settings
 from ztsnr.training.sources import Source, build_index, split
 from ztsnr.training.vae import hash_encoder, load_vae
 from ztsnr.training.vae_decoder import run_finetune_vae

@@ -24,8 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ztsnr.training import trainer
-from ztsnr.training.config import FinetuneSettings, parse_settings
+from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.dataset import Batch
+from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
 
 SIZES = [(48, 32), (32, 48), (40, 40)]
