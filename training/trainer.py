@@ -38,7 +38,7 @@ from .speed import Speed
 from .stopping import out_of_memory_in_one_sentence, stop_signals
 from .tokens import batch_prompts
 from .validation import Validation
-from .watch import BandedLoss, Watch
+from .watch import BandedLoss, Watch, check_installed
 
 BANDS = (300, 600, 900)  # thousandths of the schedule; t = T is a band of its own
 
@@ -110,6 +110,7 @@ class _Run:
 
     def __init__(self, settings: FinetuneSettings, world: World, say: Callable[[str], None]):
         self.settings, self.world, self.say = settings, world, say
+        check_installed(settings.watch)
         self.place = Place()
         self.objective = Objective(settings.objective, device=world.device)
         self.say(self.objective.table())

@@ -22,6 +22,26 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+def check_installed(settings: WatchSettings) -> None:
+    """Refuse, before anything is loaded, what is asked for and not installed.
+
+    Raises:
+        ValueError: how to install it.
+    """
+    if settings.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
+            ) from None
+    if settings.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ValueError("watch.wandb needs wandb: pip install wandb, or leave it out") from None
+
+
 class Watch:
     """Where metrics and pictures go; in all processes but the first, nowhere.
 
@@ -48,23 +68,18 @@ class Watch:
         if not self._writes:
             return
         self._forget_behind(step)
+        check_installed(settings)
         if settings.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._new_writer = partial(SummaryWriter, str(folder / "tensorboard"))
             try:
                 self._writer = self._new_writer(purge_step=step + 1)
             except OSError as error:
                 raise ValueError(f"{folder / 'tensorboard'} cannot be written: {error.strerror or error}") from None
         if settings.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("watch.wandb needs wandb: pip install wandb, or leave it out") from None
+            import wandb
+
             try:
                 self._run = wandb.init(
                     project=settings.wandb, dir=str(folder), name=folder.resolve().name, config=config

@@ -513,6 +513,15 @@ def test_a_dry_run_finds_a_prompt_that_cannot_be_followed(place, tmp_path):
         run_finetune(parse_settings(FinetuneSettings, wrong), dry_run=True, say=lambda line: None)
 
 
+def test_a_dry_run_finds_what_is_not_installed(place, tmp_path, monkeypatch):
+    """And loads no model for it."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(trainer, "load_networks", None)
+    content = make_content(place, tmp_path / "run", watch__wandb="project")
+    with pytest.raises(ValueError, match="needs wandb: pip install wandb"):
+        run_finetune(parse_settings(FinetuneSettings, content), dry_run=True)
+
+
 def test_in_the_folder_where_one_is(place, tmp_path, monkeypatch):
     """Which names what is exported, though it is written as a dot."""
     (tmp_path / "mine").mkdir()

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 
 from ztsnr.training.config import WatchSettings
 from ztsnr.training.parallel import World
-from ztsnr.training.watch import BandedLoss, Watch
+from ztsnr.training.watch import BandedLoss, Watch, check_installed
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -109,6 +109,8 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, name, setting
         return there(wanted, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ValueError, match=sentence):
+        check_installed(settings)
     with pytest.raises(ValueError, match=sentence):
         Watch(tmp_path, settings, ALONE)
 
