@@ -33,6 +33,7 @@ from .dataset import PictureDataset, loader
 from .decoder_training import DecoderTraining
 from .epoch_plan import EpochPlan
 from .keyed_random import POSTERIOR, keyed_generator
+from .parallel import named_device
 from .perceptual import load_lpips
 from .picture_boxes import load_crop, read_boxes
 from .pictures import PictureError
@@ -146,12 +147,7 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device = {name!r} is no device: it is auto, cpu, cuda or such as cuda:1") from None
+    device = named_device(name, "device")
     if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
         raise ValueError(f"device = {name!r} cannot be used: this machine has {there} GPUs, counted from 0")
     return device
