@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import subprocess
 import threading
 
 import pytest
@@ -25,6 +26,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(map(item.get_closest_marker, LONG)):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """``mount_disk("64k")`` makes a file system of its own, of that size, and gives its folder."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+        ).returncode:
+            pytest.skip("only root may mount")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture(scope="session")

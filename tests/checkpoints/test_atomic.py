@@ -44,15 +44,9 @@ def old(tmp_path) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A file system of its own, of 64 kB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    return mount_disk("64k")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -68,15 +67,9 @@ def test_what_is_kept(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A file system of its own, on which one state has room and two have not."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    return mount_disk("80k")
 
 
 def test_full_disk(small_disk):

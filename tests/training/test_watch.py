@@ -4,7 +4,6 @@ import builtins
 import json
 import math
 import resource
-import subprocess
 import sys
 import types
 from contextlib import suppress
@@ -146,21 +145,16 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def full_disk(tmp_path):
+def full_disk(mount_disk):
     """A file system of its own, without room; and what makes room."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount")
+    folder = mount_disk("64k")
 
     def fill():
         with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
 
-    yield folder, fill, (folder / "filler").unlink
-    subprocess.run(["umount", "-l", folder], check=True)
+    return folder, fill, (folder / "filler").unlink
 
 
 def test_a_line_without_room_is_no_half_line(tmp_path):
