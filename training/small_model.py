@@ -60,20 +60,21 @@ class SmallModelSize:
 
 SIZES = {
     "cpu": SmallModelSize(
-        side=48,
-        factor=2,
-        widths=(16, 32, 64, 64),
-        attention=(False, False, False, True),
+        side=32,
+        factor=1,
+        widths=(16, 32, 80, 128),
+        attention=(False, False, False, False),
         layers=1,
-        text_widths=(24, 40),
+        text_widths=(24, 56),
+        head_dim=32,
     ),
     "gpu": SmallModelSize(
-        side=192,
-        factor=4,
-        widths=(64, 128, 256, 256),
+        side=64,
+        factor=1,
+        widths=(48, 96, 192, 256),
         attention=(False, False, True, True),
         layers=2,
-        text_widths=(128, 192),
+        text_widths=(64, 128),
         head_dim=32,
     ),
 }

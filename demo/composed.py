@@ -1,0 +1,257 @@
+"""Captioned pictures whose answer is known: Noto emoji on a ground that the caption asks for.
+
+Five kinds of grounds: seven colours, each in shades; "dark" and "light", in any hue; and photographs of stars, bricks,
+grass and gravel.  On them stands one of the emoji, at any place and in one of several sizes, or one that is stretched
+across the canvas, or nothing.  A frame of FRAME pixels is never covered, so that the ground can be measured without
+asking what is in the picture.
+
+A colour comes in shades, as it does in photographs.  Without a spread of brightness among the pictures of one caption a
+network would have nothing to read in the mean of the noise, and would paint black from any start.
+
+A fifth of the pairs of emoji and ground is never trained with (``held_out``): what is measured on them was not learned
+by heart.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..canvas import Size
+from ..checkpoints.atomic import atomic_folder
+
+PICTURES = Path(__file__).resolve().parent / "pictures"
+CELL, COLUMNS = 64, 20  # of the sheet: pixels of a picture, pictures of a row
+
+COLOURS = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
+    "red": (200, 30, 30),
+    "green": (30, 150, 50),
+    "blue": (40, 70, 200),
+    "yellow": (235, 205, 50),
+}
+BRIGHTNESS = {"dark": (0.0, 110.0), "light": (145.0, 255.0)}  # luma, drawn evenly
+PHOTOGRAPHS = ("stars", "brick", "grass", "gravel")
+GROUNDS = (*COLOURS, *BRIGHTNESS, *PHOTOGRAPHS)
+SHADE = 16.0  # standard deviation of a colour's brightness, in levels of 255, before it is clipped
+TINT = 4.0  # the same of each channel alone
+HUE = 0.25  # relative standard deviation of each channel of dark and light
+
+# a small network has time for these; the larger one learns all
+FEW = (
+    *("frog", "fox", "cat face", "dog face", "panda", "lion", "tiger face", "koala", "penguin", "owl", "duck", "parrot"),
+    *("flamingo", "whale", "dolphin", "octopus", "crab", "turtle", "snail", "butterfly", "bee", "ladybird", "rose"),
+    *("sunflower", "tulip", "cactus", "palm tree", "mushroom", "grapes", "watermelon", "lemon", "banana", "apple"),
+    *("strawberry", "avocado", "carrot", "broccoli", "hamburger", "doughnut", "ice cream", "train", "bus", "police car"),
+    *("tractor", "rocket", "guitar", "violin", "trumpet"),
+)
+LONG = ("snake", "train", "pencil")  # that are also stretched across the canvas
+DIAGONAL = ("pencil",)  # drawn from corner to corner
+
+FRAME = 2  # pixels at the edge that are always ground
+SIDES = (18, 20, 22, 24, 26)  # of an emoji, on a canvas of 32
+LONG_SHAPE = (28, 12)  # width and height of one that is stretched, on the same canvas
+CANVAS = 32
+
+EMPTY_SHARE, LONG_SHARE = 0.2, 0.12  # of the pictures
+BLACK_OR_WHITE_SHARE = 0.25  # of the grounds, beside their own share
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a picture shows.
+
+    Attributes:
+        ground: one of GROUNDS.
+        emoji: its name; "" for none.
+        long: whether it is stretched across the canvas.
+    """
+
+    ground: str
+    emoji: str = ""
+    long: bool = False
+
+    @property
+    def caption(self) -> str:
+        """In words."""
+        if not self.emoji:
+            return {"dark": "darkness", "light": "bright light"}.get(self.ground, f"{self.ground} background")
+        thing = f"{'long ' if self.long else ''}{self.emoji}"
+        article = "an" if thing[0] in "aeiou" else "a"
+        if self.ground == "stars":
+            return f"{article} {thing} among stars"
+        if self.ground in PHOTOGRAPHS:
+            return f"{article} {thing} on {self.ground}"
+        return f"{article} {thing} on a {self.ground} background"
+
+
+class Sprites:
+    """The emoji, with transparency, in the sizes of a canvas.
+
+    Args:
+        names: which; by default all.
+        scale: of the canvas, in units of CANVAS.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None, scale: int = 1):
+        listed = json.loads((PICTURES / "emoji.json").read_text(encoding="utf-8"))
+        self.names = tuple(listed if names is None else names)
+        self.scale = scale
+        with Image.open(PICTURES / "emoji.webp") as sheet:
+            self._sheet = np.asarray(sheet.convert("RGBA"), dtype=np.float32)
+        self._places = {name: divmod(number, COLUMNS) for number, name in enumerate(listed)}
+        self._made: dict[tuple[str, Size], np.ndarray] = {}
+
+    def __call__(self, name: str, size: Size) -> np.ndarray:
+        """(h, w, 4) float32 of an emoji of a size (w, h): colours times opacity, 0 to 255, and the opacity, 0 to 1."""
+        if (name, size) not in self._made:
+            sprite = self._whole(name)
+            if size[0] != size[1]:
+                sprite = _cropped(_rotated(sprite) if name in DIAGONAL else sprite)
+            self._made[name, size] = _resized(sprite, size)
+        return self._made[name, size]
+
+    def sizes(self, long: bool = False) -> tuple[Size, ...]:
+        """(w, h) in which emoji appear."""
+        shapes = (LONG_SHAPE,) if long else tuple((side, side) for side in SIDES)
+        return tuple((self.scale * w, self.scale * h) for w, h in shapes)
+
+    def _whole(self, name: str) -> np.ndarray:
+        row, column = self._places[name]
+        cell = self._sheet[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].copy()
+        cell[..., 3] /= 255
+        cell[..., :3] *= cell[..., 3:]
+        return cell
+
+
+def _channels(sprite: np.ndarray, change) -> np.ndarray:
+    return np.stack([np.asarray(change(Image.fromarray(np.ascontiguousarray(c)))) for c in sprite.transpose(2, 0, 1)], -1)
+
+
+def _resized(sprite: np.ndarray, size: Size) -> np.ndarray:
+    return _channels(sprite, lambda channel: channel.resize(size, Image.Resampling.BOX))
+
+
+def _rotated(sprite: np.ndarray) -> np.ndarray:
+    return _channels(sprite, lambda channel: channel.rotate(45, Image.Resampling.BILINEAR))
+
+
+def _cropped(sprite: np.ndarray) -> np.ndarray:
+    rows, columns = (np.flatnonzero((sprite[..., 3] > 0.1).any(axis)) for axis in (1, 0))
+    return sprite[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+class Composer:
+    """Composes pictures.
+
+    Args:
+        emoji: names of those that are drawn; by default FEW.
+        scale: of the canvas, in units of CANVAS.
+    """
+
+    def __init__(self, emoji: Sequence[str] = FEW, scale: int = 1):
+        self.emoji, self.scale = tuple(emoji), scale
+        self.sprites = Sprites(tuple(dict.fromkeys((*emoji, *LONG))), scale)
+
+    @cached_property
+    def _photographs(self) -> dict[str, np.ndarray]:
+        found = {}
+        for name in PHOTOGRAPHS:
+            with Image.open(PICTURES / f"{name}.webp") as picture:
+                size = tuple(self.scale * side for side in picture.size)
+                large = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+                found[name] = np.asarray(large, dtype=np.float32)
+        return found
+
+    @property
+    def side(self) -> int:
+        """Of the canvas, in pixels."""
+        return self.scale * CANVAS
+
+    def captions(self) -> list[str]:
+        """Of all that may be asked for."""
+        asked = [Asked(ground, emoji) for ground in GROUNDS for emoji in ("", *self.emoji)]
+        asked += [Asked(ground, emoji, True) for ground in GROUNDS for emoji in LONG]
+        return [one.caption for one in asked]
+
+    def held_out(self, asked: Asked) -> bool:
+        """Whether a pair of emoji and ground is never trained with."""
+        if not asked.emoji or asked.long:
+            return False
+        return (7 * self.emoji.index(asked.emoji) + 3 * GROUNDS.index(asked.ground)) % 5 == 0
+
+    def draw(self, random: np.random.Generator, held_out: bool = False) -> Asked:
+        """What a picture shall show: of training, or one of the pairs that are held out."""
+        while True:
+            ground = str(random.choice(GROUNDS))
+            if random.random() < BLACK_OR_WHITE_SHARE:
+                ground = ("black", "white")[int(random.integers(2))]
+            kind = random.random()
+            if kind < EMPTY_SHARE:
+                asked = Asked(ground)
+            elif kind < EMPTY_SHARE + LONG_SHARE:
+                asked = Asked(ground, str(random.choice(LONG)), True)
+            else:
+                asked = Asked(ground, str(random.choice(self.emoji)))
+            if self.held_out(asked) == held_out:
+                return asked
+
+    def picture(self, asked: Asked, random: np.random.Generator) -> np.ndarray:
+        """(side, side, 3) uint8."""
+        canvas = self.ground(asked.ground, random)
+        if asked.emoji:
+            sizes = self.sprites.sizes(asked.long)
+            size = sizes[int(random.integers(len(sizes)))]
+            sprite, frame = self.sprites(asked.emoji, size), self.scale * FRAME
+            x, y = (int(random.integers(frame, self.side - frame - side + 1)) for side in size)
+            part = canvas[y : y + size[1], x : x + size[0]]
+            part[:] = part * (1 - sprite[..., 3:]) + sprite[..., :3]
+        return canvas.round().clip(0, 255).astype(np.uint8)
+
+    def ground(self, name: str, random: np.random.Generator) -> np.ndarray:
+        """(side, side, 3) float32, a writable canvas."""
+        if name in PHOTOGRAPHS:
+            photograph = self._photographs[name]
+            y, x = (int(random.integers(length - self.side + 1)) for length in photograph.shape[:2])
+            return photograph[y : y + self.side, x : x + self.side].copy()
+        return np.tile(ground_colour(name, random).astype(np.float32), (self.side, self.side, 1))
+
+
+def ground_colour(name: str, random: np.random.Generator) -> np.ndarray:
+    """(3,) levels of one ground of COLOURS or BRIGHTNESS."""
+    if name in COLOURS:
+        colour = np.array(COLOURS[name]) + SHADE * random.standard_normal() + TINT * random.standard_normal(3)
+    else:
+        colour = random.uniform(*BRIGHTNESS[name]) * (1 + HUE * random.standard_normal(3))
+    return colour.clip(0, 255)
+
+
+def write_pictures(folder: Path, count: int, composer: Composer, seed: int = 0) -> Path:
+    """A folder of PNGs of training, each with its caption in a .txt of its name, and answers.csv.
+
+    It is there whole or not at all.
+
+    Raises:
+        ValueError: the folder is there already, or cannot be written.
+    """
+    answers = io.StringIO()
+    table = csv.writer(answers)
+    table.writerow(("picture", "ground", "emoji", "long", "caption"))
+    with atomic_folder(folder) as place:
+        for number in range(count):
+            random = np.random.default_rng((seed, number))
+            asked = composer.draw(random)
+            name = f"{number:05d}"
+            Image.fromarray(composer.picture(asked, random)).save(place / f"{name}.png")
+            (place / f"{name}.txt").write_text(asked.caption, encoding="utf-8")
+            table.writerow((f"{name}.png", asked.ground, asked.emoji, asked.long, asked.caption))
+        (place / "answers.csv").write_text(answers.getvalue(), encoding="utf-8")
+    return folder

@@ -1,0 +1,225 @@
+"""The trainings of ``ztsnr demo --train``: one epsilon base, and four fine-tunes of it that differ in nothing else.
+
+The base is what users have: a network that predicts epsilon on SDXL's schedule.  From its weights, with the same
+pictures in the same order and the same noise, it is trained on
+
+- to predict epsilon on the plain schedule, as before,
+- to predict v on the plain schedule,
+- to predict v on the rescaled schedule with Min-SNR weights without a floor, as public scripts do, and
+- to predict v on the rescaled schedule as this package trains it.
+
+The schedule is SDXL's, scaled to the canvas (``SHIFT``).  The mean of N values of noise has a standard deviation of
+sigma / sqrt(N), which is .114 where SDXL's schedule ends, at 14.6 and N = 128 x 128.  At N = 32 x 32 the same sigma
+would hide the whole picture; with every sigma divided by 4 it is .114 again.  Nothing is lost by that: the means of
+4 x 4 blocks of SDXL's process are the process at a quarter of sigma, so this *is* its part below 32 x 32.
+
+What is done stays: a run that was stopped goes on with the training that it was in.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..checkpoints.atomic import atomic_write
+from ..training.config import FinetuneSettings
+from ..training.make_latent_cache import run_cache
+from ..training.settings_file import parse_settings
+from ..training.small_model import SIZES, write_small_model
+from ..training.trainer import run_finetune
+from .composed import FEW, Composer, Sprites, write_pictures
+
+# objectives, as ``ztsnr finetune`` takes them
+OBJECTIVES: dict[str, dict] = {
+    "epsilon": {"prediction_type": "epsilon", "zero_terminal_snr": False},
+    "v, plain": {"zero_terminal_snr": False},
+    "v, zero SNR, no floor": {"terminal_probability": 0.0, "high_noise_share": 0.0},
+    "v, zero SNR": {},
+}
+EPSILON, PLAIN, STARVED, OURS = OBJECTIVES
+BASE = "base"  # epsilon, from random weights
+
+SDXL_SIDE = 128  # of SDXL's latents, to which its schedule belongs
+
+
+def shift_of(side: int) -> float:
+    """What SDXL's sigmas are multiplied by for a canvas of side x side values."""
+    return side / SDXL_SIDE
+
+
+def sdxl_sigma(sigma: float, side: int) -> float:
+    """The noise level of a canvas of side x side values that hides as much as ``sigma`` does in SDXL's latents."""
+    return sigma * shift_of(side)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a size is trained.
+
+    Attributes:
+        pictures: Number of composed pictures.
+        few: Learn the 48 emoji of FEW, or all of them.
+        base_steps, steps: Optimizer steps of the base, and of each fine-tune.
+        batch_size: Pictures of a step.
+        base_learning_rate, learning_rate: At their highest.
+        caption_dropout: Share of the pictures without a caption, from which the unconditional answer is learned.
+        dtype: Dtype to compute in.
+    """
+
+    pictures: int
+    few: bool
+    base_steps: int
+    steps: int
+    batch_size: int
+    base_learning_rate: float
+    learning_rate: float
+    caption_dropout: float
+    dtype: str
+
+
+RECIPES = {
+    "cpu": Recipe(12_000, True, 12_000, 6_000, 16, 1e-3, 8e-4, 0.1, "bfloat16"),
+    "gpu": Recipe(60_000, False, 60_000, 30_000, 32, 6e-4, 4e-4, 0.1, "bfloat16"),
+}
+QUICK_STEPS = 600  # of a fine-tune of the networks that come with the package
+
+
+class Trainings:
+    """The folder of the trainings, and what is in it.
+
+    Args:
+        out: Folder; what is finished in it stays.
+        size: One of RECIPES.
+        base: A trained epsilon network to begin with, instead of one that is trained here.
+        recipe: Another one, for tests.
+        say: Takes each line for the user.
+
+    Raises:
+        ValueError: The folder is one of another size, base or recipe, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        size: str = "cpu",
+        base: Path | None = None,
+        recipe: Recipe | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.out, self.size, self.base, self.say = out, size, base, say
+        self.recipe = recipe or RECIPES[size]
+        self.model_size = SIZES[size]
+        about = {"size": size, "base": str(base) if base else None, "recipe": asdict(self.recipe)}
+        path = out / "trainings.json"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except OSError as error:
+            raise ValueError(f"{out} cannot be used: {error.strerror or error}") from None
+        except ValueError:
+            raise ValueError(f"{path} cannot be read: remove the folder, or choose another") from None
+        if old is not None and old != about:
+            raise ValueError(f"{out} holds trainings with other settings ({old}): choose another folder, or remove it")
+        if old is None and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no trainings: choose another folder")
+        with atomic_write(path) as file:
+            file.write(json.dumps(about, indent=2).encode())
+
+    @property
+    def composer(self) -> Composer:
+        """Of the pictures."""
+        return Composer(FEW if self.recipe.few else Sprites().names, self.model_size.side // 32)
+
+    def run(self, seed: int = 0) -> dict[str, Path] | None:
+        """Train everything with one seed; the exported folder of each training, or None if a signal stopped it."""
+        self.prepare()
+        folders = {}
+        for name in (BASE, *OBJECTIVES) if self.base is None else OBJECTIVES:
+            if not self.train(name, seed):
+                return None
+            folders[name] = self.exported(name, seed)
+        return folders
+
+    def prepare(self) -> None:
+        """Make the pictures, the network before training, and the latents, which all trainings share."""
+        composer, pictures, start = self.composer, self.out / "pictures", self.out / "random"
+        if not pictures.exists():
+            self.say(f"composing {self.recipe.pictures} pictures")
+            write_pictures(pictures, self.recipe.pictures, composer)
+        if not start.exists():
+            words = sorted({word for caption in composer.captions() for word in caption.split()})
+            write_small_model(start, words, self.model_size)
+        if not (self.out / "latents" / "index.arrow").exists():
+            run_cache(
+                [pictures],
+                self.out / "latents",
+                [[(composer.side, composer.side)]],
+                vae=start,
+                margin=0,
+                batch_size=self.recipe.batch_size,
+                say=lambda line: None,
+            )
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of a training; the base is the same for all seeds."""
+        if name == BASE:
+            return self.out / BASE
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
+        return self.out / f"seed-{seed}" / plain
+
+    def exported(self, name: str, seed: int) -> Path:
+        """The diffusers folder that a training writes in the end."""
+        folder = self.folder(name, seed)
+        return folder / "export" / folder.name
+
+    def settings(self, name: str, seed: int) -> FinetuneSettings:
+        """Of a training, as ``ztsnr finetune`` takes them."""
+        recipe, first = self.recipe, name == BASE
+        steps = recipe.base_steps if first else recipe.steps
+        start = self.out / "random" if first else self.base or self.exported(BASE, seed)
+        return parse_settings(
+            FinetuneSettings,
+            {
+                "out": str(self.folder(name, seed)),
+                "steps": steps,
+                "seed": seed,
+                "save_every": max(steps // 6, 1),
+                "keep": 1,
+                "model": {"base": str(start), "text_encoders": True, "dtype": recipe.dtype},
+                "data": {
+                    "sources": [{"path": str(self.out / "pictures")}],
+                    "latents": str(self.out / "latents"),
+                    "batch_size": recipe.batch_size,
+                    "captions": {"caption_dropout": recipe.caption_dropout},
+                    "max_chunks": 1,
+                    "validation_share": 0.04,
+                    "workers": 0,
+                },
+                "objective": OBJECTIVES[EPSILON if first else name]
+                | {"schedule_shift": shift_of(self.model_size.side // self.model_size.factor)},
+                "optimizer": {
+                    "learning_rate": recipe.base_learning_rate if first else recipe.learning_rate,
+                    "betas": [0.9, 0.99],
+                    "weight_decay": 0.0,
+                    "warmup_steps": min(100, steps // 4),
+                    "schedule": "cosine",
+                },
+                "average": {"sigma_rel": [0.06]},
+                "speed": {"checkpointing": "off", "compile": False},
+                "watch": {
+                    "log_every": max(steps // 60, 1),
+                    "validate_every": steps,
+                    "preview_every": 0,
+                    "tensorboard": False,
+                },
+                "export": {"dtype": "float32", "single_file": False, "raw": False},
+            },
+        )
+
+    def train(self, name: str, seed: int) -> bool:
+        """Train until the end, from where it was; False if a signal stopped it."""
+        if self.exported(name, seed).exists():
+            return True
+        settings = self.settings(name, seed)
+        self.say(f"training {name}, seed {seed}: {settings.steps} steps, in {settings.out}")
+        return bool(run_finetune(settings, resume=True, say=lambda line: None))
