@@ -43,6 +43,7 @@ from .pipeline import (
     settings_folder,
     settle,
 )
+from .schedule_shift import set_shift, shift_of_metadata
 from .stream import DTYPE_NAMES, FLOATS, TensorStream, cast, dtype_name, stored, transposed, write_tensors
 
 Shape = tuple[int, ...]
@@ -71,7 +72,7 @@ def to_folder(
     is diffusers' Euler where the published one cannot rescale.
 
     A latent scaling in the file's metadata (``LatentScaling``) goes into vae/config.json; without one what the settings
-    say stays there.
+    say stays there.  A shift of the schedule goes into the scheduler's betas.
 
     Left out is what diffusers does not use: moving averages, noise schedules, the last layer of SD 2.x's text encoder.
 
@@ -95,10 +96,12 @@ def to_folder(
         raise ValueError(f"{file} is a folder already")
     report = inspect_file(file)
     said = settle(report, prediction_type, zero_terminal_snr)
-    scaling = LatentScaling.from_metadata(report.metadata)
+    scaling, shift = LatentScaling.from_metadata(report.metadata), shift_of_metadata(report.metadata)
     settings = settings_folder(report, config)
     pipeline = _empty_pipeline(settings)
     set_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    if shift != 1:
+        set_shift(pipeline, shift)
     if scaling is not None:
         set_latent_scaling(pipeline, scaling)
     networks = {part: network for part, network in pipeline.components.items() if part in _NETWORKS}

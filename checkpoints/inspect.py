@@ -28,6 +28,7 @@ from .latent_scaling import LatentScaling
 from .markers import find_marks, read_scheduler_config, settle
 from .programs import SDXL_FAMILY, Marked, ProgramRow
 from .programs import rows as program_rows
+from .schedule_shift import METADATA, shift_of_metadata
 
 _PREFIX = "model.diffusion_model."
 _TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
@@ -82,6 +83,7 @@ class CheckpointReport:
             f"{self.path.name}: {', '.join([architecture, self.format, *types])}.",
             f"Prediction: {self.prediction_type or 'not said'}. Zero terminal SNR: {zero_terminal_snr}.",
             *([] if self.latent_scaling is None else [_describe(self.latent_scaling)]),
+            *([f"Noise schedule: {self.metadata[METADATA]} times the published sigmas."] * (METADATA in self.metadata)),
             *self.evidence,
             *(f"Warning: {warning}" for warning in self.warnings),
         ]
@@ -120,6 +122,10 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     except ValueError as error:
         latent_scaling = None
         warnings.append(f"What its latents are scaled by is not known: {error}.")
+    try:
+        shift_of_metadata(header.metadata)
+    except ValueError as error:
+        warnings.append(f"Its noise schedule is not known: {error}.")
     if latent_scaling and latent_scaling.scaling_factor is None and architecture in ("SD 1.x", "SD 2.x"):
         warnings.append(
             "diffusers' pipelines of SD 1.x and 2.x do not look for the mean and the standard deviation of latents: "

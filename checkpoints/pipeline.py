@@ -26,6 +26,7 @@ from .header import PICKLES, SUFFIXES, read_header
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
 from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
+from .schedule_shift import set_shift, shift_of_metadata
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_TIMEOUT = 10  # seconds
@@ -105,6 +106,8 @@ def load_pipeline(
         raise ValueError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
 
     said["warnings"] += rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
+    if (shift := shift_of_metadata(report.metadata)) != 1:
+        set_shift(pipeline, shift)
 
     if dtype == torch.float16:
         pipeline.vae.float()

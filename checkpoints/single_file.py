@@ -34,6 +34,7 @@ from .layouts import (
     vae_layout,
 )
 from .markers import modelspec_architecture
+from .schedule_shift import shift_of_folder, with_shift
 from .stream import DTYPE_NAMES, TensorStream, cast, dtype_name, made, stacked, stored, transposed, write_tensors
 
 Tensors = dict[str, TensorStream]
@@ -53,7 +54,8 @@ def to_single_file(
 
     Whether it is a v-prediction model, and with zero terminal SNR, is taken from the folder's scheduler_config.json and
     written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.  A latent
-    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json and written as metadata.
+    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json, and a schedule whose sigmas
+    are multiples of the published ones from its scheduler; both are written as metadata.
 
     Of SD 2.x's text encoder a diffusers folder keeps the layers that are used, 23 of 24, and so does the single file.
 
@@ -80,7 +82,7 @@ def to_single_file(
             tensors = {name: cast(tensor, wanted) for name, tensor in tensors.items()}
     else:
         tensors, metadata = _merge(folder, Path(base), wanted)
-    metadata = _with_latent_scaling(metadata, folder)
+    metadata = with_shift(_with_latent_scaling(metadata, folder), shift_of_folder(folder))
     tensors, metadata = _mark(tensors, metadata, report, out.stem)
     with atomic_write(out) as file:
         write_tensors(file, tensors, metadata)

@@ -80,17 +80,24 @@ class Asked:
     long: bool = False
 
     @property
-    def caption(self) -> str:
-        """In words."""
+    def captions(self) -> tuple[str, ...]:
+        """All ways to ask for it; the first is the one that is measured with."""
         if not self.emoji:
-            return {"dark": "darkness", "light": "bright light"}.get(self.ground, f"{self.ground} background")
+            if self.ground in BRIGHTNESS:
+                return ({"dark": "darkness", "light": "bright light"}[self.ground],)
+            background = f"{self.ground} background"
+            return (f"completely {self.ground}", background) if self.ground in COLOURS else (background,)
         thing = f"{'long ' if self.long else ''}{self.emoji}"
-        article = "an" if thing[0] in "aeiou" else "a"
-        if self.ground == "stars":
-            return f"{article} {thing} among stars"
+        thing = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
         if self.ground in PHOTOGRAPHS:
-            return f"{article} {thing} on {self.ground}"
-        return f"{article} {thing} on a {self.ground} background"
+            return (f"{thing} {'among' if self.ground == 'stars' else 'on'} {self.ground}",)
+        background = f"{thing} on a {self.ground} background"
+        return (background,) if self.ground in BRIGHTNESS else (background, f"{thing} on {self.ground}")
+
+    @property
+    def caption(self) -> str:
+        """The first of ``captions``."""
+        return self.captions[0]
 
 
 class Sprites:
@@ -180,7 +187,7 @@ class Composer:
         """Of all that may be asked for."""
         asked = [Asked(ground, emoji) for ground in GROUNDS for emoji in ("", *self.emoji)]
         asked += [Asked(ground, emoji, True) for ground in GROUNDS for emoji in LONG]
-        return [one.caption for one in asked]
+        return [caption for one in asked for caption in one.captions]
 
     def held_out(self, asked: Asked) -> bool:
         """Whether a pair of emoji and ground is never trained with."""
@@ -251,7 +258,8 @@ def write_pictures(folder: Path, count: int, composer: Composer, seed: int = 0) 
             asked = composer.draw(random)
             name = f"{number:05d}"
             Image.fromarray(composer.picture(asked, random)).save(place / f"{name}.png")
-            (place / f"{name}.txt").write_text(asked.caption, encoding="utf-8")
-            table.writerow((f"{name}.png", asked.ground, asked.emoji, asked.long, asked.caption))
+            caption = str(random.choice(asked.captions))
+            (place / f"{name}.txt").write_text(caption, encoding="utf-8")
+            table.writerow((f"{name}.png", asked.ground, asked.emoji, asked.long, caption))
         (place / "answers.csv").write_text(answers.getvalue(), encoding="utf-8")
     return folder

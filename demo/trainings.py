@@ -17,9 +17,12 @@ What is done stays: a run that was stopped goes on with the training that it was
 """
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ..checkpoints.atomic import atomic_write
 from ..training.config import FinetuneSettings
@@ -27,7 +30,8 @@ from ..training.make_latent_cache import run_cache
 from ..training.settings_file import parse_settings
 from ..training.small_model import SIZES, write_small_model
 from ..training.trainer import run_finetune
-from .composed import FEW, Composer, Sprites, write_pictures
+from .composed import CANVAS, FEW, Composer, Sprites, write_pictures
+from .workers import run_trainings
 
 # objectives, as ``ztsnr finetune`` takes them
 OBJECTIVES: dict[str, dict] = {
@@ -38,6 +42,7 @@ OBJECTIVES: dict[str, dict] = {
 }
 EPSILON, PLAIN, STARVED, OURS = OBJECTIVES
 BASE = "base"  # epsilon, from random weights
+ABOUT = "trainings.json"
 
 SDXL_SIDE = 128  # of SDXL's latents, to which its schedule belongs
 
@@ -81,7 +86,20 @@ RECIPES = {
     "cpu": Recipe(12_000, True, 12_000, 6_000, 16, 1e-3, 8e-4, 0.1, "bfloat16"),
     "gpu": Recipe(60_000, False, 60_000, 30_000, 32, 6e-4, 4e-4, 0.1, "bfloat16"),
 }
-QUICK_STEPS = 600  # of a fine-tune of the networks that come with the package
+QUICK = replace(RECIPES["cpu"], steps=600)  # fine-tunes of the base that comes with the package
+
+
+@dataclass(frozen=True)
+class Start:
+    """The network that is fine-tuned.
+
+    Attributes:
+        path: A diffusers folder or a single file.
+        config: For a single file, the folder whose settings and tokenizers complete it.
+    """
+
+    path: str
+    config: str | None = None
 
 
 class Trainings:
@@ -91,7 +109,7 @@ class Trainings:
         out: Folder; what is finished in it stays.
         size: One of RECIPES.
         base: A trained epsilon network to begin with, instead of one that is trained here.
-        recipe: Another one, for tests.
+        recipe: Another one than the size's.
         say: Takes each line for the user.
 
     Raises:
@@ -102,15 +120,15 @@ class Trainings:
         self,
         out: Path,
         size: str = "cpu",
-        base: Path | None = None,
+        base: Start | None = None,
         recipe: Recipe | None = None,
         say: Callable[[str], None] = print,
     ):
         self.out, self.size, self.base, self.say = out, size, base, say
         self.recipe = recipe or RECIPES[size]
         self.model_size = SIZES[size]
-        about = {"size": size, "base": str(base) if base else None, "recipe": asdict(self.recipe)}
-        path = out / "trainings.json"
+        about = {"size": size, "base": asdict(base) if base else None, "recipe": asdict(self.recipe)}
+        path = out / ABOUT
         try:
             out.mkdir(parents=True, exist_ok=True)
             old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -119,26 +137,35 @@ class Trainings:
         except ValueError:
             raise ValueError(f"{path} cannot be read: remove the folder, or choose another") from None
         if old is not None and old != about:
-            raise ValueError(f"{out} holds trainings with other settings ({old}): choose another folder, or remove it")
+            raise ValueError(f"{out} holds trainings with other settings: choose another folder, or remove it")
         if old is None and any(out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no trainings: choose another folder")
         with atomic_write(path) as file:
             file.write(json.dumps(about, indent=2).encode())
 
+    @classmethod
+    def open(cls, out: Path) -> "Trainings":
+        """Those of a folder that is there."""
+        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+        base = Start(**about["base"]) if about["base"] else None
+        return cls(out, about["size"], base, Recipe(**about["recipe"]))
+
     @property
     def composer(self) -> Composer:
         """Of the pictures."""
-        return Composer(FEW if self.recipe.few else Sprites().names, self.model_size.side // 32)
+        return Composer(FEW if self.recipe.few else Sprites().names, self.model_size.side // CANVAS)
 
-    def run(self, seed: int = 0) -> dict[str, Path] | None:
-        """Train everything with one seed; the exported folder of each training, or None if a signal stopped it."""
+    def run(self, seed: int = 0) -> bool:
+        """Train everything with one seed; False if a signal stopped it.
+
+        The base is trained by all cores, the fine-tunes as many at a time as there are cores: a network so small keeps
+        one core busy, and not much more.
+        """
         self.prepare()
-        folders = {}
-        for name in (BASE, *OBJECTIVES) if self.base is None else OBJECTIVES:
-            if not self.train(name, seed):
-                return None
-            folders[name] = self.exported(name, seed)
-        return folders
+        cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        first = [(BASE, seed)] if self.base is None else []
+        rest = [(name, seed) for name in OBJECTIVES]
+        return run_trainings(self, first, 1, cores) and run_trainings(self, rest, min(cores, len(rest)), cores)
 
     def prepare(self) -> None:
         """Make the pictures, the network before training, and the latents, which all trainings share."""
@@ -176,7 +203,9 @@ class Trainings:
         """Of a training, as ``ztsnr finetune`` takes them."""
         recipe, first = self.recipe, name == BASE
         steps = recipe.base_steps if first else recipe.steps
-        start = self.out / "random" if first else self.base or self.exported(BASE, seed)
+        start = self.base or Start(str(self.exported(BASE, seed)))
+        if first:
+            start = Start(str(self.out / "random"))
         return parse_settings(
             FinetuneSettings,
             {
@@ -185,7 +214,8 @@ class Trainings:
                 "seed": seed,
                 "save_every": max(steps // 6, 1),
                 "keep": 1,
-                "model": {"base": str(start), "text_encoders": True, "dtype": recipe.dtype},
+                "model": {"base": start.path, "text_encoders": True, "dtype": recipe.dtype}
+                | ({"config": start.config} if start.config else {}),
                 "data": {
                     "sources": [{"path": str(self.out / "pictures")}],
                     "latents": str(self.out / "latents"),
@@ -221,5 +251,4 @@ class Trainings:
         if self.exported(name, seed).exists():
             return True
         settings = self.settings(name, seed)
-        self.say(f"training {name}, seed {seed}: {settings.steps} steps, in {settings.out}")
         return bool(run_finetune(settings, resume=True, say=lambda line: None))

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..checkpoints import SUPPORTED, CheckpointReport, inspect_checkpoint
 from ..checkpoints.latent_scaling import LatentScaling
+from ..checkpoints.schedule_shift import shift_of_metadata
 from .messages import refused, show
 from .model_patch import patch_model
 from .schema import schema
@@ -51,7 +52,8 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
         try:
             path = find_file(ckpt_name)
             report = inspect_checkpoint(path)
-            LatentScaling.from_metadata(report.metadata)  # refuses what the report only warns of
+            LatentScaling.from_metadata(report.metadata)  # these two refuse what the report only warns of
+            shift_of_metadata(report.metadata)
             if report.format == "LoRA":
                 raise ValueError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
             # A U-Net file as well: this finds its format, and gives a VAE that says so if it is used
@@ -94,7 +96,8 @@ def apply_report(model, report: CheckpointReport) -> tuple[object, str]:
     if report.prediction_type == "epsilon":
         return model, f"{taken_for}."
     schedule = {True: "zero terminal SNR", False: "as trained", None: "auto"}[report.zero_terminal_snr]
-    patched, sentence = patch_model(model, prediction="v_prediction", schedule=schedule)
+    shift = shift_of_metadata(report.metadata)
+    patched, sentence = patch_model(model, prediction="v_prediction", schedule=schedule, canvas_shift=shift)
     return patched, f"The model is patched: {sentence}"
 
 

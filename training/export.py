@@ -86,8 +86,9 @@ def export_model(
         shutil.rmtree(folder)
     if (shift := objective.settings.schedule_shift) != 1:
         say(
-            f"Every sigma is {shift:g} times the published one.  The folder says so to diffusers; no file can say it, "
-            f"so in ComfyUI set canvas_shift of the node ZTSNR Model to {shift:g}."
+            f"Every sigma is {shift:g} times the published one.  The folder says so to diffusers and the file to this "
+            f"package, in ComfyUI to Load Checkpoint (ZTSNR); behind another loader set canvas_shift of the node ZTSNR "
+            f"Model to {shift:g}."
         )
     return written
 

@@ -1,0 +1,85 @@
+"""A noise schedule of which every sigma is a multiple of the published one, as models for other canvases have it.
+
+Double the canvas's length, double sigma (NovelAI V3, arXiv 2409.15997).  Everything that runs such a model must do the
+same, so a checkpoint carries the number: a diffusers folder in the betas of its scheduler, a single file in its
+metadata.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .header import shorten
+from .markers import read_scheduler_config
+
+if TYPE_CHECKING:  # reading a header needs no torch
+    from ..samplers import NoiseSchedule
+
+METADATA = "ztsnr.schedule_shift"  # in the metadata of single files
+TOLERANCE = 1e-6  # relative, of sigmas
+
+
+def shift_of(schedule: "NoiseSchedule") -> float | None:
+    """What the sigmas of Stable Diffusion's schedule are multiplied by to give this one; None if no number does it."""
+    from ..samplers import NoiseSchedule
+
+    published = NoiseSchedule.sdxl(zero_terminal_snr=schedule.zero_terminal_snr)
+    if schedule.alphas_cumprod.shape != published.alphas_cumprod.shape:
+        return None
+    last = schedule.last_timestep - schedule.zero_terminal_snr  # the last finite one
+    ratios = [schedule.sigma(float(t)) / published.sigma(float(t)) for t in range(0, last + 1)]
+    shift = ratios[0]
+    if not all(math.isclose(ratio, shift, rel_tol=TOLERANCE) for ratio in ratios):
+        return None
+    return 1.0 if math.isclose(shift, 1, rel_tol=TOLERANCE) else round(shift, 6)
+
+
+def shift_of_folder(folder: Path) -> float | None:
+    """What the scheduler of a diffusers folder says; None if it says nothing, or has another schedule altogether.
+
+    Raises:
+        ValueError: The scheduler's settings cannot be read.
+    """
+    from ..samplers import NoiseSchedule
+
+    config = read_scheduler_config(folder / "scheduler" / "scheduler_config.json")
+    if not config.get("trained_betas"):  # a shifted schedule cannot be said by anything else
+        return None
+    try:
+        return shift_of(NoiseSchedule.from_config(config))
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder / 'scheduler'} has trained_betas that are no noise schedule") from None
+
+
+def shift_of_metadata(metadata: Mapping[str, str]) -> float:
+    """What the metadata of a single file say; 1 if they say nothing.
+
+    Raises:
+        ValueError: They say something that is not a number above 0.
+    """
+    if METADATA not in metadata:
+        return 1.0
+    try:
+        shift = float(metadata[METADATA])
+    except ValueError:
+        shift = math.nan
+    if not 0 < shift < math.inf:
+        raise ValueError(f"{METADATA} of the metadata, {shorten(metadata[METADATA])}, is not a number above 0")
+    return shift
+
+
+def with_shift(metadata: Mapping[str, str], shift: float | None) -> dict[str, str]:
+    """Metadata that say a shift, and nothing of it where there is none."""
+    kept = {key: value for key, value in metadata.items() if key != METADATA}
+    return kept if shift in (None, 1) else kept | {METADATA: f"{shift:g}"}
+
+
+def set_shift(pipeline: Any, shift: float) -> None:
+    """Give the scheduler of a pipeline, which already knows whether it has zero terminal SNR, a shifted schedule."""
+    from ..samplers import NoiseSchedule
+
+    config = {**pipeline.scheduler.config, "_use_default_values": []}
+    zero = bool(config.get("rescale_betas_zero_snr", False))
+    betas = NoiseSchedule.sdxl(zero_terminal_snr=zero).shifted(shift).betas.tolist()
+    pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(config, trained_betas=betas))

@@ -1,0 +1,211 @@
+"""Asks a trained network everything that the claims need, with the same noise for all networks.
+
+Noise levels have the names that they have for SDXL at 1024 x 1024: "14.6" is the level at which SDXL's own schedule
+ends, and 29 and 58 are what a canvas of twice and four times the length needs.  ``trainings`` says how they become
+those of a small canvas.
+
+**A canvas twice as long.**  The means of 2 x 2 blocks of a canvas of 64 x 64 follow the very process of 32 x 32, with
+half the noise.  So what happens to the composition of the longer canvas can be seen on the canvas that the network
+knows, by starting it at half the sigma (``HALVED``).  Besides, the longer canvas itself is sampled (``LITERAL``), on
+which the network was not trained.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoints.atomic import atomic_write
+from ..diagnostics.leak_run import steps_from
+from ..samplers.prediction import alpha_s
+from .composed import COLOURS, GROUNDS, LONG, Asked, Composer, ground_colour
+from .measures import brightness, coarse_contrast, colour_distance, explained_by_asked, unevenness
+from .networks import DemoNetwork
+from .trainings import sdxl_sigma
+
+NOISES = 32  # of solid grounds
+OBJECTS = 96  # pictures of things on black, and on white
+LONG_PICTURES, LITERAL_PICTURES = 48, 16
+ERROR_PICTURES = 512
+STEPS = 28
+GUIDED = 4.0  # scale of classifier-free guidance, beside 1
+SOLIDS = (*COLOURS, "dark", "light")
+BLACK, WHITE = "black", "white"
+ON = (BLACK, WHITE, "blue", "red")  # grounds of long things
+START, TWICE, FOUR_TIMES = 14.6, 29.0, 58.0
+SDXL_SIGMA_MAX = 14.614641  # that 14.6 stands for
+GUIDED_SOLIDS = ("black", "white", "dark", "light")
+SEED = 1000  # of the noise
+
+Numbers = dict[str, np.ndarray]
+
+
+def start_name(start: float) -> str:
+    """In words."""
+    return "infinity" if math.isinf(start) else f"{start:g}"
+
+
+def starts_of(network: DemoNetwork) -> tuple[float, ...]:
+    """Where a network is started: from infinity only if it was trained there."""
+    return (math.inf, START) if network.schedule.zero_terminal_snr else (START,)
+
+
+def canvas_sigma(start: float, side: int) -> float:
+    """The sigma of a canvas of side x side values that is called ``start``."""
+    if math.isinf(start):
+        return start
+    return sdxl_sigma(SDXL_SIGMA_MAX * start / START if start in (START, TWICE, FOUR_TIMES) else start, side)
+
+
+class Evaluation:
+    """Measurements of one network, kept by name in a file; a measurement that is there is not made again.
+
+    Args:
+        network: What is asked.
+        composer: Of the pictures it was trained with.
+        path: .npz file to keep them in.
+    """
+
+    def __init__(self, network: DemoNetwork, composer: Composer, path: Path):
+        self.network, self.composer, self.path = network, composer, path
+        self.numbers: Numbers = dict(np.load(path)) if path.exists() else {}
+
+    def all(self, long: bool, tick: Callable[[], None] = lambda: None) -> Numbers:
+        """Everything.
+
+        Args:
+            long: Also what a longer canvas makes of long things.
+            tick: Called after each part.
+        """
+        parts: dict[str, Callable[[], Numbers]] = {"error": self._errors}
+        for start in starts_of(self.network):
+            name = start_name(start)
+            parts[f"solids/{name}/1"] = partial(self._solids, start, 1.0, SOLIDS)
+            parts[f"solids/{name}/{GUIDED:g}"] = partial(self._solids, start, GUIDED, GUIDED_SOLIDS)
+            parts[f"things/{name}"] = partial(self._things, start)
+        for start in (START, TWICE, FOUR_TIMES, math.inf) if long else ():
+            parts[f"halved/{start_name(start)}"] = partial(self._long, start, halved=True)
+            parts[f"literal/{start_name(start)}"] = partial(self._long, start, halved=False)
+        for name, measure in parts.items():
+            self._get(name, measure)
+            tick()
+        return self.numbers
+
+    def _get(self, name: str, measure: Callable[[], Numbers]) -> None:
+        if f"{name}/done" in self.numbers:
+            return
+        self.numbers |= {f"{name}/{key}": np.asarray(value) for key, value in measure().items()}
+        self.numbers[f"{name}/done"] = np.array(True)
+        with atomic_write(self.path) as file:
+            np.savez(file, **self.numbers)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self, asked: Sequence[Asked], noise: torch.Tensor, start: float, guidance: float = 1.0, halved: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures (B, H, W, 3) in levels, not clipped, and those of the first prediction."""
+        network, captions = self.network, [one.caption for one in asked]
+        side = noise.shape[-1]
+        sigma = canvas_sigma(start, side) / (2 if halved else 1)
+        sigmas = steps_from(network.schedule, min(sigma, network.schedule.sigma_max), STEPS)
+        first = []
+
+        def keep(number: int, sigma: float, x: torch.Tensor, x0: torch.Tensor) -> None:
+            if not number:
+                first.append(x0.clone())
+
+        latents = network.sample(captions, noise, sigmas, "euler", guidance, keep)
+        return network.levels(latents), network.levels(first[0])
+
+    def _solids(self, start: float, guidance: float, grounds: Sequence[str]) -> Numbers:
+        asked = [Asked(ground) for ground in grounds for _ in range(NOISES)]
+        noise = self.network.noise(range(SEED, SEED + NOISES)).repeat(len(grounds), 1, 1, 1)
+        levels, first = self._sample(asked, noise, start, guidance)
+        found: Numbers = {}
+        for i, ground in enumerate(grounds):
+            rows = slice(i * NOISES, (i + 1) * NOISES)
+            shown = levels[rows].clip(0, 255)
+            found[f"brightness/{ground}"] = brightness(shown)
+            found[f"contrast/{ground}"] = coarse_contrast(shown)
+            found[f"colour/{ground}"] = colour_distance(shown.mean((1, 2)), mean_colour(ground))
+            found[f"pictures/{ground}"] = shown[:4].round().astype(np.uint8)
+            means = first[rows].clip(0, 255).mean((1, 2))
+            found[f"first/{ground}"] = colour_distance(means, mean_colour(ground))
+        return found
+
+    def _things(self, start: float) -> Numbers:
+        """Things on black and white; half of the pairs were never trained with."""
+        emoji = self.composer.emoji
+        noise = self.network.noise(range(SEED + 100, SEED + 100 + OBJECTS))
+        found: Numbers = {}
+        for ground in (BLACK, WHITE):
+            asked = [Asked(ground, emoji[i % len(emoji)]) for i in range(OBJECTS)]
+            levels, _ = self._sample(asked, noise, start)
+            shown = levels.clip(0, 255)
+            # not clipped, because clipping at 0 and 255 would hide what is uneven in a black that is black enough
+            found[f"unevenness/{ground}"] = unevenness(levels)
+            found[f"explained/{ground}"] = explained_by_asked(shown, asked, self.composer.sprites)
+            found[f"pictures/{ground}"] = shown[:8].round().astype(np.uint8)
+        return found
+
+    def _long(self, start: float, halved: bool) -> Numbers:
+        """Things that span the canvas, with guidance: how much of the picture one of them explains."""
+        side = self.network.shape[-1] * (1 if halved else 2)
+        count = LONG_PICTURES if halved else LITERAL_PICTURES
+        shape = (self.network.shape[0], side, side)
+        seeds = range(SEED + 300, SEED + 300 + count)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        asked = [Asked(ON[i % len(ON)], LONG[i % len(LONG)], True) for i in range(count)]
+        levels, _ = self._sample(asked, noise, start, GUIDED, halved)
+        shown = levels.clip(0, 255)
+        sizes = self.composer.sprites.sizes(long=True)
+        if not halved:  # in its own size, or twice as large
+            sizes = (*sizes, *((2 * w, 2 * h) for w, h in sizes))
+        return {
+            "explained": explained_by_asked(shown, asked, self.composer.sprites, sizes),
+            "pictures": shown[:12].round().astype(np.uint8),
+        }
+
+    def _errors(self) -> Numbers:
+        """Mean square error of what the network answers, at t = T and, as a share of the right answer's mean square,
+        in the middle of the schedule, where the caption hardly matters and any trained network knows the picture."""
+        network, found = self.network, {}
+        for name, held_out in (("trained", False), ("held out", True)):
+            random = np.random.default_rng((SEED, held_out))
+            asked = [self.composer.draw(random, held_out) for _ in range(ERROR_PICTURES)]
+            x0 = self._latents(np.stack([self.composer.picture(one, random) for one in asked]))
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))
+            captions = [one.caption for one in asked]
+            middle, last = network.schedule.last_timestep // 2, network.schedule.last_timestep
+            error, square = self._error(x0, noise, captions, middle)
+            found[f"missed/{name}"] = error.sum() / square.sum()
+            found[f"last/{name}"], _ = self._error(x0, noise, captions, last)
+        return found
+
+    def _error(
+        self, x0: torch.Tensor, noise: torch.Tensor, captions: Sequence[str], t: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) mean square error of the network's answer at a timestep, and the mean square of the right one."""
+        network = self.network
+        alpha, s = alpha_s(network.schedule.sigma(float(t)))
+        output = network.predict(alpha * x0 + s * noise, torch.full((len(x0),), float(t)), captions)
+        target = noise if network.prediction_type == "epsilon" else alpha * noise - s * x0
+        return tuple(values.square().mean((1, 2, 3)).numpy() for values in (output - target, target))
+
+    @torch.no_grad()
+    def _latents(self, pictures: np.ndarray) -> torch.Tensor:
+        vae = self.network.pipe.vae
+        pixels = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(64)])
+        return latents * vae.config.scaling_factor
+
+
+@cache
+def mean_colour(ground: str, count: int = 4000) -> np.ndarray:
+    """(3,) mean levels of the grounds that a caption stands for."""
+    random = np.random.default_rng(GROUNDS.index(ground))
+    return np.mean([ground_colour(ground, random) for _ in range(count)], axis=0)

@@ -1,0 +1,86 @@
+"""The bound that no training lifts: what a perfect network makes of a caption that names a colour.
+
+The pictures of a caption are solid, of known colours c_1 ... c_K.  Of such a picture under noise, x = alpha c + s n on N
+pixels, the mean of x says everything, so the exact denoiser is the posterior mean
+
+    D(x) = sum_k w_k c_k,    w_k ~ exp(-N |mean(x) / alpha - c_k|^2 / (2 sigma^2)),
+
+and the flow is one of three numbers.  Started at a finite sigma from pure noise, whose mean is near 0, the exact denoiser
+believes that it sees a grey canvas.  Grey is the right answer to such a start.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..diagnostics.leak_run import steps_from
+from ..samplers import NoiseSchedule
+from ..samplers.prediction import alpha_s
+from ..training.small_model import SCALING_FACTOR
+from .composed import CANVAS, GROUNDS, ground_colour
+from .evaluation import SOLIDS, START, STEPS, canvas_sigma
+from .measures import brightness
+from .trainings import shift_of
+
+SHADES = 3000
+NOISES = 64
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Mean luma in levels: of a caption's pictures, and of what the exact denoiser makes of pure noise."""
+
+    caption: str
+    data: float
+    from_finite: float
+    from_infinity: float
+
+
+def bounds() -> list[Bound]:
+    """For each solid ground, and for no caption."""
+    shades = {ground: _shades(ground) for ground in SOLIDS}
+    shades["no caption"] = np.concatenate(list(shades.values()))
+    zero = NoiseSchedule.sdxl().shifted(shift_of(CANVAS))
+    plain = NoiseSchedule.sdxl(zero_terminal_snr=False).shifted(shift_of(CANVAS))
+    finite = steps_from(plain, min(canvas_sigma(START, CANVAS), plain.sigma_max), STEPS)
+    infinite = steps_from(zero, math.inf, STEPS)
+    return [
+        Bound(caption, _luma(colours), _luma(flow(colours, finite)), _luma(flow(colours, infinite)))
+        for caption, colours in shades.items()
+    ]
+
+
+def flow(colours: np.ndarray, sigmas: Sequence[float], pixels: int = CANVAS**2) -> np.ndarray:
+    """(NOISES, 3) levels that Euler steps of the exact flow lead to.
+
+    Args:
+        colours: (K, 3) levels of the pictures.
+        sigmas: From a start, which may be infinite, to 0.
+        pixels: N of the canvas.
+    """
+    known = (colours / 127.5 - 1) * SCALING_FACTOR
+    noise = np.random.default_rng(1).standard_normal((NOISES, 3)) / math.sqrt(pixels)
+    alpha, s = alpha_s(sigmas[0])
+    x = s * noise
+    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        if math.isinf(sigma):
+            denoised = np.broadcast_to(known.mean(0), x.shape)
+        else:
+            exponent = -pixels * np.square(x[:, None] / alpha - known).sum(-1) / (2 * sigma**2)
+            weights = np.exp(exponent - exponent.max(1, keepdims=True))
+            denoised = weights @ known / weights.sum(1, keepdims=True)
+        epsilon = (x - alpha * denoised) / s
+        alpha, s = alpha_s(after)
+        x = alpha * denoised + s * epsilon
+    return ((x / SCALING_FACTOR + 1) * 127.5).clip(0, 255)
+
+
+def _shades(ground: str) -> np.ndarray:
+    random = np.random.default_rng((1, GROUNDS.index(ground)))
+    return np.array([ground_colour(ground, random) for _ in range(SHADES)])
+
+
+def _luma(colours: np.ndarray) -> float:
+    return float(brightness(colours[:, None, None]).mean())
