@@ -56,37 +56,37 @@ def main() -> None:
 @click.option(
     "--train",
     type=click.Choice(["cpu", "gpu"]),
-    help="Train four small models instead, and measure the claims about zero terminal SNR on them: in about a "
-    "quarter of an hour on two processor cores, or larger ones on a GPU.  A run that was stopped goes on.",
+    help="Train an epsilon network and four fine-tunes of it, and measure the claims about zero terminal SNR on them: "
+    "in about an hour on two processor cores, or larger ones on a GPU.  A run that was stopped resumes.",
 )
 @click.option(
-    "--data",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="With --train: pictures and captions of your own, beside those that are drawn.",
+    "--quick", is_flag=True, help="With --train cpu: only fine-tune the base that comes with the package, in minutes."
 )
-def demo(
-    images: Path | None, out: Path, steps: int, size: int, seed: int, train: str | None, data: Path | None
-) -> None:
+def demo(images: Path | None, out: Path, steps: int, size: int, seed: int, train: str | None, quick: bool) -> None:
     """See what a sampler's first step does to a picture; needs no model.
 
     Samples from a model that is exact for a small set of pictures, with diffusers schedulers that start at infinity, at
-    finite noise, or late, and shows how far each ends from the exact answer.
+    finite noise, or late, and shows how far each ends from the exact answer.  Then samples networks that come with the
+    package: epsilon as SDXL is, v-prediction, and zero terminal SNR.
     """
     with mistakes_in_one_sentence():
-        if data is not None and train is None:
-            raise ValueError("--data does nothing without --train")
+        if quick and train != "cpu":
+            raise ValueError("--quick goes with --train cpu")
         if train is not None:
-            from .training.reproduction import reproduce
+            from .demo.reproduction import reproduce
 
             out = Path("ztsnr_reproduction") if out == DEMO else out
-            if not reproduce(out, train, data, [seed], say=click.echo):
+            if not reproduce(out, train, quick, [seed], say=click.echo):
                 raise SystemExit(1)
             return
 
         from .diagnostics.demo import run_demo
 
         run_demo(out, images, steps, size, seed, say=click.echo)
+
+        from .demo.networks_sheet import show_networks
+
+        show_networks(out, say=click.echo)
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """How often does the mean-leak test say something false?  On networks trained here, and on ideal models.
 
-Checkpoints: a good zero-SNR network, a starved one and a plain one (``small_networks``, trained first if need be), each
+Checkpoints: a good zero-SNR network, a starved one and a plain one (``leak_networks``, trained first if need be), each
 as its file says and with the wrong mark, asked about pure noise over and over with other noise.  Samplers: exact from
 infinity, and what is usual instead, on the zero-SNR networks, under a prompt that leaves the colour open and one that
 asks for black; and the plain network from its own end.
@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from leak_networks import FOLDER, KINDS, SHAPE, denoiser, schedule_of, trained
 from PIL import Image
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from scipy.stats import binomtest
-from small_networks import FOLDER, KINDS, SHAPE, denoiser, schedule_of, trained
 from tqdm import tqdm
 
 from ztsnr.diagnostics import GaussianCanvas
@@ -228,7 +228,7 @@ def draw_mismarked(network, path: Path) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default=FOLDER,
     metavar="FOLDER",
-    help="Where the trained networks are kept.  [default: build/small_networks]",
+    help="Where the trained networks are kept.  [default: build/leak_networks]",
 )
 @click.option(
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Only draw docs/leak.jpg, into this file."

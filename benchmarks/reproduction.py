@@ -1,9 +1,9 @@
-"""The claims about zero terminal SNR, on models trained here with several seeds.
+"""The claims about zero terminal SNR, on networks trained here: one epsilon base, four fine-tunes of it, several seeds.
 
     python benchmarks/reproduction.py [--out FOLDER] [--size cpu|gpu] [--seeds N] [--no-write]
 
-What is finished in FOLDER stays, so a run that was stopped goes on.  Prints the tables and puts them into
-benchmarks/RESULTS.md.
+What is finished in FOLDER stays, so a run that was stopped resumes.  Prints the tables and puts them into
+benchmarks/RESULTS.md.  As a control, a network with random weights is asked the same as the trained ones.
 """
 
 import datetime
@@ -13,78 +13,93 @@ from pathlib import Path
 
 import click
 from sampler_accuracy import RESULTS, machine, write_section
+from tabulate import tabulate
 
-from ztsnr.training.reproduction import SEEDS, Reproduction
-from ztsnr.training.reproduction_report import (
-    claims_text,
-    leak_shares,
-    summary_table,
-    write_readme_picture,
-    write_report,
-)
+from ztsnr.checkpoints.diffusers_folder import set_scheduler
+from ztsnr.checkpoints.schedule_shift import set_shift
+from ztsnr.demo.claims import Run, judge_claims
+from ztsnr.demo.evaluation import NOISES, Evaluation
+from ztsnr.demo.networks import DemoNetwork
+from ztsnr.demo.report import BOUND_HEADERS, bound_rows, claims_text, summary_table, write_report
+from ztsnr.demo.reproduction import measure, write_sheet
+from ztsnr.demo.trainings import BASE, EPSILON, OBJECTIVES, OURS, Trainings, shift_of
+
+HEADING = "Reproduction: what zero terminal SNR does"
 
 
-def seconds_of(reproduction: Reproduction, seed: int) -> list[float]:
-    """How long each training took, but for what was not training: steps / pictures a second, from its metrics."""
-    found = []
-    for path in sorted((reproduction.out / f"seed-{seed}").glob("*/metrics.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [row for row in rows if "pictures a second" in row]
-        steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
-        batch = reproduction.recipe.batch_size
-        found.append(sum(batch * n / row["pictures a second"] for n, row in zip(steps, rows, strict=True)))
+def minutes_of(trainings: Trainings, name: str, seed: int) -> float:
+    """How long a training took: pictures / pictures a second, from its metrics."""
+    lines = (trainings.folder(name, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "pictures a second" in row]
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    batch = trainings.recipe.batch_size
+    return sum(batch * n / row["pictures a second"] for n, row in zip(steps, rows, strict=True)) / 60
+
+
+def untrained(trainings: Trainings) -> Run:
+    """The measurements of the network before any training, in the place of each of the four."""
+    found = {}
+    for name in OBJECTIVES:
+        network = DemoNetwork(trainings.out / "random")
+        zero, kind = OBJECTIVES[name].get("zero_terminal_snr", True), "epsilon" if name == EPSILON else "v_prediction"
+        set_scheduler(network.pipe, kind, zero)
+        set_shift(network.pipe, shift_of(network.shape[-1]))
+        network.know_schedule(kind)
+        path = trainings.out / "untrained" / f"{trainings.folder(name, 0).name}.npz"
+        path.parent.mkdir(exist_ok=True)
+        found[name] = Evaluation(network, trainings.composer, path).all(long=name == OURS)
     return found
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), default=Path("ztsnr_reproduction"), show_default=True)
 @click.option("--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Of the trainings.")
-@click.option("--first-seed", type=click.IntRange(0), default=0, help="To share the work among processes.")
-@click.option("--report/--no-report", default=True, help="Report, or train and measure alone.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds of the fine-tunes."
+)
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
-def main(out: Path, size: str, seeds: int, first_seed: int, report: bool, write: bool) -> None:
-    reproduction = Reproduction(out, size, say=click.echo)
+def main(out: Path, size: str, seeds: int, write: bool) -> None:
+    trainings = Trainings(out, size, say=click.echo)
     runs = []
-    for seed in range(first_seed, first_seed + seeds):
-        measured = reproduction.run(seed)
-        if measured is None:
+    for seed in range(seeds):
+        if not trainings.run(seed):
             raise SystemExit(1)
-        runs.append({one.training: one for one in measured})
-    if not report:
-        return
-    claims, rows = write_report(reproduction, runs)
-    recipe = reproduction.recipe
-    slopes = "\n".join(f"- {name}: {', '.join(shares)}" for name, shares in leak_shares(runs))
-    minutes = [second / 60 for run in runs for second in seconds_of(reproduction, run["v, zero SNR"].seed)]
-    claims_lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
-    today = datetime.date.today().isoformat()
-    text = f"""`python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}`, {today}.
+        runs.append(measure(trainings, seed))
+    claims = write_report(out, trainings.recipe, runs, range(seeds))
+    sheet = write_sheet(trainings, 0, out / "sheet.png")
+    recipe = trainings.recipe
+    took = [minutes_of(trainings, name, seed) for seed in range(seeds) for name in OBJECTIVES if name in runs[seed]]
+    control = judge_claims([untrained(trainings)])
+    answers = ", ".join(f"{claim.number}: {claim.answer}" for claim in control)
+    lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
+    text = f"""`python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}`, {datetime.date.today().isoformat()}.
 {machine(None)}.
 
-Four trainings of a small SDXL, {recipe.steps} steps of {recipe.batch_size} pictures, {min(minutes):.1f} to
-{max(minutes):.1f} minutes each, {seeds} seeds each; the same weights, pictures and noise for all four. Mean and
-standard deviation over trainings, each the mean of {len(SEEDS)} noises; Euler, without guidance.
+One epsilon base, {recipe.base_steps} steps of {recipe.batch_size} pictures ({minutes_of(trainings, BASE, 0):.0f} minutes), and
+fine-tunes of it, {recipe.steps} steps each ({min(took):.0f} to {max(took):.0f} minutes each), {seeds} seeds: other orders of
+the pictures, other noise. Each number of a training is the mean of {NOISES} noises or more; 28 Euler steps.
 
-{claims_lines}
+{lines}
 
-How far x0 at t = T follows the mean of the noise without a prompt, as a share of its peak, a number a training:
+Control: the same network with random weights in the place of all four: {answers}.
 
-{slopes}
-
-20 steps; 10 and 28 are in results.json. Brightness error: of six solid colours, in levels of 255. CIEDE2000: of their
-pixels, to the colour asked for. Background: share of the pixels within 10 of it, shapes on a ground. Coarse contrast:
-standard deviation of the brightness of 4 x 4 blocks, solid black and white. First prediction: CIEDE2000 of its mean.
-Fréchet: of nine pixel statistics, to pictures of training; it is no FID.
+Mean and standard deviation over trainings, without guidance. Black ... light: mean brightness. CIEDE2000: from seven
+colours, of the pictures' means and of the first prediction's. Uneven ground: standard deviation along the frame of
+pictures with a thing, in levels. Explained: share of such a picture that the thing accounts for, 1 in pictures of training.
 
 ```
-{summary_table(rows)}
+{summary_table(runs)}
+```
+
+What no training can change: the exact flow of the solid pictures of each caption, mean brightness.
+
+```
+{tabulate(bound_rows(), BOUND_HEADERS, disable_numparse=True, colalign=["left", "right", "right", "right"])}
 ```
 """
-    print(text)
+    print(text, f"\nSheet: {sheet}")
     if write:
-        write_section(RESULTS, "Reproduction: what zero terminal SNR does", text)
-        write_readme_picture(out / "sheet.png", RESULTS.parent.parent / "docs" / "reproduction.jpg")
+        write_section(RESULTS, HEADING, text)
 
 
 if __name__ == "__main__":

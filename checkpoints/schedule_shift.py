@@ -28,7 +28,7 @@ def shift_of(schedule: "NoiseSchedule") -> float | None:
     if schedule.alphas_cumprod.shape != published.alphas_cumprod.shape:
         return None
     last = schedule.last_timestep - schedule.zero_terminal_snr  # the last finite one
-    ratios = [schedule.sigma(float(t)) / published.sigma(float(t)) for t in range(0, last + 1)]
+    ratios = [schedule.sigma(float(t)) / published.sigma(float(t)) for t in range(last + 1)]
     shift = ratios[0]
     if not all(math.isclose(ratio, shift, rel_tol=TOLERANCE) for ratio in ratios):
         return None

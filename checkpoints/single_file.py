@@ -54,8 +54,8 @@ def to_single_file(
 
     Whether it is a v-prediction model, and with zero terminal SNR, is taken from the folder's scheduler_config.json and
     written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.  A latent
-    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json, and a schedule whose sigmas
-    are multiples of the published ones from its scheduler; both are written as metadata.
+    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json, and a shift of the
+    schedule (schedule_shift.py) from its scheduler; both are written as metadata.
 
     Of SD 2.x's text encoder a diffusers folder keeps the layers that are used, 23 of 24, and so does the single file.
 

@@ -101,7 +101,8 @@ def _works_from_infinity(runs: Sequence[Run]) -> Claim:
     evidence = [
         _compare(
             runs,
-            f'"{ground}" of the zero-SNR network, levels too near to grey, from {START:g} and from infinity, {_at(guidance)}',
+            f'"{ground}" of the zero-SNR network, levels too near to grey, from {START:g} and from infinity, '
+            f"{_at(guidance)}",
             off(ground, FINITE, guidance),
             off(ground, INFINITY, guidance),
             LEVELS_MATTER,
@@ -278,6 +279,7 @@ def _compare(
     judged: bool = True,
 ) -> Evidence:
     """Paired by the noise; ``one`` and ``other`` give (K,) values of a run."""
+    runs = [run for run in runs if all(name in run for name in networks)]
     pairs = np.array([(one(run), other(run)) for run in runs], dtype=float)  # (runs, 2, K)
     differences = pairs[:, 0] - pairs[:, 1]
     over_noise = Estimate.over_seeds(differences.mean(0))

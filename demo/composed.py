@@ -47,11 +47,11 @@ HUE = 0.25  # relative standard deviation of each channel of dark and light
 
 # a small network has time for these; the larger one learns all
 FEW = (
-    *("frog", "fox", "cat face", "dog face", "panda", "lion", "tiger face", "koala", "penguin", "owl", "duck", "parrot"),
-    *("flamingo", "whale", "dolphin", "octopus", "crab", "turtle", "snail", "butterfly", "bee", "ladybird", "rose"),
-    *("sunflower", "tulip", "cactus", "palm tree", "mushroom", "grapes", "watermelon", "lemon", "banana", "apple"),
-    *("strawberry", "avocado", "carrot", "broccoli", "hamburger", "doughnut", "ice cream", "train", "bus", "police car"),
-    *("tractor", "rocket", "guitar", "violin", "trumpet"),
+    *("frog", "fox", "cat face", "dog face", "panda", "lion", "tiger face", "koala", "penguin", "owl", "duck"),
+    *("parrot", "flamingo", "whale", "dolphin", "octopus", "crab", "turtle", "snail", "butterfly", "bee", "ladybird"),
+    *("rose", "sunflower", "tulip", "cactus", "palm tree", "mushroom", "grapes", "watermelon", "lemon", "banana"),
+    *("apple", "strawberry", "avocado", "carrot", "broccoli", "hamburger", "doughnut", "ice cream", "train", "bus"),
+    *("police car", "tractor", "rocket", "guitar", "violin", "trumpet"),
 )
 LONG = ("snake", "train", "pencil")  # that are also stretched across the canvas
 DIAGONAL = ("pencil",)  # drawn from corner to corner
@@ -140,7 +140,9 @@ class Sprites:
 
 
 def _channels(sprite: np.ndarray, change) -> np.ndarray:
-    return np.stack([np.asarray(change(Image.fromarray(np.ascontiguousarray(c)))) for c in sprite.transpose(2, 0, 1)], -1)
+    return np.stack(
+        [np.asarray(change(Image.fromarray(np.ascontiguousarray(c)))) for c in sprite.transpose(2, 0, 1)], -1
+    )
 
 
 def _resized(sprite: np.ndarray, size: Size) -> np.ndarray:

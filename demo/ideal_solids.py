@@ -1,17 +1,18 @@
 """The bound that no training lifts: what a perfect network makes of a caption that names a colour.
 
-The pictures of a caption are solid, of known colours c_1 ... c_K.  Of such a picture under noise, x = alpha c + s n on N
-pixels, the mean of x says everything, so the exact denoiser is the posterior mean
+The pictures of a caption are solid, of known colours c_1 ... c_K.  Of such a picture under noise, x = alpha c + s n
+on N pixels, the mean of x says everything, so the exact denoiser is the posterior mean
 
     D(x) = sum_k w_k c_k,    w_k ~ exp(-N |mean(x) / alpha - c_k|^2 / (2 sigma^2)),
 
-and the flow is one of three numbers.  Started at a finite sigma from pure noise, whose mean is near 0, the exact denoiser
-believes that it sees a grey canvas.  Grey is the right answer to such a start.
+and the flow is one of three numbers.  Started at a finite sigma from pure noise, whose mean is near 0, the exact
+denoiser believes that it sees a grey canvas.  Grey is the right answer to such a start.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def flow(colours: np.ndarray, sigmas: Sequence[float], pixels: int = CANVAS**2) 
     noise = np.random.default_rng(1).standard_normal((NOISES, 3)) / math.sqrt(pixels)
     alpha, s = alpha_s(sigmas[0])
     x = s * noise
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in pairwise(sigmas):
         if math.isinf(sigma):
             denoised = np.broadcast_to(known.mean(0), x.shape)
         else:

@@ -1,4 +1,4 @@
-"""What is measured of pictures whose answer is known: brightness, colour, false contrast, and whether a thing is whole."""
+"""What is measured of pictures whose answer is known: brightness, colour, contrast, and whether a thing is whole."""
 
 from collections.abc import Sequence
 

@@ -38,13 +38,16 @@ class DemoNetwork:
     ):
         loaded = load_pipeline(path, config=config, device=device)
         self.pipe = loaded.pipeline
-        self.prediction_type = loaded.prediction_type
-        self.schedule = NoiseSchedule.from_config(self.pipe.scheduler.config)
+        self.know_schedule(loaded.prediction_type)
         length = self.pipe.unet.config.sample_size if side is None else side // self.pipe.vae_scale_factor
         self.shape = (self.pipe.unet.config.in_channels, length, length)
         self._to_rgb = vae_to_rgb(self.pipe)
-        self._dtype = self.pipe.unet.dtype
         self._known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def know_schedule(self, prediction_type: str) -> None:
+        """Take the schedule from the pipeline's scheduler."""
+        self.prediction_type = prediction_type
+        self.schedule = NoiseSchedule.from_config(self.pipe.scheduler.config)
 
     def noise(self, seeds: Sequence[int]) -> torch.Tensor:
         """(K, C, h, w) unit noise."""
@@ -137,4 +140,3 @@ class DemoNetwork:
     def pictures(self, latents: torch.Tensor) -> np.ndarray:
         """(B, H, W, 3) uint8."""
         return self.levels(latents).round().clip(0, 255).astype(np.uint8)
-

@@ -104,7 +104,9 @@ def _trouble(folder: Path, job: Job) -> str:
 def _signals() -> Iterator[list[int]]:
     """Within the block SIGINT and SIGTERM are gathered in a list."""
     caught: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield caught
     finally:

@@ -117,6 +117,7 @@ def contact_sheet(
     title: str,
     subtitle: str = "",
     note: str = "",
+    smooth: bool = False,
 ) -> Figure:
     """A grid of pictures with a label for each row and group of columns.
 
@@ -126,6 +127,7 @@ def contact_sheet(
         columns: (label, width) of each group of columns; the widths add up to C.
         captions: R x C short texts, set below the pictures.
         alarms: (R, C) bool, captions to set in red.
+        smooth: interpolate small pictures, instead of showing their pixels.
     """
     n_rows, n_columns = pictures.shape[:2]
     tile, caption, gap, group_gap = 1.12, 0.22, 0.06, 0.16
@@ -143,7 +145,8 @@ def contact_sheet(
     text(0.15, 0.54, subtitle, fontsize=9.5, color=FAINT)
     for group, (label, _) in enumerate(columns):
         inside = [x[i] for i in range(n_columns) if group_of[i] == group]
-        text((inside[0] + inside[-1] + tile) / 2, top - 0.16, label, ha="center", fontsize=10.5, weight="bold")
+        y = top - 0.16 - 0.09 * label.count("\n")
+        text((inside[0] + inside[-1] + tile) / 2, y, label, ha="center", fontsize=10.5, weight="bold")
     for r in range(n_rows):
         y = top + r * (tile + caption + gap)
         first, *more = rows[r].split("\n")
@@ -154,7 +157,7 @@ def contact_sheet(
             )
         for c in range(n_columns):
             axes = figure.add_axes((x[c] / width, 1 - (y + tile) / height, tile / width, tile / height))
-            axes.imshow(pictures[r, c], interpolation="nearest")
+            axes.imshow(pictures[r, c], interpolation="lanczos" if smooth else "nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color="#bdbdbd", linewidth=0.7)
             style = {"color": ALARM, "weight": "bold"} if alarms[r, c] else {"color": FAINT}

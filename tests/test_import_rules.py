@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("samplers", "diagnostics", "checkpoints", "training", "nodes")
+ROOMS = ("samplers", "diagnostics", "checkpoints", "training", "demo", "nodes")
 MAY_IMPORT = {
     "samplers": set(),
     "diagnostics": {"samplers"},
     "checkpoints": {"samplers"},
     "training": {"samplers", "diagnostics", "checkpoints"},
+    "demo": {"samplers", "diagnostics", "checkpoints", "training"},
     "nodes": {"samplers", "diagnostics", "checkpoints"},
 }
 # foreign packages that only some places may import
@@ -25,7 +26,7 @@ CONFINED = {
     "comfy_execution": ("nodes/",),
     "folder_paths": ("nodes/",),
     "server": ("nodes/",),
-    "diffusers": ("samplers/diffusers_scheduler.py", "checkpoints/", "training/"),
+    "diffusers": ("samplers/diffusers_scheduler.py", "checkpoints/", "training/", "demo/"),
 }
 SAMPLERS_MAY_USE = {"torch", "numpy", "diffusers"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("**/*.py")) + [

@@ -30,7 +30,7 @@ from ..checkpoints.atomic import atomic_folder
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 COLOUR_TO_LATENT = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 2
 LARGE = 256.0  # beside which GroupNorm takes colours for small; a power of two, so that sums of it are exact
-NOTHING = 1e-8
+NOTHING = 1e-5  # which float16 still tells from 0
 SCALING_FACTOR = 1.5  # which gives the latents of the pictures a standard deviation near 1
 
 

@@ -22,12 +22,12 @@ from ztsnr.samplers import NoiseSchedule, sample, step_schedule
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import leak_verdicts
-import small_networks
+import leak_networks
 
 pytestmark = pytest.mark.slow
 ZERO, PLAIN = NoiseSchedule.sdxl(), NoiseSchedule.sdxl(zero_terminal_snr=False)
 VERDICTS = {"good": "zero SNR", "starved": "starved", "plain": "not zero SNR"}
-SIZE = small_networks.SHAPE[1:]
+SIZE = leak_networks.SHAPE[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +44,11 @@ def one_thread():
     ids=["good", "good, not marked", "starved", "plain", "plain, marked zero SNR"],
 )
 def test_the_checkpoints_verdict(kind, stated):
-    denoise = small_networks.denoiser(small_networks.trained(kind, 0), stated)
+    denoise = leak_networks.denoiser(leak_networks.trained(kind, 0), stated)
     found = Counter()
     for run in range(36):
         seeds = range(8 * run, 8 * run + 8)
-        answer = mean_leak(denoise, None, small_networks.SHAPE, schedule=stated, seeds=seeds).checkpoint
+        answer = mean_leak(denoise, None, leak_networks.SHAPE, schedule=stated, seeds=seeds).checkpoint
         found[answer.verdict] += 1
         assert answer.table == ("plain" if kind == "plain" else "zero SNR")
         if kind == "plain":
@@ -58,14 +58,14 @@ def test_the_checkpoints_verdict(kind, stated):
 
 
 def test_a_prompt_of_one_colour_cannot_tell():
-    denoise = small_networks.denoiser(small_networks.trained("good", 0), ZERO, "black")
-    answer = mean_leak(denoise, None, small_networks.SHAPE, schedule=ZERO).checkpoint
+    denoise = leak_networks.denoiser(leak_networks.trained("good", 0), ZERO, "black")
+    answer = mean_leak(denoise, None, leak_networks.SHAPE, schedule=ZERO).checkpoint
     assert answer.sentence.startswith("cannot tell: this prompt fixes the brightness")
 
 
 @pytest.mark.parametrize(("start", "verdict"), [(math.inf, "exact"), (14.6, "biased")])
 def test_the_samplers_verdict_on_black(start, verdict):
-    denoise = small_networks.denoiser(small_networks.trained("good", 0), ZERO, "black")
+    denoise = leak_networks.denoiser(leak_networks.trained("good", 0), ZERO, "black")
     if math.isinf(start):
         sigmas = step_schedule(ZERO, 20, latent_size=SIZE)
     else:
@@ -79,7 +79,7 @@ def test_the_samplers_verdict_on_black(start, verdict):
         report = mean_leak(
             None,
             run,
-            small_networks.SHAPE,
+            leak_networks.SHAPE,
             schedule=ZERO,
             reference=exact_flow(denoise, ZERO, SIZE),
             start_sigma=start,
@@ -92,21 +92,21 @@ def test_the_samplers_verdict_on_black(start, verdict):
 
 
 def test_a_network_is_trained_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(small_networks, "train", partial(small_networks.train, steps=3))
-    first = small_networks.trained("good", 5, tmp_path)
+    monkeypatch.setattr(leak_networks, "train", partial(leak_networks.train, steps=3))
+    first = leak_networks.trained("good", 5, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    monkeypatch.setattr(small_networks, "train", None)
-    again = small_networks.trained("good", 5, tmp_path)
+    monkeypatch.setattr(leak_networks, "train", None)
+    again = leak_networks.trained("good", 5, tmp_path)
     for name, weights in first.state_dict().items():
         assert torch.equal(weights, again.state_dict()[name])
 
 
 def test_runs_at_once_are_the_runs_one_by_one():
-    denoise = small_networks.denoiser(small_networks.trained("good", 0), ZERO)
+    denoise = leak_networks.denoiser(leak_networks.trained("good", 0), ZERO)
     run = leak_verdicts.sampler(denoise, ZERO, "spectral", math.inf)
     handed_out = leak_verdicts.at_once(run, [4, 9, 2])
     for index, seed in enumerate([4, 9, 2]):
-        latents, statistics = run(noise_pair(seed, index, small_networks.SHAPE))
+        latents, statistics = run(noise_pair(seed, index, leak_networks.SHAPE))
         found, seen = handed_out(None)
         torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(seen.denoised_mean, statistics.denoised_mean, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,177 @@
+"""One prompt a column, one network and start a row: what a user sees of zero terminal SNR, at a glance.
+
+Every column has one caption and one noise.  The networks are those that come with the package, or those of a folder of
+trainings.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..diagnostics.leak_probes import LUMA
+from ..diagnostics.leak_run import steps_from
+from ..diagnostics.output import no_matplotlib, png, write_atomically
+from .composed import BRIGHTNESS, COLOURS, SHADE, Asked, Composer
+from .evaluation import START, STEPS, canvas_sigma, mean_colour
+from .measures import frame
+from .networks import DemoNetwork
+from .shipped import load_shipped
+from .trainings import BASE, OURS, PLAIN
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GUIDANCE = 4.0
+DEFAULT_STEPS = 20
+ALARM = 25  # levels of the ground's brightness
+SEED = 4
+
+ASKED = (
+    Asked("black"),
+    Asked("black", "frog"),
+    Asked("black", "tulip"),
+    Asked("dark", "fox"),
+    Asked("white"),
+    Asked("white", "train"),
+    Asked("light", "penguin"),
+    Asked("stars", "guitar"),
+)
+
+Network = DemoNetwork
+Sample = Callable[[Network, Sequence[str], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One way to a picture.
+
+    Attributes:
+        network: Name of the training.
+        title, detail: For the label.
+        sample: (network, captions, noise) -> latents.
+    """
+
+    network: str
+    title: str
+    detail: str
+    sample: Sample
+
+
+def _as_published(network: Network, captions: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+    return network.sample_as_published(captions, noise, STEPS, GUIDANCE)
+
+
+def _from_finite(network: Network, captions: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+    start = min(canvas_sigma(START, noise.shape[-1]), network.schedule.sigma_max)
+    return network.sample(captions, noise, steps_from(network.schedule, start, STEPS), "euler", GUIDANCE)
+
+
+def _by_default(network: Network, captions: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+    return network.sample(captions, noise, network.default_sigmas(DEFAULT_STEPS), guidance=GUIDANCE)
+
+
+ROWS = (
+    SheetRow(BASE, "epsilon", f"as SDXL is published\nEuler, leading, {STEPS} steps", _as_published),
+    SheetRow(BASE, "epsilon", f"from sigma {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
+    SheetRow(PLAIN, "v, plain schedule", f"from its own {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
+    SheetRow(OURS, "v, zero SNR", f"from sigma {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
+    SheetRow(OURS, "v, zero SNR", f"from infinity\nthis package's defaults, {DEFAULT_STEPS} steps", _by_default),
+)
+
+
+@dataclass(frozen=True)
+class NetworksSheet:
+    """What the rows make of the captions.
+
+    Attributes:
+        asked: C of them.
+        pictures: (R + 1, C, H, W, 3) uint8; the first row are pictures as they were trained with.
+        grounds: (R + 1, C) mean luma of the frame, in levels.
+    """
+
+    asked: tuple[Asked, ...]
+    pictures: np.ndarray
+    grounds: np.ndarray
+
+    def table(self) -> str:
+        """The brightness of the grounds, to be printed."""
+        from tabulate import tabulate
+
+        columns = [i for i, one in enumerate(self.asked) if one.ground in WANTED]
+        headers = ["brightness of the ground", *(self.asked[i].caption.replace(" on ", "\non ") for i in columns)]
+        names = ["pictures of training", *(f"{row.title}, {row.detail.splitlines()[0]}" for row in ROWS)]
+        rows = [
+            [name, *(f"{grounds[i]:.0f}" for i in columns)] for name, grounds in zip(names, self.grounds, strict=True)
+        ]
+        return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * len(columns))
+
+
+WANTED = {ground: float(mean_colour(ground) @ LUMA) for ground in (*COLOURS, *BRIGHTNESS)}
+
+
+def sample_sheet(
+    networks: Mapping[str, Network], composer: Composer, asked: Sequence[Asked] = ASKED, seed: int = SEED
+) -> NetworksSheet:
+    """Sample all rows.
+
+    Args:
+        networks: BASE, PLAIN and OURS.
+        seed: Of the noise, which all columns share.
+    """
+    captions = [one.caption for one in asked]
+    random = np.random.default_rng(seed)
+    pictures = [np.stack([composer.picture(one, random) for one in asked])]
+    for row in ROWS:
+        network = networks[row.network]
+        noise = network.noise([seed]).repeat(len(asked), 1, 1, 1)
+        pictures.append(network.pictures(row.sample(network, captions, noise)))
+    grounds = [(frame(row.astype(float)) @ LUMA).mean(1) for row in pictures]
+    return NetworksSheet(tuple(asked), np.stack(pictures), np.stack(grounds))
+
+
+def draw_sheet(sheet: NetworksSheet) -> "Figure":
+    """As a contact sheet; below a picture stands how bright its ground is."""
+    from ..diagnostics.plots import contact_sheet
+
+    texts = [[_brightness(*pair) for pair in zip(sheet.asked, row, strict=True)] for row in sheet.grounds]
+    alarms = [[_is_off(*pair) for pair in zip(sheet.asked, row, strict=True)] for row in sheet.grounds]
+    alarms[0] = [False] * len(sheet.asked)
+    labels = ["pictures of training\nwhat the captions mean", *(f"{row.title}\n{row.detail}" for row in ROWS)]
+    return contact_sheet(
+        sheet.pictures,
+        labels,
+        [(one.caption.replace(" on ", "\non ").replace(" among ", "\namong "), 1) for one in sheet.asked],
+        texts,
+        np.array(alarms),
+        title="The same base, the same noise: what the training and the first step do",
+        subtitle=f"Networks trained on real pictures, CFG {GUIDANCE:g}. Down a column: one caption, one noise.",
+        note="Ground: mean brightness of the frame, 0 to 255; red if no picture of training with that caption is so.",
+        smooth=True,
+    )
+
+
+def _brightness(asked: Asked, ground: float) -> str:
+    return f"ground {ground:.0f}" if asked.ground in WANTED else ""
+
+
+def _is_off(asked: Asked, ground: float) -> bool:
+    """Whether a ground is outside of what its caption means, by more than can be overlooked."""
+    if asked.ground in BRIGHTNESS:
+        low, high = BRIGHTNESS[asked.ground]
+        return not low - ALARM <= ground <= high + ALARM
+    return asked.ground in WANTED and abs(ground - WANTED[asked.ground]) > ALARM + SHADE
+
+
+def show_networks(out: Path, say: Callable[[str], None] = print) -> NetworksSheet:
+    """Sample the networks that come with the package, print the table, and write networks.png into a folder."""
+    sheet = sample_sheet({name: load_shipped(name) for name in (BASE, PLAIN, OURS)}, Composer())
+    say(f"Networks that were trained on real pictures and come with the package, CFG {GUIDANCE:g}:\n\n{sheet.table()}")
+    missing = no_matplotlib()
+    if missing is None:
+        write_atomically(out / "networks.png", png(draw_sheet(sheet)))
+    say(f"\n{missing or 'Pictures:  ' + str(out / 'networks.png')}\n")
+    return sheet

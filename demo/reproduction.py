@@ -1,0 +1,77 @@
+"""``ztsnr demo --train``: train, measure, judge and report."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoints.atomic import atomic_write
+from ..diagnostics.output import no_matplotlib, png
+from .evaluation import Evaluation, Numbers
+from .networks import DemoNetwork
+from .networks_sheet import draw_sheet, sample_sheet
+from .report import claims_text, summary_table, write_report
+from .shipped import start_of
+from .trainings import BASE, OBJECTIVES, OURS, PLAIN, QUICK, Start, Trainings
+
+
+def reproduce(
+    out: Path,
+    size: str = "cpu",
+    quick: bool = False,
+    seeds: Sequence[int] = (0,),
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Train the networks of a size, or fine-tune the base that comes with the package; False if a signal stopped it.
+
+    Args:
+        quick: Few steps, from the base that comes with the package.
+        seeds: Of the fine-tunes; several give intervals over trainings.
+
+    Raises:
+        ValueError: See ``Trainings``; a training that failed.
+    """
+    base: Start | None = start_of(BASE) if quick else None
+    trainings = Trainings(out, size, base, QUICK if quick else None, say)
+    runs = []
+    for seed in seeds:
+        if not trainings.run(seed):
+            say(f"stopped; the same command resumes here, in {out}")
+            return False
+        runs.append(measure(trainings, seed))
+    claims = write_report(out, trainings.recipe, runs, seeds)
+    say(f"\n{summary_table(runs)}\n\n{claims_text(claims)}\n")
+    say(no_matplotlib() or f"Sheet:  {write_sheet(trainings, seeds[0], out / 'sheet.png')}")
+    say(f"Report: {out / 'report.html'}")
+    return True
+
+
+def measure(trainings: Trainings, seed: int) -> dict[str, Numbers]:
+    """The measurements of each training of a seed that is finished; those that are there are not made again."""
+    found = {}
+    finished = [name for name in OBJECTIVES if trainings.exported(name, seed).exists()]
+    for name in tqdm(finished, "measuring", unit="network", leave=False):
+        network = DemoNetwork(trainings.exported(name, seed))
+        path = trainings.folder(name, seed) / "measured.npz"
+        found[name] = Evaluation(network, trainings.composer, path).all(long=name == OURS)
+    return found
+
+
+def write_sheet(trainings: Trainings, seed: int, path: Path) -> Path:
+    """The sheet of networks_sheet.py, of the networks of a seed."""
+    networks = {
+        BASE: load_base(trainings, seed),
+        PLAIN: DemoNetwork(trainings.exported(PLAIN, seed)),
+        OURS: DemoNetwork(trainings.exported(OURS, seed)),
+    }
+    with atomic_write(path) as file:
+        file.write(png(draw_sheet(sample_sheet(networks, trainings.composer))))
+    return path
+
+
+def load_base(trainings: Trainings, seed: int) -> DemoNetwork:
+    """The network that was fine-tuned."""
+    if trainings.base is None:
+        return DemoNetwork(trainings.exported(BASE, seed))
+    config = trainings.base.config
+    return DemoNetwork(Path(trainings.base.path), Path(config) if config else None)

@@ -1,0 +1,28 @@
+"""The networks that come with the package, as single files, and what completes them."""
+
+from functools import cache
+from pathlib import Path
+
+from ..checkpoints.pipeline import load_pipeline
+from .networks import DemoNetwork
+from .trainings import BASE, OURS, PLAIN, Start
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+CONFIG = WEIGHTS / "config"  # a diffusers folder without weights
+FILES = {BASE: "epsilon_base.safetensors", PLAIN: "v_plain.safetensors", OURS: "v_zero_snr.safetensors"}
+
+
+def start_of(name: str = BASE) -> Start:
+    """A network as the beginning of a training."""
+    return Start(str(WEIGHTS / FILES[name]), str(CONFIG))
+
+
+@cache
+def load_shipped(name: str) -> DemoNetwork:
+    """A network by the name of its training: BASE, PLAIN or OURS."""
+    return DemoNetwork(WEIGHTS / FILES[name], CONFIG)
+
+
+def pipeline_of(name: str):
+    """The same as ``checkpoints.pipeline.load_pipeline`` gives it, for diffusers."""
+    return load_pipeline(WEIGHTS / FILES[name], config=CONFIG)
