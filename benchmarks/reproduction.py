@@ -18,7 +18,7 @@ from tabulate import tabulate
 from ztsnr.checkpoints.diffusers_folder import set_scheduler
 from ztsnr.checkpoints.schedule_shift import set_shift
 from ztsnr.demo.claims import Run, judge_claims
-from ztsnr.demo.evaluation import NOISES, Evaluation
+from ztsnr.demo.evaluation import NOISES, STEPS, Evaluation
 from ztsnr.demo.networks import DemoNetwork
 from ztsnr.demo.report import BOUND_HEADERS, bound_rows, claims_text, summary_table, write_report
 from ztsnr.demo.reproduction import measure, write_sheet
@@ -54,9 +54,7 @@ def untrained(trainings: Trainings) -> Run:
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), default=Path("ztsnr_reproduction"), show_default=True)
 @click.option("--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds of the fine-tunes."
-)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the fine-tunes.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
 def main(out: Path, size: str, seeds: int, write: bool) -> None:
     trainings = Trainings(out, size, say=click.echo)
@@ -72,12 +70,14 @@ def main(out: Path, size: str, seeds: int, write: bool) -> None:
     control = judge_claims([untrained(trainings)])
     answers = ", ".join(f"{claim.number}: {claim.answer}" for claim in control)
     lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
-    text = f"""`python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}`, {datetime.date.today().isoformat()}.
+    command = f"python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}"
+    base_took = minutes_of(trainings, BASE, 0)
+    text = f"""`{command}`, {datetime.date.today().isoformat()}.
 {machine(None)}.
 
-One epsilon base, {recipe.base_steps} steps of {recipe.batch_size} pictures ({minutes_of(trainings, BASE, 0):.0f} minutes), and
-fine-tunes of it, {recipe.steps} steps each ({min(took):.0f} to {max(took):.0f} minutes each), {seeds} seeds: other orders of
-the pictures, other noise. Each number of a training is the mean of {NOISES} noises or more; 28 Euler steps.
+One epsilon base, {recipe.base_steps} steps of {recipe.batch_size} pictures ({base_took:.0f} minutes), and fine-tunes of
+it, {recipe.steps} steps each ({min(took):.0f} to {max(took):.0f} minutes each), {seeds} seeds: other orders of the
+pictures, other noise. Each number of a training is the mean of {NOISES} noises or more; {STEPS} Euler steps.
 
 {lines}
 
@@ -85,7 +85,8 @@ Control: the same network with random weights in the place of all four: {answers
 
 Mean and standard deviation over trainings, without guidance. Black ... light: mean brightness. CIEDE2000: from seven
 colours, of the pictures' means and of the first prediction's. Uneven ground: standard deviation along the frame of
-pictures with a thing, in levels. Explained: share of such a picture that the thing accounts for, 1 in pictures of training.
+pictures with a thing, in levels. Explained: share of such a picture that the thing accounts for, 1 in pictures of
+training.
 
 ```
 {summary_table(runs)}

@@ -2,9 +2,9 @@
 
     python benchmarks/small_networks.py [--prompts 32] [--steps 10,20,28] [--cfg 1,5,7.5] [--no-write]
 
-Every sampler gets the same captions and noise.  Its pictures are compared, in levels of 255, with those of Heun's method
-in many steps; how far those of another method in many steps are from them says how well the answer is known.  Prints the
-tables and puts them into benchmarks/RESULTS.md.
+Every sampler gets the same captions and noise.  Its pictures are compared, in levels of 255, with those of Heun's
+method in many steps; how far those of another method in many steps are from them says how well the answer is known.
+Prints the tables and puts them into benchmarks/RESULTS.md.
 """
 
 import datetime
@@ -157,13 +157,17 @@ def rows() -> list[Row]:
             with_sigmas(DEFAULT_SOLVER, ours(DEFAULT_SPACING)),
         )
     ]
-    for solver in ("euler", "dpmpp_2m", "unipc", "res_multistep", "deis", DEFAULT_SOLVER):
-        for spacing in (DEFAULT_SPACING, "karras", "exponential", "trailing"):
-            if (solver, spacing) != (DEFAULT_SOLVER, DEFAULT_SPACING):
-                made.append(Row("ztsnr", f"{solver} / {spacing}", with_sigmas(solver, ours(spacing))))
-    for solver in ("euler", "dpmpp_2m", "unipc", "res_multistep"):
-        for spacing in ("simple", "karras", "exponential"):
-            made.append(Row("stock levels", f"{solver} / {spacing}", with_sigmas(solver, stock(spacing))))
+    made += [
+        Row("ztsnr", f"{solver} / {spacing}", with_sigmas(solver, ours(spacing)))
+        for solver in ("euler", "dpmpp_2m", "unipc", "res_multistep", "deis", DEFAULT_SOLVER)
+        for spacing in (DEFAULT_SPACING, "karras", "exponential", "trailing")
+        if (solver, spacing) != (DEFAULT_SOLVER, DEFAULT_SPACING)
+    ]
+    made += [
+        Row("stock levels", f"{solver} / {spacing}", with_sigmas(solver, stock(spacing)))
+        for solver in ("euler", "dpmpp_2m", "unipc", "res_multistep")
+        for spacing in ("simple", "karras", "exponential")
+    ]
     trailing = {"timestep_spacing": "trailing"}
     made += [
         Row("diffusers", "Euler / trailing", in_diffusers(diffusers.EulerDiscreteScheduler, **trailing)),
@@ -237,9 +241,9 @@ def main(prompts: int, steps: str, cfg: str, write: bool) -> None:
                 colalign=["left"] * 2 + ["right"] * len(heads),
             )
             sections.append(
-                f"CFG {scale:g}. Two references are {known.mean():.2f} levels apart (at the most {known.max():.2f}); the "
-                f"classifier sees the thing that was asked for in {right[0].mean():.0%} of the reference's pictures, the "
-                f"ground in {right[1].mean():.0%}.\n\n```\n{text}\n```"
+                f"CFG {scale:g}. Two references are {known.mean():.2f} levels apart (at the most {known.max():.2f}). In "
+                f"the reference's pictures a classifier sees the thing that was asked for in {right[0].mean():.0%} and "
+                f"the ground in {right[1].mean():.0%}.\n\n```\n{text}\n```"
             )
             print(sections[-1], flush=True)
     text = f"""`python benchmarks/{Path(__file__).name} --prompts {prompts}`, {datetime.date.today().isoformat()}.
@@ -248,8 +252,8 @@ def main(prompts: int, steps: str, cfg: str, write: bool) -> None:
 The zero-SNR network that comes with the package (32 x 32, SDXL's schedule scaled to the canvas), {prompts} captions of
 which half are pairs of thing and ground that it never saw; rms per picture in levels of 255 to Heun's method in
 {REFERENCE} steps ({2 * REFERENCE} evaluations), mean ± 95 % interval over pictures, median, share off by more than
-{OFF:g} levels, rms error of the ground's brightness, and the paired difference to the default. "Stock levels": the noise
-levels of ComfyUI from 4518.76, by this package's solvers, with exact timesteps. {time.process_time() - begin:.0f} CPU
+{OFF:g} levels, rms error of the ground's brightness, and the paired difference to the default. "Stock levels": the
+noise levels of ComfyUI from 4518.76, by this package's solvers, with exact timesteps. {time.process_time() - begin:.0f} CPU
 seconds.
 
 {(chr(10) * 2).join(sections)}
