@@ -241,11 +241,12 @@ def main(prompts: int, steps: str, cfg: str, write: bool) -> None:
                 colalign=["left"] * 2 + ["right"] * len(heads),
             )
             sections.append(
-                f"CFG {scale:g}. Two references are {known.mean():.2f} levels apart (at the most {known.max():.2f}). In "
+                f"CFG {scale:g}. Two references are {known.mean():.2f} levels apart (at most {known.max():.2f}). In "
                 f"the reference's pictures a classifier sees the thing that was asked for in {right[0].mean():.0%} and "
                 f"the ground in {right[1].mean():.0%}.\n\n```\n{text}\n```"
             )
             print(sections[-1], flush=True)
+    took = time.process_time() - begin
     text = f"""`python benchmarks/{Path(__file__).name} --prompts {prompts}`, {datetime.date.today().isoformat()}.
 {machine(None)}.
 
@@ -253,8 +254,7 @@ The zero-SNR network that comes with the package (32 x 32, SDXL's schedule scale
 which half are pairs of thing and ground that it never saw; rms per picture in levels of 255 to Heun's method in
 {REFERENCE} steps ({2 * REFERENCE} evaluations), mean ± 95 % interval over pictures, median, share off by more than
 {OFF:g} levels, rms error of the ground's brightness, and the paired difference to the default. "Stock levels": the
-noise levels of ComfyUI from 4518.76, by this package's solvers, with exact timesteps. {time.process_time() - begin:.0f} CPU
-seconds.
+noise levels of ComfyUI from 4518.76, by this package's solvers, with exact timesteps. {took:.0f} CPU seconds.
 
 {(chr(10) * 2).join(sections)}
 """

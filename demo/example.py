@@ -1,0 +1,78 @@
+"""``ztsnr example``: captioned pictures, a small base of SDXL's own classes, and settings that train it at once."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoints.atomic import atomic_folder
+from .composed import Composer, write_pictures
+from .shipped import CONFIG, FILES, WEIGHTS
+from .trainings import BASE, shift_of
+
+PICTURES = 600
+STEPS = 400
+
+SETTINGS = """\
+# A fine-tune that runs in minutes on a processor: an epsilon network becomes a v-prediction network with zero terminal
+# SNR.  For a model of your own, change base, sources and buckets, take out config and schedule_shift, and lower the
+# learning rate to about 1e-5.  `ztsnr finetune settings.toml --list-settings` explains every setting.
+
+out = "{folder}/run"
+steps = {steps}
+save_every = 200
+
+[model]
+base = "{folder}/base.safetensors"  # a diffusers folder, a .safetensors file, or a name on the Hugging Face Hub
+config = "{folder}/config"          # what completes the file; a published kind of model needs none
+text_encoders = true
+dtype = "bfloat16"
+
+[data]
+sources = [{{ path = "{folder}/pictures" }}]  # pictures, each with its caption in a .txt beside it
+batch_size = 16
+buckets = ["{side}x{side}"]
+max_chunks = 1
+validation_share = 0.05
+workers = 0
+
+[objective]
+schedule_shift = {shift:g}  # SDXL's noise levels, scaled to a canvas of {side} x {side}; leave it out at 1024 x 1024
+
+[optimizer]
+learning_rate = 8e-4
+betas = [0.9, 0.99]
+weight_decay = 0.0
+warmup_steps = 50
+schedule = "cosine"
+
+[speed]
+checkpointing = "off"
+
+[watch]
+log_every = 20
+validate_every = 200
+preview_every = 200
+prompts = ["completely black", "completely white", "a frog on a black background", "a train on white"]
+leak = false
+tensorboard = false
+"""
+
+
+def write_example(folder: Path, say: Callable[[str], None] = print) -> None:
+    """Write the folder; it is there whole or not at all.
+
+    Raises:
+        ValueError: The folder exists already, or cannot be written.
+    """
+    composer, whole = Composer(), folder.resolve()
+    with atomic_folder(folder) as place:
+        write_pictures(place / "pictures", PICTURES, composer)
+        shutil.copyfile(WEIGHTS / FILES[BASE], place / "base.safetensors")
+        shutil.copytree(CONFIG, place / "config")
+        shutil.copyfile(Path(__file__).parent / "pictures" / "NOTICE.md", place / "NOTICE.md")
+        settings = SETTINGS.format(
+            folder=whole.as_posix(), steps=STEPS, side=composer.side, shift=shift_of(composer.side)
+        )
+        (place / "settings.toml").write_text(settings, encoding="utf-8")
+    say(f"Wrote {folder}: {PICTURES} pictures with captions, a base network, and settings.toml.")
+    say(f"Next:  ztsnr finetune {folder / 'settings.toml'}")
