@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import click
+import torch
 from sampler_accuracy import RESULTS, machine, write_section
 from tabulate import tabulate
 
@@ -40,7 +41,7 @@ def untrained(trainings: Trainings) -> Run:
     """The measurements of the network before any training, in the place of each of the four."""
     found = {}
     for name in OBJECTIVES:
-        network = DemoNetwork(trainings.out / "random")
+        network = DemoNetwork(trainings.out / "random", dtype=torch.bfloat16)
         zero, kind = OBJECTIVES[name].get("zero_terminal_snr", True), "epsilon" if name == EPSILON else "v_prediction"
         set_scheduler(network.pipe, kind, zero)
         set_shift(network.pipe, shift_of(network.shape[-1]))

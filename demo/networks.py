@@ -27,6 +27,7 @@ class DemoNetwork:
         path: A diffusers folder or a single file.
         config: For a single file, the folder whose settings and tokenizers complete it.
         side: Of the pictures, in pixels; by default what it was trained with.
+        dtype: Of the U-Net.
 
     Attributes:
         schedule, prediction_type: What the files say.
@@ -34,7 +35,12 @@ class DemoNetwork:
     """
 
     def __init__(
-        self, path: Path, config: Path | None = None, side: int | None = None, device: str | torch.device = "cpu"
+        self,
+        path: Path,
+        config: Path | None = None,
+        side: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ):
         loaded = load_pipeline(path, config=config, device=device)
         self.pipe = loaded.pipeline
@@ -42,6 +48,7 @@ class DemoNetwork:
         length = self.pipe.unet.config.sample_size if side is None else side // self.pipe.vae_scale_factor
         self.shape = (self.pipe.unet.config.in_channels, length, length)
         self._to_rgb = vae_to_rgb(self.pipe)
+        self.pipe.unet.to(dtype)
         self._known: dict[str, dict[str, torch.Tensor]] = {}
 
     def know_schedule(self, prediction_type: str) -> None:
@@ -65,8 +72,9 @@ class DemoNetwork:
         hidden, pooled = (torch.cat(rows) for rows in zip(*map(self._encoded, captions), strict=True))
         height, width = (side * self.pipe.vae_scale_factor for side in x.shape[2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x.device)
+        x, hidden, pooled = (rows.to(self.pipe.unet.dtype) for rows in (x, hidden, pooled))
         parts = zip(*(rows.split(BATCH) for rows in (x, t, hidden, pooled)), strict=True)
-        return torch.cat([predict(self.pipe.unet, *part, sizes.expand(len(part[0]), -1)) for part in parts])
+        return torch.cat([predict(self.pipe.unet, *part, sizes.expand(len(part[0]), -1)) for part in parts]).float()
 
     def denoise(
         self,

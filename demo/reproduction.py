@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
@@ -51,7 +52,7 @@ def measure(trainings: Trainings, seed: int) -> dict[str, Numbers]:
     found = {}
     finished = [name for name in OBJECTIVES if trainings.exported(name, seed).exists()]
     for name in tqdm(finished, "measuring", unit="network", leave=False):
-        network = DemoNetwork(trainings.exported(name, seed))
+        network = DemoNetwork(trainings.exported(name, seed), dtype=torch.bfloat16)  # twice as fast, and exact enough
         path = trainings.folder(name, seed) / "measured.npz"
         found[name] = Evaluation(network, trainings.composer, path).all(long=name == OURS)
     return found
