@@ -21,9 +21,10 @@ from ztsnr.checkpoints.schedule_shift import set_shift
 from ztsnr.demo.claims import Run, judge_claims
 from ztsnr.demo.evaluation import NOISES, STEPS, Evaluation
 from ztsnr.demo.networks import DemoNetwork
+from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, shift_of
 from ztsnr.demo.report import BOUND_HEADERS, bound_rows, claims_text, summary_table, write_report
 from ztsnr.demo.reproduction import measure, write_sheet
-from ztsnr.demo.trainings import BASE, EPSILON, OBJECTIVES, OURS, Trainings, shift_of
+from ztsnr.demo.trainings import Trainings
 
 HEADING = "Reproduction: what zero terminal SNR does"
 

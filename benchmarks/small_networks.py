@@ -26,8 +26,8 @@ from ztsnr.demo.classifier import adherence, draw_short, train_classifier
 from ztsnr.demo.composed import Asked, Composer
 from ztsnr.demo.measures import frame
 from ztsnr.demo.networks import DemoNetwork
+from ztsnr.demo.objectives import OURS, shift_of
 from ztsnr.demo.shipped import load_shipped
-from ztsnr.demo.trainings import OURS, shift_of
 from ztsnr.diagnostics.leak import Estimate
 from ztsnr.diagnostics.leak_probes import LUMA
 from ztsnr.samplers import DEFAULT_SOLVER, DEFAULT_SPACING, step_schedule

@@ -32,7 +32,7 @@ def shift_of(schedule: "NoiseSchedule") -> float | None:
     shift = ratios[0]
     if not all(math.isclose(ratio, shift, rel_tol=TOLERANCE) for ratio in ratios):
         return None
-    return 1.0 if math.isclose(shift, 1, rel_tol=TOLERANCE) else round(shift, 6)
+    return 1.0 if math.isclose(shift, 1, rel_tol=TOLERANCE) else float(f"{shift:.7g}")
 
 
 def shift_of_folder(folder: Path) -> float | None:
@@ -72,7 +72,7 @@ def shift_of_metadata(metadata: Mapping[str, str]) -> float:
 def with_shift(metadata: Mapping[str, str], shift: float | None) -> dict[str, str]:
     """Metadata that say a shift, and nothing of it where there is none."""
     kept = {key: value for key, value in metadata.items() if key != METADATA}
-    return kept if shift in (None, 1) else kept | {METADATA: f"{shift:g}"}
+    return kept if shift in (None, 1) else kept | {METADATA: f"{shift:.7g}"}
 
 
 def set_shift(pipeline: Any, shift: float) -> None:

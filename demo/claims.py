@@ -15,7 +15,7 @@ from ..diagnostics.leak import Estimate
 from .composed import COLOURS
 from .evaluation import BLACK, FOUR_TIMES, GUIDED, START, TWICE, WHITE, Numbers, mean_colour, start_name
 from .measures import WHOLE, brightness, colour_distance
-from .trainings import EPSILON, OURS, PLAIN, STARVED
+from .objectives import EPSILON, OURS, PLAIN, STARVED
 
 LEVELS_MATTER = 10.0  # of 255
 UNEVEN_MATTERS = 1.0  # levels of standard deviation: about what is seen in a flat ground

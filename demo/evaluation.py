@@ -24,7 +24,7 @@ from ..samplers.prediction import alpha_s
 from .composed import COLOURS, GROUNDS, LONG, Asked, Composer, ground_colour
 from .measures import brightness, coarse_contrast, colour_distance, explained_by_asked, unevenness
 from .networks import DemoNetwork
-from .trainings import sdxl_sigma
+from .objectives import sdxl_sigma
 
 NOISES = 32  # of solid grounds
 OBJECTS = 96  # pictures of things on black, and on white

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..checkpoints.atomic import atomic_folder
 from .composed import Composer, write_pictures
+from .objectives import BASE, shift_of
 from .shipped import CONFIG, FILES, WEIGHTS
-from .trainings import BASE, shift_of
 
 PICTURES = 600
 STEPS = 400

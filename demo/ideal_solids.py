@@ -23,7 +23,7 @@ from ..training.small_model import SCALING_FACTOR
 from .composed import CANVAS, GROUNDS, ground_colour
 from .evaluation import SOLIDS, START, STEPS, canvas_sigma
 from .measures import brightness
-from .trainings import shift_of
+from .objectives import shift_of
 
 SHADES = 3000
 NOISES = 64

@@ -19,8 +19,8 @@ from .composed import BRIGHTNESS, COLOURS, SHADE, Asked, Composer
 from .evaluation import START, STEPS, canvas_sigma, mean_colour
 from .measures import frame
 from .networks import DemoNetwork
+from .objectives import BASE, OURS, PLAIN
 from .shipped import load_shipped
-from .trainings import BASE, OURS, PLAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -32,7 +32,8 @@ from .evaluation import (
 )
 from .ideal_solids import bounds
 from .measures import WHOLE
-from .trainings import EPSILON, OURS, PLAIN, STARVED, Recipe
+from .objectives import EPSILON, OURS, PLAIN, STARVED
+from .trainings import Recipe
 
 WAYS = ((EPSILON, FINITE), (PLAIN, FINITE), (STARVED, INFINITY), (OURS, FINITE), (OURS, INFINITY))  # rows of the table
 SHOWN = (BLACK, WHITE, "dark", "light", "red", "blue", "yellow")

@@ -11,9 +11,10 @@ from ..diagnostics.output import no_matplotlib, png
 from .evaluation import Evaluation, Numbers
 from .networks import DemoNetwork
 from .networks_sheet import draw_sheet, sample_sheet
+from .objectives import BASE, OBJECTIVES, OURS, PLAIN, Start
 from .report import claims_text, summary_table, write_report
 from .shipped import start_of
-from .trainings import BASE, OBJECTIVES, OURS, PLAIN, QUICK, Start, Trainings
+from .trainings import QUICK, Trainings
 
 
 def reproduce(

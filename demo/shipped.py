@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..checkpoints.pipeline import load_pipeline
 from .networks import DemoNetwork
-from .trainings import BASE, OURS, PLAIN, Start
+from .objectives import BASE, OURS, PLAIN, Start
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 CONFIG = WEIGHTS / "config"  # a diffusers folder without weights

@@ -31,6 +31,14 @@ def save(path: Path, pixels: np.ndarray, **kwargs) -> None:
     Image.fromarray(pixels).save(path, **kwargs)
 
 
+@pytest.fixture(autouse=True)
+def networks(monkeypatch):
+    """Where the networks that come with the package were to be shown; what they paint is tested in tests/demo."""
+    shown = []
+    monkeypatch.setattr("ztsnr.demo.networks_sheet.show_networks", lambda out, say: shown.append(out))
+    return shown
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +97,11 @@ def test_help_loads_nothing_heavy():
     assert answer.stdout.strip() == "[]"
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, networks):
     code, text = ztsnr_command("demo", "--out", tmp_path / "new" / "folder", "--size", 16, "--steps", 8)
     assert code == 0
     folder = tmp_path / "new" / "folder"
+    assert networks == [folder]
     assert sorted(file.name for file in folder.iterdir()) == ["contact_sheet.png", "denoised_mean.png", "results.json"]
     for name in ("contact_sheet.png", "denoised_mean.png", "results.json"):
         assert str(folder / name) in text

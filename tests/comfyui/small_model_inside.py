@@ -1,4 +1,4 @@
-"""The reproduction's small model inside ComfyUI: a node that loads it, and a function for the worker of inside.py.
+"""The demo's small model inside ComfyUI: a node that loads it, and a function for the worker of inside.py.
 
 ComfyUI knows SDXL by its sizes, and this model has others.  So the node, which a server takes from its custom_nodes as
 it takes any other, reads the sizes from the diffusers folder and the weights of U-Net and VAE from the single file:
@@ -44,7 +44,9 @@ def unet_config(config: dict) -> dict:
     """What ComfyUI calls the numbers of a U-Net of diffusers'."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     heads = config["attention_head_dim"]  # so many, in spite of the name
-    (head_channels,) = {width // number for width, number in zip(widths, heads, strict=True)}
+    head_channels = widths[-1] // heads[-1]  # of the middle, and of every level that has attention
+    levels = zip(widths, heads, config["down_block_types"], strict=True)
+    assert all(width // number == head_channels for width, number, block in levels if "CrossAttn" in block)
     depth = config["transformer_layers_per_block"]
     depths = [depth if "CrossAttn" in block else 0 for block in config["down_block_types"]]
     return {
@@ -186,10 +188,11 @@ def pictures(
     """
     import comfy.sample
     import numpy as np
-    from inside import stock
+    from inside import room, stock
 
     loaded, clip, vae = SmallModelLoader().load(folder, file)
-    choices = {"prediction": "auto", "schedule": "auto", "first_step": "exact infinity", "canvas_shift": 1.0}
+    shift = room("checkpoints.schedule_shift").shift_of_metadata(room("checkpoints").inspect_checkpoint(file).metadata)
+    choices = {"prediction": "auto", "schedule": "auto", "first_step": "exact infinity", "canvas_shift": shift}
     model = stock("ZTSNRModelSampling", model=loaded, **choices)[0]
     (prompt,) = stock("CLIPTextEncode", clip=clip, text=text)
     latent = {"samples": torch.zeros(batch, 4, *size)}

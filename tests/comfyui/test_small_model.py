@@ -1,6 +1,6 @@
-"""The reproduction's small model in a real ComfyUI, through the node of small_model_inside.py.
+"""The demo's small model in a real ComfyUI, through the node of small_model_inside.py.
 
-Its weights are random, or those of a reproduction whose folder ZTSNR_REPRODUCTION names (``ztsnr demo --train``).
+Its weights are random, or those of the trainings whose folder ZTSNR_REPRODUCTION names (``ztsnr demo --train``).
 """
 
 import json
@@ -12,9 +12,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from ztsnr.checkpoints import to_single_file
-from ztsnr.samplers import ZTSNRScheduler
-from ztsnr.training.reproduction_data import solid_caption, vocabulary
+from ztsnr.checkpoints import inspect_checkpoint, to_single_file
+from ztsnr.checkpoints.schedule_shift import shift_of_metadata
+from ztsnr.demo.composed import Asked, Composer
+from ztsnr.demo.trainings import shift_of
+from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 from ztsnr.training.small_model import SIZES, write_small_model
 
 from .server import PACK, Server, running_server
@@ -25,25 +27,33 @@ LOADER = Path(__file__).with_name("small_model_inside.py")
 SIDE, FACTOR = SIZES["cpu"].side, SIZES["cpu"].factor
 LATENT = (SIDE // FACTOR, SIDE // FACTOR)
 LIMIT = 1e-5  # of the norm; float32 differs by 3e-7, another caption by 1e-2
-PROMPT = "red background, long blue band"
+PROMPT = Asked("red", "snake", long=True).caption
 
 
-def random_model(place: Path) -> Path:
-    """With the scheduler of a zero-terminal-SNR model that predicts v."""
-    folder = write_small_model(place / "random", vocabulary(), SIZES["cpu"], seed=1)
+def random_model(place: Path, shift: float = 1.0) -> Path:
+    """With the scheduler of a zero-terminal-SNR model that predicts v, whose sigmas may be shifted for its canvas."""
+    words = sorted({word for caption in Composer().captions() for word in caption.split()})
+    folder = write_small_model(place / "random", words, SIZES["cpu"], seed=1)
     path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    if shift != 1:
+        said["trained_betas"] = NoiseSchedule.sdxl().shifted(shift).betas.tolist()
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
     return folder
 
 
 def trained_model() -> Path:
     named = os.environ.get("ZTSNR_REPRODUCTION")
     if not named:
-        pytest.skip("ZTSNR_REPRODUCTION names no folder of a reproduction")
+        pytest.skip("ZTSNR_REPRODUCTION names no folder of trainings")
     found = sorted(Path(named).glob("seed-*/v-zero-SNR/export/v-zero-SNR/model_index.json"))
     assert found, f"{named} holds no trained model"
     return found[0].parent
+
+
+def shift_in(model: dict[str, str]) -> float:
+    """What its file says that every sigma is multiplied by."""
+    return shift_of_metadata(inspect_checkpoint(model["file"]).metadata)
 
 
 def both_layouts(folder: Path, place: Path) -> dict[str, str]:
@@ -96,8 +106,25 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory) -> dict[str, str]:
+    """A random model on the schedule of its canvas, as the trained ones are."""
+    place = tmp_path_factory.mktemp("shifted")
+    model = both_layouts(random_model(place, shift_of(SIDE // FACTOR)), place)
+    assert shift_in(model) == 0.25
+    return model
+
+
+def test_a_shifted_schedule_is_taken_from_the_file(inside, shifted, tmp_path):
+    check_ksampler(inside, shifted, LATENT, tmp_path)
+
+
 @pytest.mark.parametrize("size", [LATENT, (16, 32)], ids=str)
 def test_ksampler_takes_the_steps_of_the_diffusers_pipeline(inside, model, size, tmp_path):
+    check_ksampler(inside, model, size, tmp_path)
+
+
+def check_ksampler(inside, model, size, tmp_path):
     said, found = in_comfyui(inside, tmp_path / "out.npz", text=PROMPT, size=size, batch=2, steps=20, **model)
     assert said == {"type": "V_PREDICTION", "start": "inf"}
 
@@ -110,7 +137,7 @@ def test_ksampler_takes_the_steps_of_the_diffusers_pipeline(inside, model, size,
     torch.testing.assert_close(found["pictures"].movedim(-1, 1), pictures, rtol=0, atol=1e-5)
 
     # A model that looks at neither its caption nor its sizes would be equal too
-    other = pipeline([solid_caption("green")] * 2, output_type="latent", **options).images
+    other = pipeline([Asked("green").caption] * 2, output_type="latent", **options).images
     assert relative(other, expected) > 100 * LIMIT
     other = pipeline([PROMPT] * 2, output_type="latent", original_size=(192, 192), **options).images
     assert relative(other, expected) > 100 * LIMIT
@@ -118,7 +145,7 @@ def test_ksampler_takes_the_steps_of_the_diffusers_pipeline(inside, model, size,
 
 @pytest.mark.parametrize(("colour", "least", "most"), [("black", 0, 64), ("white", 192, 255)])
 def test_the_trained_model_paints_what_it_is_asked_for(inside, trained, colour, least, most, tmp_path):
-    caption = solid_caption(colour)
+    caption = Asked(colour).caption
     _, found = in_comfyui(inside, tmp_path / "out.npz", text=caption, size=LATENT, batch=4, steps=20, **trained)
     level = 255 * found["pictures"].mean().item()
     print(f"{caption}: {level:.1f}")
@@ -141,6 +168,9 @@ def graph_of(workflow: str, model: dict[str, str]) -> dict[str, dict]:
             graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     replace(graph, "CheckpointLoaderSimple", "SmallModelLoader", model)
     replace(graph, "ZTSNRBucketLatent", "EmptyLatentImage", {"width": SIDE, "height": SIDE, "batch_size": 1})
+    for node in graph.values():
+        if "canvas_shift" in node["inputs"]:
+            node["inputs"]["canvas_shift"] = shift_in(model)
     return graph
 
 
@@ -168,7 +198,9 @@ def test_text_to_image(server, model):
     (sampler,) = (node["inputs"] for node in graph.values() if node["class_type"] == "KSampler")
     (picture,) = saved(server, graph).values()
 
-    trained_on = (128, 128)  # what a scheduler in KSampler's list, which knows no canvas, takes it for
+    trained_on = (
+        round(128 * shift_in(model)),
+    ) * 2  # what a scheduler in KSampler's list, which knows no canvas, takes it for
     spacing = sampler["scheduler"].removeprefix("ztsnr_")
     expected = pipeline_of(model["folder"], sampler["sampler_name"], spacing, trained_on)(
         graph[sampler["positive"][0]]["inputs"]["text"],
@@ -193,7 +225,7 @@ def test_the_trained_model_is_completely_black_from_infinity(server, trained):
     graph = graph_of("completely_black", trained)
     for node in graph.values():
         if node["class_type"] == "CLIPTextEncode" and node["inputs"]["text"]:
-            node["inputs"]["text"] = solid_caption("black")  # the words that it knows
+            node["inputs"]["text"] = Asked("black").caption  # the words that it knows
     levels = [picture.mean() for picture in by_name(saved(server, graph))]
     print("exact {:.2f}, finite {:.2f}, plain SDXL {:.2f}".format(*levels))
     assert levels[0] < 64

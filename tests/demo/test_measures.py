@@ -160,8 +160,9 @@ def test_half_a_thing_is_not_whole(composer):
     pictures, asked = long_ones(composer)
     grounds = np.median(frame(pictures), axis=1)
     pictures[:, :, 16:] = grounds[:, None, None]
-    assert explained_by_asked(pictures, asked, composer.sprites).max() < 0.75
-    assert explained_by_asked(pictures, asked, composer.sprites).mean() < WHOLE
+    found = explained_by_asked(pictures, asked, composer.sprites)
+    assert found.mean() < 0.2
+    assert (found > WHOLE).mean() < 0.1  # half a train on red is 0.54 of one
 
 
 def test_two_things_are_not_one(composer):

@@ -21,8 +21,8 @@ from ztsnr.samplers import NoiseSchedule, sample, step_schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import leak_verdicts
 import leak_networks
+import leak_verdicts
 
 pytestmark = pytest.mark.slow
 ZERO, PLAIN = NoiseSchedule.sdxl(), NoiseSchedule.sdxl(zero_terminal_snr=False)
