@@ -33,11 +33,11 @@ SEED = 4
 ASKED = (
     Asked("black"),
     Asked("black", "frog"),
-    Asked("black", "tulip"),
-    Asked("dark", "fox"),
+    Asked("black", "avocado"),
+    Asked("dark", "tulip"),
     Asked("white"),
-    Asked("white", "train"),
-    Asked("light", "penguin"),
+    Asked("white", "watermelon"),
+    Asked("light", "strawberry"),
     Asked("stars", "guitar"),
 )
 
