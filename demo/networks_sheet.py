@@ -4,6 +4,7 @@ Every column has one caption and one noise.  The networks are those that come wi
 trainings.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from ..diagnostics.leak_probes import LUMA
 from ..diagnostics.leak_run import steps_from
 from ..diagnostics.output import no_matplotlib, png, write_atomically
-from .composed import BRIGHTNESS, COLOURS, SHADE, Asked, Composer
+from .composed import BRIGHTNESS, COLOURS, Asked, Composer
 from .evaluation import START, STEPS, canvas_sigma, mean_colour
 from .measures import frame
 from .networks import DemoNetwork
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 GUIDANCE = 4.0
 DEFAULT_STEPS = 20
 ALARM = 25  # levels of the ground's brightness
+LINE = 13  # letters of a caption in one line
 SEED = 4
 
 ASKED = (
@@ -102,7 +104,7 @@ class NetworksSheet:
         from tabulate import tabulate
 
         columns = [i for i, one in enumerate(self.asked) if one.ground in WANTED]
-        headers = ["brightness of the ground", *(self.asked[i].caption.replace(" on ", "\non ") for i in columns)]
+        headers = ["brightness of the ground", *(_wrapped(self.asked[i]) for i in columns)]
         names = ["pictures of training", *(f"{row.title}, {row.detail.splitlines()[0]}" for row in ROWS)]
         rows = [
             [name, *(f"{grounds[i]:.0f}" for i in columns)] for name, grounds in zip(names, self.grounds, strict=True)
@@ -144,12 +146,13 @@ def draw_sheet(sheet: NetworksSheet) -> "Figure":
     return contact_sheet(
         sheet.pictures,
         labels,
-        [(one.caption.replace(" on ", "\non ").replace(" among ", "\namong "), 1) for one in sheet.asked],
+        [(_wrapped(one), 1) for one in sheet.asked],
         texts,
         np.array(alarms),
         title="The same base, the same noise: what the training and the first step do",
         subtitle=f"Networks trained on real pictures, CFG {GUIDANCE:g}. Down a column: one caption, one noise.",
-        note="Ground: mean brightness of the frame, 0 to 255; red if no picture of training with that caption is so.",
+        note=f"Ground: mean brightness of the frame, 0 to 255; red if more than {ALARM} from what the caption means, or "
+        "outside of what is dark (0 to 110) or light (145 to 255).",
         smooth=True,
     )
 
@@ -162,8 +165,12 @@ def _is_off(asked: Asked, ground: float) -> bool:
     """Whether a ground is outside of what its caption means, by more than can be overlooked."""
     if asked.ground in BRIGHTNESS:
         low, high = BRIGHTNESS[asked.ground]
-        return not low - ALARM <= ground <= high + ALARM
-    return asked.ground in WANTED and abs(ground - WANTED[asked.ground]) > ALARM + SHADE
+        return not low <= ground <= high
+    return asked.ground in WANTED and abs(ground - WANTED[asked.ground]) > ALARM
+
+
+def _wrapped(asked: Asked) -> str:
+    return textwrap.fill(asked.caption, LINE)
 
 
 def show_networks(out: Path, say: Callable[[str], None] = print) -> NetworksSheet:

@@ -131,7 +131,8 @@ def contact_sheet(
     """
     n_rows, n_columns = pictures.shape[:2]
     tile, caption, gap, group_gap = 1.12, 0.22, 0.06, 0.16
-    left, top, bottom = 2.75, 1.12, 0.55
+    lines = max(label.count("\n") for label, _ in columns)
+    left, top, bottom = 2.75, 1.12 + 0.18 * lines, 0.55
     group_of = [g for g, (_, width) in enumerate(columns) for _ in range(width)]
     x = [left + i * (tile + gap) + group_of[i] * group_gap for i in range(n_columns)]
     width = x[-1] + tile + 0.15
