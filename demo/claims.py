@@ -64,7 +64,7 @@ class Evidence:
 class Claim:
     """A claim and what was measured of it; yes if all that is judged says so."""
 
-    number: int
+    number: str
     text: str
     evidence: tuple[Evidence, ...]
 
@@ -80,6 +80,7 @@ def judge_claims(runs: Sequence[Run]) -> list[Claim]:
     return [
         _works_from_infinity(runs),
         _pulled_to_grey(runs),
+        _false_contrast(runs),
         _first_prediction(runs),
         _coherence(runs),
         _starved(runs),
@@ -111,7 +112,7 @@ def _works_from_infinity(runs: Sequence[Run]) -> Claim:
         for guidance in (1.0, GUIDED)
         for ground in darker
     ]
-    return Claim(1, '"Completely black" works from infinity and not from finite noise', tuple(evidence))
+    return Claim("1", '"Completely black" works from infinity and not from finite noise', tuple(evidence))
 
 
 def _pulled_to_grey(runs: Sequence[Run]) -> Claim:
@@ -122,11 +123,8 @@ def _pulled_to_grey(runs: Sequence[Run]) -> Claim:
 
         return of
 
-    def uneven(name: str, start: str) -> Callable[[Run], np.ndarray]:
-        return lambda run: np.mean([run[name][f"things/{start}/unevenness/{g}"] for g in (BLACK, WHITE)], axis=0)
-
-    def blocks(name: str, start: str) -> Callable[[Run], np.ndarray]:
-        return lambda run: np.mean([_solid(run[name], "contrast", g, start) for g in (BLACK, WHITE)], axis=0)
+    def tinted(name: str, start: str) -> Callable[[Run], np.ndarray]:
+        return lambda run: _of_things(run[name], "tint", start, GUIDED)
 
     evidence = [
         _compare(
@@ -141,30 +139,42 @@ def _pulled_to_grey(runs: Sequence[Run]) -> Claim:
         for name in (PLAIN, EPSILON)
         for guidance in (1.0, GUIDED)
     ]
-    evidence += [
+    evidence.append(
         _compare(
             runs,
-            f"unevenness of black and white around a thing (levels): {PLAIN} from {START:g}, and the zero-SNR network "
-            "from infinity",
-            uneven(PLAIN, FINITE),
-            uneven(OURS, INFINITY),
-            UNEVEN_MATTERS,
+            f"tint of black and white grounds around a thing (levels between channels): {PLAIN} from {START:g}, and "
+            f"the zero-SNR network from infinity, {_at(GUIDED)}",
+            tinted(PLAIN, FINITE),
+            tinted(OURS, INFINITY),
+            LEVELS_MATTER,
             (PLAIN, OURS),
-        ),
-        _compare(
-            runs,
-            f"coarse contrast within plain black and white (levels): {PLAIN} from {START:g}, and the zero-SNR network "
-            "from infinity",
-            blocks(PLAIN, FINITE),
-            blocks(OURS, INFINITY),
-            UNEVEN_MATTERS,
-            (PLAIN, OURS),
-            judged=False,
-        ),
-    ]
-    return Claim(
-        2, "Without the zero-SNR step the mean is pulled to grey, with false contrast around things", tuple(evidence)
+        )
     )
+    text = "Without the zero-SNR step black and white are pulled to grey, and tinted"
+    return Claim("2", text, tuple(evidence))
+
+
+def _false_contrast(runs: Sequence[Run]) -> Claim:
+    both = f"{PLAIN} from {START:g}, and the zero-SNR network from infinity"
+
+    def around(what: str, guidance: float) -> Callable[[str, str], Callable[[Run], np.ndarray]]:
+        return lambda name, start: lambda run: _of_things(run[name], what, start, guidance)
+
+    def blocks(name: str, start: str) -> Callable[[Run], np.ndarray]:
+        return lambda run: np.mean([_solid(run[name], "contrast", g, start) for g in (BLACK, WHITE)], axis=0)
+
+    measures = {
+        "unevenness of black and white around a thing, not clipped, without guidance": around("unevenness", 1.0),
+        f"unevenness of black and white around a thing, as it is seen, {_at(GUIDED)}": around(
+            "seen unevenness", GUIDED
+        ),
+        "contrast of blocks within plain black and white, without guidance": blocks,
+    }
+    evidence = [
+        _compare(runs, f"{text} (levels): {both}", of(PLAIN, FINITE), of(OURS, INFINITY), UNEVEN_MATTERS, (PLAIN, OURS))
+        for text, of in measures.items()
+    ]
+    return Claim("2b", "Without the zero-SNR step there is false contrast in flat grounds", tuple(evidence))
 
 
 def _first_prediction(runs: Sequence[Run]) -> Claim:
@@ -179,7 +189,7 @@ def _first_prediction(runs: Sequence[Run]) -> Claim:
         guess / 2,
         (OURS,),
     )
-    return Claim(3, "The prediction at sigma = infinity already has the colour that is asked for", (evidence,))
+    return Claim("3", "The prediction at sigma = infinity already has the colour that is asked for", (evidence,))
 
 
 def _coherence(runs: Sequence[Run]) -> Claim:
@@ -229,7 +239,7 @@ def _coherence(runs: Sequence[Run]) -> Claim:
             judged=False,
         ),
     ]
-    return Claim(4, "On a larger canvas a larger sigma_max restores coherence", tuple(evidence))
+    return Claim("4", "On a larger canvas a larger sigma_max restores coherence", tuple(evidence))
 
 
 def _starved(runs: Sequence[Run]) -> Claim:
@@ -261,7 +271,7 @@ def _starved(runs: Sequence[Run]) -> Claim:
             judged=False,
         )
     )
-    return Claim(5, "Min-SNR without a floor starves the first step", tuple(evidence))
+    return Claim("5", "Min-SNR without a floor starves the first step", tuple(evidence))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,6 +318,11 @@ def _solid(numbers: Numbers, what: str, ground: str, start: str, guidance: float
 def _wanted(ground: str) -> float:
     """Mean luma of the pictures of a ground's caption."""
     return float(brightness(mean_colour(ground)[None, None, None])[0])
+
+
+def _of_things(numbers: Numbers, what: str, start: str, guidance: float) -> np.ndarray:
+    """(K,) of pictures with a thing, mean of those on black and on white."""
+    return np.mean([numbers[f"things/{start}/{guidance:g}/{what}/{ground}"] for ground in (BLACK, WHITE)], axis=0)
 
 
 def _at(guidance: float) -> str:

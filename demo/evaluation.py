@@ -22,12 +22,12 @@ from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak_run import steps_from
 from ..samplers.prediction import alpha_s
 from .composed import COLOURS, GROUNDS, LONG, Asked, Composer, ground_colour
-from .measures import brightness, coarse_contrast, colour_distance, explained_by_asked, unevenness
+from .measures import brightness, coarse_contrast, colour_distance, explained_by_asked, tint, unevenness
 from .networks import DemoNetwork
 from .objectives import sdxl_sigma
 
 NOISES = 32  # of solid grounds
-OBJECTS = 96  # pictures of things on black, and on white
+OBJECTS = 64  # pictures of things on black, and on white
 LONG_PICTURES, LITERAL_PICTURES = 48, 16
 ERROR_PICTURES = 512
 STEPS = 28
@@ -85,7 +85,8 @@ class Evaluation:
             name = start_name(start)
             parts[f"solids/{name}/1"] = partial(self._solids, start, 1.0, SOLIDS)
             parts[f"solids/{name}/{GUIDED:g}"] = partial(self._solids, start, GUIDED, GUIDED_SOLIDS)
-            parts[f"things/{name}"] = partial(self._things, start)
+            for guidance in (1.0, GUIDED):
+                parts[f"things/{name}/{guidance:g}"] = partial(self._things, start, guidance)
         for start in (START, TWICE, FOUR_TIMES, math.inf) if long else ():
             parts[f"halved/{start_name(start)}"] = partial(self._long, start, halved=True)
             parts[f"literal/{start_name(start)}"] = partial(self._long, start, halved=False)
@@ -137,17 +138,19 @@ class Evaluation:
             found[f"first/{ground}"] = colour_distance(means, mean_colour(ground))
         return found
 
-    def _things(self, start: float) -> Numbers:
+    def _things(self, start: float, guidance: float) -> Numbers:
         """Things on black and white; half of the pairs were never trained with."""
         emoji = self.composer.emoji
         noise = self.network.noise(range(SEED + 100, SEED + 100 + OBJECTS))
         found: Numbers = {}
         for ground in (BLACK, WHITE):
             asked = [Asked(ground, emoji[i % len(emoji)]) for i in range(OBJECTS)]
-            levels, _ = self._sample(asked, noise, start)
+            levels, _ = self._sample(asked, noise, start, guidance)
             shown = levels.clip(0, 255)
-            # not clipped, because clipping at 0 and 255 would hide what is uneven in a black that is black enough
+            # also not clipped, because clipping at 0 and 255 hides what is uneven in a black that is black enough
             found[f"unevenness/{ground}"] = unevenness(levels)
+            found[f"seen unevenness/{ground}"] = unevenness(shown)
+            found[f"tint/{ground}"] = tint(shown)
             found[f"explained/{ground}"] = explained_by_asked(shown, asked, self.composer.sprites)
             found[f"pictures/{ground}"] = shown[:8].round().astype(np.uint8)
         return found

@@ -11,7 +11,7 @@ from ..diagnostics.leak_probes import LUMA
 from .composed import FRAME, Asked, Sprites
 
 BLOCKS = 4  # along each side of the canvas, of whose means the coarse contrast is taken
-WHOLE = 0.5  # share explained from which on a thing counts as whole: real pictures have 1, a wrong caption 0.1
+WHOLE = 0.75  # share explained from which on a thing counts as whole: midway between one of two equal things and 1
 
 
 def brightness(pictures: np.ndarray) -> np.ndarray:
@@ -29,6 +29,11 @@ def frame(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
 def unevenness(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
     """(B,) standard deviation of the ground's luma along the frame; 0 for a ground of one colour."""
     return (frame(pictures, width) @ LUMA).std(1)
+
+
+def tint(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
+    """(B,) largest less smallest channel of the frame's mean colour; 0 for black, grey and white."""
+    return np.ptp(frame(pictures, width).mean(1), axis=1)
 
 
 def coarse_contrast(pictures: np.ndarray) -> np.ndarray:

@@ -151,8 +151,8 @@ def draw_sheet(sheet: NetworksSheet) -> "Figure":
         np.array(alarms),
         title="The same base, the same noise: what the training and the first step do",
         subtitle=f"Networks trained on real pictures, CFG {GUIDANCE:g}. Down a column: one caption, one noise.",
-        note=f"Ground: mean brightness of the frame, 0 to 255; red if more than {ALARM} from what the caption means, or "
-        "outside of what is dark (0 to 110) or light (145 to 255).",
+        note=f"Ground: mean brightness of the frame, 0 to 255; red if more than {ALARM} from what the caption means, "
+        "or outside of what is dark (0 to 110) or light (145 to 255).",
         smooth=True,
     )
 

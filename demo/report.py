@@ -117,7 +117,7 @@ def summary_table(runs: Sequence[Run]) -> str:
 
 def _summary(numbers: Numbers, start: str) -> list[float]:
     solids = f"solids/{start}/1"
-    things = f"things/{start}"
+    things = f"things/{start}/1"
     return [
         *(numbers[f"{solids}/brightness/{ground}"].mean() for ground in (BLACK, WHITE, "dark", "light")),
         np.mean([numbers[f"{solids}/colour/{ground}"].mean() for ground in COLOURS]),
@@ -186,7 +186,7 @@ def _html(recipe: Recipe, runs: Sequence[Run], seeds: Sequence[int], claims: Seq
     return page.encode()
 
 
-def _sheets(run: Mapping[str, Numbers]) -> dict[int, Sheet]:
+def _sheets(run: Mapping[str, Numbers]) -> dict[str, Sheet]:
     """Pictures for each claim, of one training seed; the first noise, or the first pictures, and never chosen ones."""
     names = {FINITE: f"from {START:g}", INFINITY: "from infinity"}
     same = f"{STEPS} Euler steps, without guidance, the same noise everywhere."
@@ -197,10 +197,13 @@ def _sheets(run: Mapping[str, Numbers]) -> dict[int, Sheet]:
         return [_url(run[name][f"solids/{start}/1/pictures/{ground}"][0]) for ground in SHOWN]
 
     def things(name: str, start: str) -> list[str]:
-        return [_url(p) for g in (BLACK, WHITE) for p in run[name][f"things/{start}/pictures/{g}"][:5]]
+        return [_url(p) for g in (BLACK, WHITE) for p in run[name][f"things/{start}/{GUIDED:g}/pictures/{g}"][:5]]
 
     def long(kind: str, start: float) -> list[str]:
         return [_url(picture) for picture in run[OURS][f"{kind}/{start_name(start)}/pictures"][:8]]
+
+    def contrast(name: str, start: str) -> str:
+        return f"{np.mean([run[name][f'things/{start}/1/unevenness/{g}'].mean() for g in (BLACK, WHITE)]):.1f}"
 
     first = [
         (f"{name}, {names[start]}", [f"{run[name][f'solids/{start}/1/first/{g}'].mean():.1f}" for g in COLOURS])
@@ -208,18 +211,23 @@ def _sheets(run: Mapping[str, Numbers]) -> dict[int, Sheet]:
     ]
     lengths = (START, TWICE, FOUR_TIMES, np.inf)
     return {
-        1: Sheet(list(SHOWN), [(f"{name}, {names[start]}", solids(name, start)) for name, start in own], same),
-        2: Sheet(
+        "1": Sheet(list(SHOWN), [(f"{name}, {names[start]}", solids(name, start)) for name, start in own], same),
+        "2": Sheet(
             [*[f"thing {i + 1} on black" for i in range(5)], *[f"thing {i + 1} on white" for i in range(5)]],
             [(f"{name}, {names[start]}", things(name, start)) for name, start in ways],
-            f"{same} The first five of {OBJECTS} things.",
+            f"{STEPS} Euler steps, CFG {GUIDED:g}, the same noise everywhere. The first five of {OBJECTS} things.",
         ),
-        3: Sheet(
+        "2b": Sheet(
+            ["levels"],
+            [(f"{name}, {names[start]}", [contrast(name, start)]) for name, start in ways],
+            "Standard deviation of the ground around a thing on black and white, not clipped, without guidance.",
+        ),
+        "3": Sheet(
             list(COLOURS),
             first,
             "CIEDE2000 between the colour asked for and the mean of the very first prediction of x0.",
         ),
-        4: Sheet(
+        "4": Sheet(
             [f"{i + 1}" for i in range(8)],
             [(f"from {start_name(s)}", long("halved", s)) for s in lengths]
             + [(f"64 x 64, from {start_name(s)}", long("literal", s)) for s in lengths],
@@ -228,7 +236,7 @@ def _sheets(run: Mapping[str, Numbers]) -> dict[int, Sheet]:
             f"explains more than {WHOLE:.0%}. The lower ones are such canvases themselves, on which no network was "
             "trained.",
         ),
-        5: Sheet(
+        "5": Sheet(
             list(SHOWN),
             [(f"{name}, from infinity", solids(name, INFINITY)) for name in (STARVED, OURS) if name in run],
             same,
