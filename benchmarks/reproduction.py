@@ -1,6 +1,6 @@
 """The claims about zero terminal SNR, on networks trained here: one epsilon base, four fine-tunes of it, several seeds.
 
-    python benchmarks/reproduction.py [--out FOLDER] [--size cpu|gpu] [--seeds N] [--no-write]
+    python benchmarks/reproduction.py [--out FOLDER] [--size cpu|gpu] [--quick] [--seeds N] [--no-write]
 
 What is finished in FOLDER stays, so a run that was stopped resumes.  Prints the tables and puts them into
 benchmarks/RESULTS.md.  As a control, a network with random weights is asked the same as the trained ones.
@@ -23,7 +23,7 @@ from ztsnr.demo.evaluation import NOISES, STEPS, Evaluation
 from ztsnr.demo.networks import DemoNetwork
 from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, shift_of
 from ztsnr.demo.report import BOUND_HEADERS, bound_rows, claims_text, summary_table, write_report
-from ztsnr.demo.reproduction import measure, write_sheet
+from ztsnr.demo.reproduction import measure, open_trainings, write_sheet
 from ztsnr.demo.trainings import Trainings
 
 HEADING = "Reproduction: what zero terminal SNR does"
@@ -58,8 +58,9 @@ def untrained(trainings: Trainings) -> Run:
 @click.option("--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the fine-tunes.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
-def main(out: Path, size: str, seeds: int, write: bool) -> None:
-    trainings = Trainings(out, size, say=click.echo)
+@click.option("--quick", is_flag=True, help="Short fine-tunes of the base that comes with the package.")
+def main(out: Path, size: str, seeds: int, write: bool, quick: bool) -> None:
+    trainings = open_trainings(out, size, quick, click.echo)
     runs = []
     for seed in range(seeds):
         if not trainings.run(seed):
@@ -72,14 +73,15 @@ def main(out: Path, size: str, seeds: int, write: bool) -> None:
     control = judge_claims([untrained(trainings)])
     answers = ", ".join(f"{claim.number}: {claim.answer}" for claim in control)
     lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
-    command = f"python benchmarks/{Path(__file__).name} --size {size} --seeds {seeds}"
-    base_took = minutes_of(trainings, BASE, 0)
+    command = f"python benchmarks/{Path(__file__).name} --size {size}{' --quick' * quick} --seeds {seeds}"
+    base = f"{recipe.base_steps} steps of {recipe.batch_size} pictures"
+    base += ", as it comes with the package" if quick else f" ({minutes_of(trainings, BASE, 0):.0f} minutes)"
     text = f"""`{command}`, {datetime.date.today().isoformat()}.
 {machine(None)}.
 
-One epsilon base, {recipe.base_steps} steps of {recipe.batch_size} pictures ({base_took:.0f} minutes), and fine-tunes of
-it, {recipe.steps} steps each ({min(took):.0f} to {max(took):.0f} minutes each), {seeds} seeds: other orders of the
-pictures, other noise. Each number of a training is the mean of {NOISES} noises or more; {STEPS} Euler steps.
+One epsilon base, {base}, and fine-tunes of it, {recipe.steps} steps each ({min(took):.0f} to {max(took):.0f} minutes on
+one core, beside other work), seeds 0 to {seeds - 1}: other orders of the pictures, other noise. Each number of a
+training is the mean of {NOISES} noises or more; {STEPS} Euler steps.
 
 {lines}
 
@@ -102,7 +104,7 @@ What no training can change: the exact flow of the solid pictures of each captio
 """
     print(text, f"\nSheet: {sheet}")
     if write:
-        write_section(RESULTS, HEADING, text)
+        write_section(RESULTS, HEADING + ", short fine-tunes" * quick, text)
 
 
 if __name__ == "__main__":

@@ -165,9 +165,7 @@ def _false_contrast(runs: Sequence[Run]) -> Claim:
 
     measures = {
         "unevenness of black and white around a thing, not clipped, without guidance": around("unevenness", 1.0),
-        f"unevenness of black and white around a thing, as it is seen, {_at(GUIDED)}": around(
-            "seen unevenness", GUIDED
-        ),
+        f"unevenness of black and white around a thing, as seen, {_at(GUIDED)}": around("seen unevenness", GUIDED),
         "contrast of blocks within plain black and white, without guidance": blocks,
     }
     evidence = [

@@ -11,7 +11,7 @@ from ..diagnostics.output import no_matplotlib, png
 from .evaluation import Evaluation, Numbers
 from .networks import DemoNetwork
 from .networks_sheet import draw_sheet, sample_sheet
-from .objectives import BASE, OBJECTIVES, OURS, PLAIN, Start
+from .objectives import BASE, OBJECTIVES, OURS, PLAIN
 from .report import claims_text, summary_table, write_report
 from .shipped import start_of
 from .trainings import QUICK, Trainings
@@ -33,8 +33,7 @@ def reproduce(
     Raises:
         ValueError: See ``Trainings``; a training that failed.
     """
-    base: Start | None = start_of(BASE) if quick else None
-    trainings = Trainings(out, size, base, QUICK if quick else None, say)
+    trainings = open_trainings(out, size, quick, say)
     runs = []
     for seed in seeds:
         if not trainings.run(seed):
@@ -46,6 +45,11 @@ def reproduce(
     say(no_matplotlib() or f"Sheet:  {write_sheet(trainings, seeds[0], out / 'sheet.png')}")
     say(f"Report: {out / 'report.html'}")
     return True
+
+
+def open_trainings(out: Path, size: str, quick: bool, say: Callable[[str], None]) -> Trainings:
+    """Those of a size; quick ones have few steps, from the base that comes with the package."""
+    return Trainings(out, size, start_of(BASE), QUICK, say) if quick else Trainings(out, size, say=say)
 
 
 def measure(trainings: Trainings, seed: int) -> dict[str, Numbers]:
