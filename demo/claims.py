@@ -1,6 +1,6 @@
 """The five claims about zero terminal SNR, and what the measurements say to each: yes, no, or that they cannot tell.
 
-Each is a difference of two numbers that were measured with the same noise.  Its interval (95 %, Student's t) covers the
+Each is a difference of two numbers that were measured with the same noise.  Its interval (99 %, Student's t) covers the
 noise, and where there are several trainings the trainings too: the wider of the two counts.  The answer is yes if the
 whole interval lies beyond what matters, on the side that the claim says; no if it lies on the other side of that; and
 "cannot tell" otherwise, or if a network has not learned what it is asked about.

@@ -28,7 +28,7 @@ from .objectives import sdxl_sigma
 
 NOISES = 32  # of solid grounds
 OBJECTS = 64  # pictures of things on black, and on white
-LONG_PICTURES, LITERAL_PICTURES = 48, 16
+LONG_PICTURES, LITERAL_PICTURES = 96, 16
 ERROR_PICTURES = 512
 STEPS = 28
 GUIDED = 4.0  # scale of classifier-free guidance, beside 1

@@ -31,6 +31,7 @@ dtype = "bfloat16"
 sources = [{{ path = "{folder}/pictures" }}]  # pictures, each with its caption in a .txt beside it
 batch_size = 16
 buckets = ["{side}x{side}"]
+step = {side}  # sides are multiples of it; leave it out for SDXL's buckets
 max_chunks = 1
 validation_share = 0.05
 workers = 0

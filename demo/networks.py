@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import EulerDiscreteScheduler
 
 from ..checkpoints.pipeline import load_pipeline
@@ -18,6 +20,13 @@ from ..training.networks import predict
 
 BATCH = 64
 NO_CAPTION = ""
+
+
+def quiet_libraries() -> None:
+    """Leave out what diffusers and transformers tell about loading; a demo loads a dozen networks."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 class DemoNetwork:

@@ -19,7 +19,7 @@ from ..diagnostics.output import no_matplotlib, png, write_atomically
 from .composed import BRIGHTNESS, COLOURS, Asked, Composer
 from .evaluation import START, STEPS, canvas_sigma, mean_colour
 from .measures import frame
-from .networks import DemoNetwork
+from .networks import DemoNetwork, quiet_libraries
 from .objectives import BASE, OURS, PLAIN
 from .shipped import load_shipped
 
@@ -175,10 +175,12 @@ def _wrapped(asked: Asked) -> str:
 
 def show_networks(out: Path, say: Callable[[str], None] = print) -> NetworksSheet:
     """Sample the networks that come with the package, print the table, and write networks.png into a folder."""
+    quiet_libraries()
     sheet = sample_sheet({name: load_shipped(name) for name in (BASE, PLAIN, OURS)}, Composer())
     say(f"Networks that were trained on real pictures and come with the package, CFG {GUIDANCE:g}:\n\n{sheet.table()}")
     missing = no_matplotlib()
     if missing is None:
         write_atomically(out / "networks.png", png(draw_sheet(sheet)))
     say(f"\n{missing or 'Pictures:  ' + str(out / 'networks.png')}\n")
+    say("To train them yourself:  ztsnr demo --train cpu (an hour on two cores), or --train cpu --quick (minutes)")
     return sheet

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ..checkpoints.atomic import atomic_write
 from ..diagnostics.output import no_matplotlib, png
 from .evaluation import Evaluation, Numbers
-from .networks import DemoNetwork
+from .networks import DemoNetwork, quiet_libraries
 from .networks_sheet import draw_sheet, sample_sheet
 from .objectives import BASE, OBJECTIVES, OURS, PLAIN
 from .report import claims_text, summary_table, write_report
@@ -33,6 +33,7 @@ def reproduce(
     Raises:
         ValueError: See ``Trainings``; a training that failed.
     """
+    quiet_libraries()
     trainings = open_trainings(out, size, quick, say)
     runs = []
     for seed in seeds:

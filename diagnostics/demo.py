@@ -467,7 +467,6 @@ def run_demo(
     say(f"\n{missing or pictures}\nNumbers:   {out / 'results.json'}\n")
     if not images:
         say("With your own pictures:  ztsnr demo --images DIR")
-    say("With trained networks:   ztsnr demo --train cpu (four trainings, about a quarter of an hour)")
     say(
         "In a diffusers pipeline: from ztsnr.samplers import ZTSNRScheduler\n"
         "                         pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)"

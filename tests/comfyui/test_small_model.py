@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from ztsnr.checkpoints import inspect_checkpoint, to_single_file
 from ztsnr.checkpoints.schedule_shift import shift_of_metadata
 from ztsnr.demo.composed import Asked, Composer
-from ztsnr.demo.trainings import shift_of
+from ztsnr.demo.objectives import shift_of
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 from ztsnr.training.small_model import SIZES, write_small_model
 

@@ -16,6 +16,8 @@ def numbers_of(
     *,
     grounds: dict[str, dict[str, float]] | None = None,
     uneven: dict[str, float] | None = None,
+    seen: dict[str, float] | None = None,
+    tint: dict[str, float] | None = None,
     contrast: float = 2.0,
     first: float = 3.0,
     missed: float = 0.1,
@@ -27,7 +29,8 @@ def numbers_of(
 
     Args:
         grounds: start -> brightness of black, white, dark and light; by default those of the pictures themselves.
-        uneven: start -> unevenness around things.
+        uneven, seen, tint: start -> unevenness of the grounds around things, the same as it is seen (by default the
+            same), and their tint.
         contrast, first, missed, last: coarse contrast, CIEDE2000 of the first prediction, share missed in the middle
             of the schedule, error at t = T.
         whole: start -> share of the long things that are whole.
@@ -52,10 +55,14 @@ def numbers_of(
                 numbers[f"{place}/colour/{ground}"] = over_noises(5.0)
                 numbers[f"{place}/first/{ground}"] = over_noises(first)
                 numbers[f"{place}/pictures/{ground}"] = np.full((4, 32, 32, 3), shown.get(ground, 100.0), np.uint8)
-        for ground in ("black", "white"):
-            numbers[f"things/{start}/unevenness/{ground}"] = over_noises((uneven or {}).get(start, 2.0))
-            numbers[f"things/{start}/explained/{ground}"] = over_noises(0.9)
-            numbers[f"things/{start}/pictures/{ground}"] = np.full((8, 32, 32, 3), 99, np.uint8)
+        for guidance in ("1", "4"):
+            place = f"things/{start}/{guidance}"
+            for ground in ("black", "white"):
+                numbers[f"{place}/unevenness/{ground}"] = over_noises((uneven or {}).get(start, 2.0))
+                numbers[f"{place}/seen unevenness/{ground}"] = over_noises((seen or uneven or {}).get(start, 2.0))
+                numbers[f"{place}/tint/{ground}"] = over_noises((tint or {}).get(start, 3.0))
+                numbers[f"{place}/explained/{ground}"] = over_noises(0.9)
+                numbers[f"{place}/pictures/{ground}"] = np.full((8, 32, 32, 3), 99, np.uint8)
     if name == OURS:
         for start in LENGTHS:
             share = (whole or {}).get(start, 1.0)
@@ -73,8 +80,8 @@ COHERENT = {"14.6": 0.3, "29": 0.9, "58": 0.95, "infinity": 1.0}
 def as_claimed(**changes) -> dict[str, Numbers]:
     """A run that speaks for all claims, with other arguments of ``numbers_of`` for some trainings by name."""
     arguments = {
-        EPSILON: {"grounds": {"14.6": GREYISH}, "uneven": {"14.6": 9.0}},
-        PLAIN: {"grounds": {"14.6": GREYISH}, "uneven": {"14.6": 9.0}},
+        EPSILON: {"grounds": {"14.6": GREYISH}},
+        PLAIN: {"grounds": {"14.6": GREYISH}, "uneven": {"14.6": 9.0}, "tint": {"14.6": 30.0}, "contrast": 9.0},
         STARVED: {"last": 1.0, "grounds": {"infinity": {"black": 40.0}}},
         OURS: {"grounds": {"14.6": GREYISH}, "whole": COHERENT},
     }

@@ -124,7 +124,7 @@ def test_names_and_starts():
 def test_the_start_is_never_beyond_the_schedule(tmp_path):
     """14.6 rounded up would be."""
     network = FakeNetwork(zero_snr=False, levels=0.0)
-    Evaluation(network, Composer(FEW), tmp_path / "m.npz")._things(START)
+    Evaluation(network, Composer(FEW), tmp_path / "m.npz")._things(START, 1.0)
     for sample in network.samples:
         assert sample.sigmas[0] <= network.schedule.sigma_max
         assert sample.sigmas[0] == pytest.approx(14.6146 / 4, rel=1e-5)
@@ -157,13 +157,13 @@ def test_all_that_is_measured(perfect):
     _, numbers, _ = perfect
     measured = {key.rsplit("/", 1)[0] for key in numbers if key.endswith("/done")}
     starts = ("infinity", "14.6")
-    expected = {"error", *(f"things/{start}" for start in starts)}
-    expected |= {f"solids/{start}/{guidance}" for start in starts for guidance in (1, 4)}
+    parts = {f"{kind}/{start}/{guidance}" for kind in ("solids", "things") for start in starts for guidance in (1, 4)}
+    expected = {"error", *parts}
     expected |= {f"{kind}/{s}" for kind in ("halved", "literal") for s in ("14.6", "29", "58", "infinity")}
     assert measured == expected
     for ground in SOLIDS:
         assert numbers[f"solids/infinity/1/brightness/{ground}"].shape == (NOISES,)
-    assert numbers["things/14.6/explained/white"].shape == (OBJECTS,)
+    assert numbers["things/14.6/4/explained/white"].shape == (OBJECTS,)
     assert numbers["halved/29/explained"].shape == (LONG_PICTURES,)
     assert not any(key.startswith("solids/infinity/4/brightness/red") for key in numbers)
 
@@ -184,8 +184,12 @@ def test_what_a_perfect_network_gets(perfect):
                 numbers[f"solids/{start}/1/first/{ground}"], numbers[f"solids/{start}/1/colour/{ground}"]
             )
         for ground in ("black", "white"):
-            assert numbers[f"things/{start}/unevenness/{ground}"].max() < 1e-3
-            np.testing.assert_allclose(numbers[f"things/{start}/explained/{ground}"], 1, atol=2e-3)
+            for guidance in (1, 4):
+                things = f"things/{start}/{guidance}"
+                assert numbers[f"{things}/unevenness/{ground}"].max() < 1e-3
+                assert numbers[f"{things}/seen unevenness/{ground}"].max() < 1e-3
+                assert numbers[f"{things}/tint/{ground}"].mean() < 3 * TINT
+                np.testing.assert_allclose(numbers[f"{things}/explained/{ground}"], 1, atol=2e-3)
     for start in ("14.6", "29", "58", "infinity"):
         np.testing.assert_allclose(numbers[f"halved/{start}/explained"], 1, atol=2e-3)
         np.testing.assert_allclose(numbers[f"literal/{start}/explained"], 1, atol=2e-3)
@@ -198,7 +202,7 @@ def test_what_a_network_that_paints_grey_gets(tmp_path, monkeypatch):
         np.testing.assert_allclose(numbers[f"solids/infinity/1/brightness/{ground}"], 128, atol=1e-3)
     assert numbers["solids/infinity/1/colour/grey"].max() < 1
     assert numbers["solids/infinity/1/colour/red"].min() > 20
-    assert (numbers["things/infinity/explained/black"] < 0).all()
+    assert (numbers["things/infinity/1/explained/black"] < 0).all()
     assert (numbers["halved/infinity/explained"] < 0).all()
 
 
@@ -213,7 +217,10 @@ def test_ground_is_measured_beyond_white_and_black(tmp_path):
 
     network.sample = sample
     evaluation = Evaluation(network, Composer(FEW), tmp_path / "m.npz")
-    assert evaluation._things(math.inf)["unevenness/black"].min() > 5
+    things = evaluation._things(math.inf, 1.0)
+    assert things["unevenness/black"].min() > 5
+    assert things["seen unevenness/black"].max() == 0
+    assert things["tint/black"].max() == 0
     solids = evaluation._solids(math.inf, 1.0, ("black",))
     assert solids["brightness/black"].max() == 0
     assert solids["contrast/black"].max() == 0
@@ -243,7 +250,7 @@ def test_all_captions_and_networks_share_the_noise(tmp_path):
     for network in (one, other):
         evaluation = Evaluation(network, Composer(FEW), tmp_path / "m.npz")
         evaluation._solids(START, 1.0, ("black", "white", "dark"))
-        evaluation._things(START)
+        evaluation._things(START, 1.0)
     for mine, theirs in zip(one.samples, other.samples, strict=True):
         assert torch.equal(mine.noise, theirs.noise)
         assert mine.captions == theirs.captions
@@ -262,11 +269,10 @@ def test_all_captions_and_networks_share_the_noise(tmp_path):
 
 def test_guided_solids_are_some(perfect):
     network, *_ = perfect
-    by_guidance = {
-        sample.guidance: sample.captions for sample in network.samples if "completely black" in sample.captions
-    }
-    assert set(by_guidance[4.0]) == {Asked(ground).caption for ground in GUIDED_SOLIDS}
-    assert set(by_guidance[1.0]) == {Asked(ground).caption for ground in SOLIDS}
+    solids = [sample for sample in network.samples if "completely black" in sample.captions]
+    asked = {sample.guidance: set(sample.captions) for sample in solids}
+    expected = {4.0: GUIDED_SOLIDS, 1.0: SOLIDS}
+    assert asked == {guidance: {Asked(one).caption for one in grounds} for guidance, grounds in expected.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,7 +328,7 @@ def test_nothing_is_measured_twice(perfect):
     found = again.all(True, lambda: ticks.append(1))
     assert found.keys() == numbers.keys()
     assert all(np.array_equal(found[key], numbers[key]) for key in numbers)
-    assert len(ticks) == 15
+    assert len(ticks) == sum(key.endswith("/done") for key in numbers)
 
 
 def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -339,7 +345,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     assert done == {"error/done", "solids/14.6/1/done", "solids/14.6/4/done"}
     rest = FakeNetwork(zero_snr=False, levels=10.0)
     numbers = evaluate(rest, path)
-    assert len(rest.samples) == 2  # the things on black, and on white
+    assert [sample.guidance for sample in rest.samples] == [1, 1, 4, 4]  # the things on black, and on white
     assert rest.predictions == []
     whole = evaluate(FakeNetwork(zero_snr=False, levels=10.0), tmp_path / "other.npz")
     assert all(np.array_equal(numbers[key], whole[key]) for key in whole)

@@ -115,7 +115,7 @@ def test_claims_in_words(runs):
 
 def test_the_page_holds_all_claims_and_what_they_rest_on(written, runs):
     claims, page, _ = written
-    assert [claim.answer for claim in claims] == ["yes"] * 5
+    assert {claim.answer for claim in claims} == {"yes"}
     there = cells(page)
     for claim in claims:
         assert f"{claim.number}. {claim.text}" in there
@@ -124,14 +124,14 @@ def test_the_page_holds_all_claims_and_what_they_rest_on(written, runs):
     for row in summary_rows(runs):
         assert set(row) <= there
     assert {"no caption", "121", "127", "120"} <= there
-    assert page.count('class="answer yes"') == 10
+    assert page.count('class="answer yes"') == 2 * len(claims)
     assert 'class="answer no"' not in page
 
 
 def test_answers_that_are_no_are_shown_so(tmp_path):
     run = as_claimed(**{OURS: {"first": 40.0}})
     claims = write_report(tmp_path, RECIPES["cpu"], [run], (0,))
-    assert claims[2].answer == "no"
+    assert [claim.number for claim in claims if claim.answer == "no"] == ["3"]
     assert (tmp_path / "report.html").read_text().count('class="answer no"') >= 2
 
 

@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from ztsnr.checkpoints import inspect_checkpoint, verify_checkpoint
 from ztsnr.checkpoints.schedule_shift import shift_of, shift_of_metadata
+from ztsnr.cli import main as ztsnr
+from ztsnr.demo import networks_sheet
 from ztsnr.demo.composed import Asked, Composer
 from ztsnr.demo.evaluation import START, STEPS, canvas_sigma
 from ztsnr.demo.measures import brightness
@@ -96,7 +99,9 @@ def test_black_is_grey_from_the_end_of_the_plain_schedule():
     assert levels(network, "completely black", sigmas, "euler") > 45
 
 
-def test_the_demo_shows_them(tmp_path):
+def test_the_demo_shows_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks_sheet, "STEPS", 8)
+    monkeypatch.setattr(networks_sheet, "DEFAULT_STEPS", 8)
     said = []
     sheet = show_networks(tmp_path, said.append)
     assert sheet.table() in "\n".join(said)
@@ -105,3 +110,27 @@ def test_the_demo_shows_them(tmp_path):
     for asked in (Asked("black"), Asked("black", "frog")):
         published, *_, ours = sheet.grounds[1:, ASKED.index(asked)]
         assert ours < published - 15  # what a user sees at a glance
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "verdict"),
+    [(OURS, True, "zero-SNR trained: x0 at t = T does not follow"), (BASE, False, "not zero-SNR trained: x0 at t = T")],
+)
+def test_the_gate_of_the_leak_test(name, passes, verdict, tmp_path):
+    """As a trainer runs it; the base is stopped, and for the right reason."""
+    options = [
+        "--config",
+        CONFIG,
+        "--out",
+        tmp_path,
+        "--width",
+        32,
+        "--height",
+        32,
+        "--prompt",
+        "completely black=black",
+    ]
+    numbers = ["--seeds", 8, "--steps", 10, "--reference-steps", 15, "--guidance", 1, "--gate", 6]
+    result = CliRunner().invoke(ztsnr, ["leak", str(WEIGHTS / FILES[name]), *map(str, options + numbers)])
+    assert f"Checkpoint: {verdict}" in result.output
+    assert result.exit_code == (0 if passes else 1)
