@@ -75,6 +75,10 @@ class CheckpointReport:
             "programs": programs,
         }
 
+    def _schedule(self) -> list[str]:
+        shift = self.metadata.get(METADATA)
+        return [] if shift is None else [f"Noise schedule: {shift} times the published sigmas."]
+
     def __str__(self) -> str:
         architecture = "unknown architecture" if self.architecture == "unknown" else self.architecture
         types = [f"{dtype} {share:.0%}" for dtype, share in self.precision.items()]
@@ -83,7 +87,7 @@ class CheckpointReport:
             f"{self.path.name}: {', '.join([architecture, self.format, *types])}.",
             f"Prediction: {self.prediction_type or 'not said'}. Zero terminal SNR: {zero_terminal_snr}.",
             *([] if self.latent_scaling is None else [_describe(self.latent_scaling)]),
-            *([f"Noise schedule: {self.metadata[METADATA]} times the published sigmas."] * (METADATA in self.metadata)),
+            *self._schedule(),
             *self.evidence,
             *(f"Warning: {warning}" for warning in self.warnings),
         ]

@@ -45,12 +45,11 @@ def run_trainings(trainings: "Trainings", jobs: Sequence[Job], at_a_time: int, c
     with _signals() as caught, tqdm(total=sum(steps.values()), desc=names[:40], unit="step", smoothing=0.05) as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < at_a_time and not caught:
+                if caught:
+                    return False
+                while waiting and len(running) < at_a_time:
                     job = waiting.pop(0)
                     running[job] = _start(trainings.out, trainings.folder(*job), job, max(1, cores // at_a_time))
-                if caught:
-                    for process in running.values():
-                        process.terminate()  # which saves its state
                 time.sleep(INTERVAL)
                 for job, process in list(running.items()):
                     if process.poll() is not None:
@@ -59,11 +58,9 @@ def run_trainings(trainings: "Trainings", jobs: Sequence[Job], at_a_time: int, c
                             raise ValueError(_trouble(trainings.folder(*job), job))
                         done += steps[job]
                 bar.update(done + sum(_step(trainings.folder(*job)) for job in running) - bar.n)
-                if caught and not running:
-                    return False
         finally:
             for process in running.values():
-                process.terminate()
+                process.terminate()  # which saves its state; asked once, because twice means at once
             for process in running.values():
                 process.wait()
     return True

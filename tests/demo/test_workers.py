@@ -273,7 +273,6 @@ def test_a_signal_stops_all_and_they_save_their_state(tmp_path, number):
     assert not (tmp_path / "c.ready").exists()  # nothing new is begun
 
 
-@pytest.mark.xfail(strict=True, reason="terminate() is sent at every look, and a training that is asked twice stops")
 def test_a_training_is_asked_to_stop_once(tmp_path):
     """A second signal, some seconds after the first, means "at once" (training/stopping.py): a state that takes longer
     to be saved would be lost."""
