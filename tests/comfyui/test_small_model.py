@@ -1,10 +1,9 @@
 """The demo's small model in a real ComfyUI, through the node of small_model_inside.py.
 
-Its weights are random, or those of the trainings whose folder ZTSNR_REPRODUCTION names (``ztsnr demo --train``).
+Its weights are random, or those of the zero-SNR network that comes with the package.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from ztsnr.checkpoints import inspect_checkpoint, to_single_file
+from ztsnr.checkpoints import inspect_checkpoint, to_folder, to_single_file
 from ztsnr.checkpoints.schedule_shift import shift_of_metadata
 from ztsnr.demo.composed import Asked, Composer
-from ztsnr.demo.objectives import shift_of
+from ztsnr.demo.objectives import OURS, shift_of
+from ztsnr.demo.shipped import CONFIG, FILES, WEIGHTS
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 from ztsnr.training.small_model import SIZES, write_small_model
 
@@ -42,15 +42,6 @@ def random_model(place: Path, shift: float = 1.0) -> Path:
     return folder
 
 
-def trained_model() -> Path:
-    named = os.environ.get("ZTSNR_REPRODUCTION")
-    if not named:
-        pytest.skip("ZTSNR_REPRODUCTION names no folder of trainings")
-    found = sorted(Path(named).glob("seed-*/v-zero-SNR/export/v-zero-SNR/model_index.json"))
-    assert found, f"{named} holds no trained model"
-    return found[0].parent
-
-
 def shift_in(model: dict[str, str]) -> float:
     """What its file says that every sigma is multiplied by."""
     return shift_of_metadata(inspect_checkpoint(model["file"]).metadata)
@@ -63,15 +54,22 @@ def both_layouts(folder: Path, place: Path) -> dict[str, str]:
     return {"folder": str(folder), "file": str(file)}
 
 
+def trained_model(place: Path) -> dict[str, str]:
+    """The zero-SNR network that comes with the package; in float32, because transformers would run what it finds."""
+    file = WEIGHTS / FILES[OURS]
+    to_folder(file, place / "folder", config=CONFIG, dtype=torch.float32)
+    return {"folder": str(place / "folder"), "file": str(file)}
+
+
 @pytest.fixture(scope="module", params=["random", "trained"])
 def model(request, tmp_path_factory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("model")
-    return both_layouts(trained_model() if request.param == "trained" else random_model(place), place)
+    return trained_model(place) if request.param == "trained" else both_layouts(random_model(place), place)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, str]:
-    return both_layouts(trained_model(), tmp_path_factory.mktemp("trained"))
+    return trained_model(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +196,8 @@ def test_text_to_image(server, model):
     (sampler,) = (node["inputs"] for node in graph.values() if node["class_type"] == "KSampler")
     (picture,) = saved(server, graph).values()
 
-    trained_on = (
-        round(128 * shift_in(model)),
-    ) * 2  # what a scheduler in KSampler's list, which knows no canvas, takes it for
+    # what a scheduler in KSampler's list, which knows no canvas, takes it for
+    trained_on = (round(128 * shift_in(model)),) * 2
     spacing = sampler["scheduler"].removeprefix("ztsnr_")
     expected = pipeline_of(model["folder"], sampler["sampler_name"], spacing, trained_on)(
         graph[sampler["positive"][0]]["inputs"]["text"],
