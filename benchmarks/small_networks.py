@@ -132,6 +132,7 @@ def in_diffusers(scheduler_class: type, **options) -> Callable[[DemoNetwork, Cas
         config = {**network.pipe.scheduler.config, "_use_default_values": []}
         scheduler = scheduler_class.from_config(config, rescale_betas_zero_snr=True, **options)
         scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(0)
         denoise = network.denoise(case.captions, case.cfg)
         x = case.noise * scheduler.init_noise_sigma
         for i, t in enumerate(scheduler.timesteps):

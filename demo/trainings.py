@@ -145,7 +145,8 @@ class Trainings:
                 [pictures],
                 self.out / "latents",
                 [[(composer.side, composer.side)]],
-                vae=start,
+                vae=start if self.base is None else self.base.path,  # a file's, in float16, is another
+                config=None if self.base is None else self.base.config,
                 margin=0,
                 batch_size=self.recipe.batch_size,
                 say=lambda line: None,

@@ -364,10 +364,10 @@ def test_the_folder_says_a_shifted_schedule_to_diffusers(folders, tmp_path, kind
     )
     if zero:
         assert euler.sigmas[0].item() == pytest.approx(4096, rel=1e-6)
-    # the single file is what it would be without the shift: nothing in it can tell
+    # the single file says it in its metadata
     assert NoiseSchedule.from_config(load_pipeline(file, config=folders[kind]).pipeline.scheduler.config).sigma(
         500.0
-    ) == pytest.approx(expected[500].item() / 2, rel=1e-9)
+    ) == pytest.approx(expected[500].item(), rel=1e-9)
 
 
 def test_a_base_with_a_shifted_schedule_that_is_trained_without_one(folders, tmp_path):
