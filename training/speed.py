@@ -25,7 +25,6 @@ from .parallel import World
 from .tokens import TokenBatch
 
 GIB = 2**30
-FEW_TOKENS = 4096  # of a latent, up to which attention on a CPU is by matrix products
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -124,9 +123,6 @@ class Speed:
             latents, dtype = (width // factor, height // factor), getattr(torch, self._settings.model.dtype)
             backends = choose_attention(unet, self.micro_batch, latents, dtype, self._say)
             self._attention.enter_context(sdpa_kernel(backends, set_priority=True))
-        elif self._world.device.type == "cpu" and max(map(math.prod, self.buckets)) // factor**2 <= FEW_TOKENS:
-            # matrix products: torch's fused kernel for CPUs takes twice as long in its backward pass
-            self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         if self._compiles:
             # one artifact a bucket, size of a part, and stage; behind the limit torch would go on without compiling
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
