@@ -52,8 +52,8 @@ class ZTSNRModelSampling(io.ComfyNode):
                     max=8.0,
                     step=0.05,
                     tooltip="1 is off. For canvases larger than the model was trained on: how many times longer, "
-                    "sqrt(area / trained area); 1.5 for 1536 x 1536 on an SDXL model. Every sigma is multiplied by it. Below 1 "
-                    "for models trained on a schedule of their own.",
+                    "sqrt(area / trained area); 1.5 for 1536 x 1536 on an SDXL model. Every sigma is multiplied by it. "
+                    "Below 1 for models trained on a schedule of their own.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model for any sampler.")],
