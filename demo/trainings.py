@@ -63,7 +63,7 @@ RECIPES = {
     "cpu": Recipe(12_000, True, 12_000, 6_000, 16, 1e-3, 8e-4, 0.1, "bfloat16"),
     "gpu": Recipe(60_000, False, 60_000, 30_000, 32, 6e-4, 4e-4, 0.1, "bfloat16"),
 }
-QUICK = replace(RECIPES["cpu"], steps=600)  # fine-tunes of the base that comes with the package
+QUICK = replace(RECIPES["cpu"], pictures=3000, steps=600)  # fine-tunes of the base that comes with the package
 
 
 class Trainings:
