@@ -106,8 +106,9 @@ def test_captions_and_emoji_of_a_size(tmp_path, size):
 def test_recipes_are_of_the_sizes():
     assert RECIPES.keys() == SIZES.keys()
     differing = {name for name, value in asdict(QUICK).items() if value != asdict(RECIPES["cpu"])[name]}
-    assert differing == {"steps"}
+    assert differing == {"pictures", "steps"}  # fewer pictures: those that are not seen need not be made
     assert QUICK.steps < RECIPES["cpu"].steps
+    assert QUICK.pictures * 4 >= QUICK.steps * QUICK.batch_size  # and none is seen much more than four times
 
 
 # ----------------------------------------------------------------------------------------------------------------------
