@@ -19,7 +19,6 @@ from .objectives import EPSILON, OURS, PLAIN, STARVED
 
 LEVELS_MATTER = 10.0  # of 255
 UNEVEN_MATTERS = 1.0  # levels of standard deviation: about what is seen in a flat ground
-COLOUR_MATTERS = 5.0  # of CIEDE2000
 SHARE_MATTERS = 0.2  # of pictures
 ERROR_MATTERS = 0.1  # of v, whose mean square at t = T is about 1
 LEARNED = 0.6  # share of the answer that a network may miss in the middle of the schedule

@@ -1,13 +1,13 @@
 """Asks a trained network everything that the claims need, with the same noise for all networks.
 
 Noise levels have the names that they have for SDXL at 1024 x 1024: "14.6" is the level at which SDXL's own schedule
-ends, and 29 and 58 are what a canvas of twice and four times the length needs.  ``trainings`` says how they become
+ends, and 29 and 58 are what a canvas of twice and four times the length needs.  ``objectives`` says how they become
 those of a small canvas.
 
 **A canvas twice as long.**  The means of 2 x 2 blocks of a canvas of 64 x 64 follow the very process of 32 x 32, with
 half the noise.  So what happens to the composition of the longer canvas can be seen on the canvas that the network
-knows, by starting it at half the sigma (``HALVED``).  Besides, the longer canvas itself is sampled (``LITERAL``), on
-which the network was not trained.
+knows, by starting it at half the sigma ("halved").  Besides, the longer canvas itself is sampled ("literal"), on which
+the network was not trained.
 """
 
 import math
