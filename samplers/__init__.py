@@ -1,6 +1,6 @@
 """The mathematics: noise schedules, step schedules, solvers, guidance, and the diffusers scheduler."""
 
-from .guidance import guide, rescale_guidance
+from .guidance import exposure_true, exposure_true_guidance, guide, rescale_contrast, rescale_guidance
 from .noise_schedule import NoiseSchedule, make_betas, min_snr_weight, rescale_zero_terminal_snr
 from .prediction import PREDICTION_TYPES, from_denoised, to_denoised
 from .sampling import sample
@@ -16,10 +16,13 @@ __all__ = [
     "NoiseSchedule",
     "ZTSNRScheduler",
     "ZTSNRWarning",
+    "exposure_true",
+    "exposure_true_guidance",
     "from_denoised",
     "guide",
     "make_betas",
     "min_snr_weight",
+    "rescale_contrast",
     "rescale_guidance",
     "rescale_zero_terminal_snr",
     "sample",
