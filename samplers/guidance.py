@@ -86,8 +86,8 @@ def exposure_true(
         )
     d, p = difference.float(), _centred(picture.float())
     m = _canvas_mean(d)
-    # p has no mean, so <d, p> = <d - m, p>
-    k = _dot(d, p) / _dot(p, p).clamp(min=torch.finfo(torch.float32).tiny)
+    # not <d, p>: of a flat picture p is what rounding leaves, which is a mean again
+    k = _dot(d - m, p) / _dot(p, p).clamp(min=torch.finfo(torch.float32).tiny)
     return d - exposure * m - contrast * k * p
 
 
