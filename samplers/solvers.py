@@ -16,13 +16,14 @@ sigma.  Deterministic multistep solvers are tables of weights (``multistep``); t
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .er_sde import er_sde
 from .multistep import (
     Weights,
     angle,
@@ -36,11 +37,9 @@ from .multistep import (
     predictor,
 )
 from .prediction import alpha_s
+from .protocol import Evaluations, Noise, Sigmas
+from .sa_solver import sa_solver
 from .spectral import CAUTION, CAUTIOUS_MEMORY, MEMORY, spectral_table
-
-Sigmas = tuple[float, ...]
-Noise = Callable[[], torch.Tensor]
-Evaluations = Generator[tuple[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Deterministic multistep solvers: a table of weights each.
@@ -437,6 +436,8 @@ SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
     "dpmpp_sde": dpmpp_sde,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
+    "er_sde": er_sde,
+    "sa_solver": sa_solver,
     "lcm": lcm,
 }
 SOLVERS = tuple(SOLVER_FUNCTIONS)

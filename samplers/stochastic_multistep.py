@@ -1,0 +1,42 @@
+"""Stochastic multistep solvers: a table of steps x <- keep x + weights . x0 + fresh z.
+
+Between two noise levels a reverse SDE with x0 given as a polynomial is linear, so its exact step is a linear
+combination of the state, the last x0 and one Gaussian z.  All coefficients depend on the sigmas and eta alone: they are
+computed once, in float64, before the first network call.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .protocol import Evaluations, Noise, Sigmas
+
+
+class Step(NamedTuple):
+    """One step.  At sigma = 0, ``Step(0.0, (1.0,), 0.0)``: the result is x0.
+
+    Attributes:
+        keep: factor of the state.
+        weights: factors of the last x0, newest first.
+        fresh: standard deviation of the fresh noise.
+    """
+
+    keep: float
+    weights: tuple[float, ...]
+    fresh: float
+
+
+def take_steps(x: torch.Tensor, sigmas: Sigmas, steps: Sequence[Step], noise: Noise) -> Evaluations:
+    """A solver that takes these steps; it draws noise only where a step has some."""
+    memory = max(len(step.weights) for step in steps)
+    history = []
+    for sigma, step in zip(sigmas, steps, strict=False):
+        x, x0 = yield x, sigma
+        history = [x0, *history[: memory - 1]]
+        x = step.keep * x
+        for weight, past in zip(step.weights, history, strict=False):
+            x.add_(past, alpha=weight)
+        if step.fresh > 0:
+            x.add_(noise(), alpha=step.fresh)
+    return x
