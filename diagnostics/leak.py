@@ -1,7 +1,7 @@
 """The mean-leak test: does a network, or a sampler, take the mean of the noise for the picture's brightness?
 
 The mean of N values of unit noise is about 1/sqrt(N), never 0.  Set it to a known offset, and to the opposite, with the
-rest of the noise the same, and see what follows.  Two questions, two answers:
+rest of the noise the same, and see what follows.  Two questions, two answers, and a third if asked:
 
 **The checkpoint.**  At t = T the input of a zero-SNR network is noise and nothing else, so its prediction x0 must not
 follow the offset.  A network trained on a schedule that ends at sigma 14.6 has learned that some signal is left in
@@ -15,6 +15,8 @@ which is 0 at infinity and peaks near sigma = sqrt(V).  So the slope at t = T is
 **The sampler.**  The exact flow carries the mean of the noise into the mean of the picture with slope tau sqrt(N).
 That is the variety of the prompt and no leak.  What a sampler adds is its departure from the exact flow of the same
 network from the same noise: a bias toward grey, or another slope.
+
+**The guidance.**  How far it moves brightness from what the same noise gives without it: see ``guidance_shift``.
 
 **The table.**  Which noise levels a network was trained with can be read from its answer to the finest noise, of which
 no picture has much: v follows it with 1 / sigma(t), whatever the prompt.
@@ -30,6 +32,8 @@ import torch
 from ..samplers import NoiseSchedule, sample, step_schedule
 from ..samplers.prediction import alpha_s
 from ..samplers.sampling import Denoise
+from .estimates import CONFIDENCE, Estimate, mean_over_seeds, over_seeds, spread_of
+from .guidance_shift import EXPOSURE_TRUE, GuidanceAnswer, judge_guidance
 from .latent_stats import LatentMeanRecorder, LatentStatistics
 from .leak_probes import (
     NetworkProbe,
@@ -42,62 +46,12 @@ from .leak_probes import (
     probed_sigmas,
 )
 
-CONFIDENCE = 0.99  # of every interval
 TABLE_UP_TO = 0.8  # share of T up to which every network learns how much noise there is, whatever the loss weights
 LEAK_SHARE = 0.2  # of the peak's slope: a network that follows the noise this much at t = T leaks
 LEAST_PEAK = 1.5  # slope below which a prompt leaves too little open: V of 9, of which sigma 14.6 would show little
 PULL_LEVELS = 1.0  # of 255, from which on a bias counts
 PULL_LATENT = 0.02  # the same in latent units: of SDXL's first channel, about one level
 SLOPE_DEPARTURE = 0.1  # of the exact flow's slope
-MOST_SEEDS = 1000  # that a report advises
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Estimates
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and the half width of its confidence interval (Student's t)."""
-
-    value: float
-    error: float
-    seeds: int
-
-    @classmethod
-    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
-        """The mean of one value a seed, at least two."""
-        from scipy import stats
-
-        values = np.asarray(values, dtype=float)
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-        error = quantile * values.std(ddof=1) / math.sqrt(len(values))
-        return cls(float(values.mean()), float(error), len(values))
-
-    @property
-    def low(self) -> float:
-        return self.value - self.error
-
-    @property
-    def high(self) -> float:
-        return self.value + self.error
-
-    def side(self, limit: float) -> int:
-        """1 if certainly above the limit, -1 if certainly not, 0 if these seeds cannot tell."""
-        return (self.low > limit) - (self.high <= limit)
-
-    def seeds_to_tell(self, limit: float) -> int:
-        """About how many seeds it takes until the interval no longer holds the limit; more than were used."""
-        gap = abs(self.value - limit)
-        needed = self.seeds * (self.error / gap) ** 2 if gap > 0 else math.inf
-        return math.ceil(min(max(1.2 * needed, self.seeds + 2, 6), MOST_SEEDS))
-
-    def __str__(self) -> str:
-        # two digits of the error, or four of the value where the error is nothing
-        leading = math.floor(math.log10(max(abs(self.value), self.error, 0.01)))
-        digits = 3 - leading if self.error < 10 ** (leading - 3) else 1 - math.floor(math.log10(self.error))
-        digits = min(max(digits, 0), 4)
-        return f"{self.value + 0.0:.{digits}f} ± {self.error:.{digits}f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,10 +307,10 @@ def judge_sampler(
     shared = {
         "start_sigma": start_sigma,
         "channels": _channel_fits(probes, references),
-        "spread": _spread(probes),
-        "clipped": _mean_of(probes, "clipped"),
-        "brightness": _over_seeds(probes, "brightness"),
-        "colour_error": _over_seeds(probes, "colour_error"),
+        "spread": spread_of(probes),
+        "clipped": mean_over_seeds(probes, "clipped"),
+        "brightness": over_seeds(probes, "brightness"),
+        "colour_error": over_seeds(probes, "colour_error"),
         "unit": unit,
     }
     if references is None:
@@ -398,10 +352,10 @@ def judge_sampler(
         reference=reference,
         pull=pull,
         slope_ratio=ratio,
-        reference_spread=_spread(references),
-        reference_clipped=_mean_of(references, "clipped"),
-        reference_brightness=_over_seeds(references, "brightness"),
-        reference_colour_error=_over_seeds(references, "colour_error"),
+        reference_spread=spread_of(references),
+        reference_clipped=mean_over_seeds(references, "clipped"),
+        reference_brightness=over_seeds(references, "brightness"),
+        reference_colour_error=over_seeds(references, "colour_error"),
         seeds_needed=needed,
         **shared,
     )
@@ -484,26 +438,6 @@ def _departure(ratio: Estimate | None) -> int:
     return -1 if ratio is None else _departure_estimate(ratio).side(SLOPE_DEPARTURE)
 
 
-def _spread(probes: Sequence[SamplerProbe]) -> float:
-    """Standard deviation over all pictures of the brightness, or of the mean of the latents' first channel."""
-    if probes[0].brightness is not None:
-        values = np.concatenate([probe.brightness for probe in probes])
-    else:
-        values = np.concatenate([probe.picture_mean[:, 0] for probe in probes])
-    return float(values.std(ddof=1))
-
-
-def _over_seeds(probes: Sequence[SamplerProbe], name: str) -> Estimate | None:
-    if getattr(probes[0], name) is None:
-        return None
-    return Estimate.over_seeds([getattr(probe, name).mean() for probe in probes])
-
-
-def _mean_of(probes: Sequence[SamplerProbe], name: str) -> float | None:
-    estimate = _over_seeds(probes, name)
-    return None if estimate is None else estimate.value
-
-
 def _at_least_two(probes: Sequence) -> None:
     if len(probes) < 2:
         raise ValueError(f"a slope with an interval needs at least 2 seeds, not {len(probes)}; 8 are a good beginning")
@@ -515,10 +449,10 @@ def _at_least_two(probes: Sequence) -> None:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """Both answers, and what they were judged from.
+    """The answers, and what they were judged from.
 
     Attributes:
-        checkpoint, sampler: the answers; None where the question was not asked.
+        checkpoint, sampler, guidance: the answers; None where the question was not asked.
         offset: of the noise means, in their standard deviations.
         brightness_through: how latents became levels, in words; None if they did not.
         network_probes, sampler_probes, reference_probes: the measurements, one a seed.
@@ -532,10 +466,11 @@ class LeakReport:
     network_probes: list[NetworkProbe]
     sampler_probes: list[SamplerProbe]
     reference_probes: list[SamplerProbe] | None
+    guidance: GuidanceAnswer | None = None
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence about the checkpoint and the sampler."""
         return join_verdicts(self.checkpoint, self.sampler)
 
     def __str__(self) -> str:
@@ -544,6 +479,8 @@ class LeakReport:
             lines += ["", f"Checkpoint: {self.checkpoint.sentence}.", "", f"Sampler: {self.sampler.sentence}."]
         if self.sampler is not None:
             lines += _details(self.sampler)
+        if self.guidance is not None:
+            lines += ["", f"Guidance: {self.guidance.sentence}.", *self.guidance.details()]
         through = f" Brightness {self.brightness_through}." if self.brightness_through else ""
         deviations = "1 standard deviation" if self.offset == 1 else f"{self.offset:g} standard deviations"
         lines += [
@@ -555,7 +492,7 @@ class LeakReport:
 
     def to_dict(self) -> dict:
         """For JSON: no NaN, infinity as a word."""
-        kept = ("checkpoint", "sampler", "seeds", "offset", "brightness_through")
+        kept = ("checkpoint", "sampler", "guidance", "seeds", "offset", "brightness_through")
         return {"verdict": self.verdict, "confidence": CONFIDENCE} | {k: plain(getattr(self, k)) for k in kept}
 
 
@@ -568,6 +505,9 @@ def mean_leak(
     sigmas: Sequence[float] | None = None,
     reference: Run | None = None,
     reference_name: str = "the exact flow",
+    unguided: Run | None = None,
+    exposure_true: Run | None = None,
+    guidance_name: str = "guidance",
     start_sigma: float = math.inf,
     seeds: Sequence[int] = range(8),
     offset: float = 1.0,
@@ -588,6 +528,10 @@ def mean_leak(
             ``probed_sigmas``, which need a schedule.
         reference: like ``run``, the exact flow of the same network with the same guidance (``exact_flow``).
         reference_name: what it is, in words.
+        unguided: like ``reference``, with the prompt alone; None leaves the question about guidance, which needs a
+            reference.
+        exposure_true: like ``reference``, with exposure-true guidance of the same scale, to compare.
+        guidance_name: what the reference's guidance is called: "CFG 5".
         start_sigma: noise level that the sampler starts at.
         seeds: K different seeds, at least 2.
         offset: of the noise means, in standard deviations of such a mean.
@@ -595,7 +539,7 @@ def mean_leak(
         brightness_through: how, in words: "through the VAE".
         target: the colour that the prompt asks for, 0 to 255.
         device: where the noise goes.
-        progress: called after each of the up to three probes of a seed.
+        progress: called after each of the up to five probes of a seed.
 
     Raises:
         ValueError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
@@ -607,29 +551,36 @@ def mean_leak(
         raise ValueError("a colour can only be compared in pictures: give to_rgb as well")
     if denoise is not None and sigmas is None:
         sigmas = probed_sigmas(schedule)
+    if unguided is not None and reference is None:
+        raise ValueError("what guidance does is seen beside the exact flow without it: give a reference as well")
     tell = progress or (lambda: None)
-    network_probes, sampler_probes, reference_probes = [], [], []
+    runs = {} if run is None else {"sampler": run, "reference": reference}
+    runs |= {} if unguided is None else {"unguided": unguided, "exposure-true": exposure_true}
+    runs = {kind: each for kind, each in runs.items() if each is not None}
+    network_probes = []
+    probes: dict[str, list[SamplerProbe]] = {kind: [] for kind in runs}
     for index, seed in enumerate(seeds):
         noise = noise_pair(seed, index, shape, offset).to(device)
         if denoise is not None:
             network_probes.append(probe_network(denoise, noise, sigmas, seed))
             tell()
-        if run is not None:
-            sampler_probes.append(probe_sampler(run, noise, to_rgb, target, seed))
+        for kind, each in runs.items():
+            probes[kind].append(probe_sampler(each, noise, to_rgb, target, seed))
             tell()
-        if run is not None and reference is not None:
-            reference_probes.append(probe_sampler(reference, noise, to_rgb, target, seed))
-            tell()
-    references = reference_probes if reference is not None else None
+    references = probes.get("reference")
+    guided = {guidance_name: references}
+    if "exposure-true" in probes:
+        guided[EXPOSURE_TRUE] = probes["exposure-true"]
     return LeakReport(
         checkpoint=judge_network(network_probes, schedule) if denoise is not None else None,
-        sampler=judge_sampler(sampler_probes, references, start_sigma, reference_name) if run is not None else None,
+        sampler=judge_sampler(probes["sampler"], references, start_sigma, reference_name) if run is not None else None,
         seeds=seeds,
         offset=offset,
         brightness_through=brightness_through if to_rgb is not None else None,
         network_probes=network_probes,
-        sampler_probes=sampler_probes,
+        sampler_probes=probes.get("sampler", []),
         reference_probes=references,
+        guidance=judge_guidance(probes["unguided"], guided) if "unguided" in probes else None,
     )
 
 

@@ -20,15 +20,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from ..samplers import NoiseSchedule
+from .estimates import CONFIDENCE, Estimate
+from .guidance_shift import GuidanceAnswer
 from .latent_stats import LatentStatistics
 from .leak import (
-    CONFIDENCE,
     LEAST_PEAK,
     PULL_LATENT,
     PULL_LEVELS,
     TABLE_UP_TO,
     ChannelFit,
-    Estimate,
     LeakReport,
     expected_denoised_mean,
     expected_slope,
@@ -89,8 +89,8 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
     """What the mean-leak test measured, beside what was expected.
 
     From top to bottom: the verdict; how x0 follows the mean of pure noise over the timesteps; the mean of the
-    prediction over sigma, channel by channel; the picture's mean on the noise's; a strip of pictures.  What the report
-    leaves out is left out.
+    prediction over sigma, channel by channel; the picture's mean on the noise's; brightness with guidance over that
+    without; a strip of pictures.  What the report leaves out is left out.
 
     Args:
         theme: "light" or "dark".
@@ -104,6 +104,8 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
         rows += _checkpoint_rows(report, look)
     if report.sampler is not None:
         rows += _sampler_rows(report, look)
+    if report.guidance is not None:
+        rows += _guidance_rows(report.guidance, look)
     return _stack([*rows, *_strip_rows(strip, look)], look)
 
 
@@ -151,27 +153,73 @@ def start_sheet(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    grid = (len(starts), len(seeds))
-    if 0 in grid or pictures.shape[:2] != grid or np.shape(brightness) != grid:
-        raise ValueError(
-            f"{grid[0]} starts and {grid[1]} seeds, but pictures {pictures.shape} and brightness {np.shape(brightness)}"
-        )
     brightness = np.asarray(brightness, dtype=float)
-    line = 46 + 17 * (len(seeds) - 1)  # characters that fit beside each other
+    _check_sheet(pictures, "starts", starts, brightness, seeds)
+    captions = [[f"{value:.1f}" for value in row] for row in brightness]
+    alarms = ~(np.abs(brightness - brightness[0]) <= PULL_LEVELS)  # NaN is one too
     note = (
         "Below each picture its brightness, 0 to 255; red: more than "
         f"{PULL_LEVELS:g} level from the first row's picture of the same noise."
     )
+    return _sheet("Where sampling starts", pictures, starts, captions, alarms, prompt, seeds, note)
+
+
+def guidance_sheet(
+    pictures: np.ndarray, guidances: Sequence[str], brightness: np.ndarray, prompt: str, seeds: Sequence[int]
+) -> Figure:
+    """The same prompt and noise under several kinds of guidance, with the brightness and its change below.
+
+    Args:
+        pictures: (G, K, H, W, 3) uint8; the first row is what the others are compared with, no guidance.
+        guidances: G names.
+        brightness: (G, K) 0 to 255.
+        seeds: K of them.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    brightness = np.asarray(brightness, dtype=float)
+    _check_sheet(pictures, "kinds of guidance", guidances, brightness, seeds)
+    alone, *guided = brightness
+    captions = [[f"{value:.1f}" for value in alone]]
+    captions += [[f"{value:.1f} ({value - was:+.1f})" for value, was in zip(row, alone, strict=True)] for row in guided]
+    labels = ["\n".join(textwrap.wrap(name, 22)) for name in guidances]
+    note = "Below each picture its brightness, 0 to 255, and how far guidance moved it."
+    alarms = np.zeros(brightness.shape, dtype=bool)
+    return _sheet("What guidance does to brightness", pictures, labels, captions, alarms, prompt, seeds, note)
+
+
+def _check_sheet(
+    pictures: np.ndarray, what: str, rows: Sequence[str], brightness: np.ndarray, seeds: Sequence[int]
+) -> None:
+    grid = (len(rows), len(seeds))
+    if 0 in grid or pictures.shape[:2] != grid or brightness.shape != grid:
+        raise ValueError(
+            f"{grid[0]} {what} and {grid[1]} seeds, but pictures {pictures.shape} and brightness {brightness.shape}"
+        )
+
+
+def _sheet(
+    title: str,
+    pictures: np.ndarray,
+    rows: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    alarms: np.ndarray,
+    prompt: str,
+    seeds: Sequence[int],
+    note: str,
+) -> Figure:
+    """One prompt's pictures, a seed in each column."""
+    line = 46 + 17 * (len(seeds) - 1)  # characters that fit beside each other
+    prompt = f"prompt: {prompt}" if prompt.strip() else "the empty prompt"
     return contact_sheet(
         pictures,
-        starts,
+        rows,
         [(f"seed {seed}", 1) for seed in seeds],
-        [[f"{value:.1f}" for value in row] for row in brightness],
-        ~(np.abs(brightness - brightness[0]) <= PULL_LEVELS),  # NaN is one too
-        title="Where sampling starts",
-        subtitle=textwrap.shorten(
-            f"prompt: {prompt}" if prompt.strip() else "the empty prompt", line, placeholder=" …"
-        ),
+        captions,
+        alarms,
+        title=title,
+        subtitle=textwrap.shorten(prompt, line, placeholder=" …"),
         note=_wrapped(note, line),
     )
 
@@ -445,6 +493,53 @@ def _scatter_row(report: LeakReport, channel: int, look: Theme) -> Row:
         _text_below(beside, pull + spread, 54, fontsize=TEXT, color=look.ink)
 
     return Row(2.15, draw, columns=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def _guidance_rows(answer: GuidanceAnswer, look: Theme) -> list[Row]:
+    alone = np.ravel(answer.unguided)
+    guided = [alone + np.ravel(shift.changes) for shift in answer.shifts]
+    styles = list(_sign_styles(look).values())
+    levels = answer.unit.startswith("levels")
+    what = "brightness" if levels else "mean of channel 1"
+
+    def draw(axes: Axes, beside: Axes) -> None:
+        ends = np.array([np.nanmin(_finite([alone, *guided])), np.nanmax(_finite([alone, *guided]))])
+        axes.plot(ends, ends, zorder=3, **_expected_style(look))
+        for values, style in zip(guided, styles, strict=False):
+            axes.vlines(alone, alone, _finite(values), color=style["color"], lw=0.8, alpha=0.5, zorder=2)
+            axes.plot(alone, _finite(values), zorder=6, **{**style, "ls": "none"})
+        _set_ylim(axes, [alone, *guided], 10 if levels else 10 * PULL_LATENT)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        axes.set_xlabel(f"{what}, the prompt alone", fontsize=TEXT, color=look.ink, labelpad=1)
+        _title(axes, f"{what}, with guidance", look.ink)
+        beside.set_axis_off()
+        _text_below(beside, "\n\n".join(numbers), 14, fontsize=TEXT, color=look.ink)
+
+    numbers = [
+        f"{shift.guidance}, {answer.unit}:\nmoves by {shift.mean}\nrms {shift.rms}"
+        + ("" if shift.clipped is None else f", {shift.clipped:.0%} clipped")
+        for shift in answer.shifts
+    ]
+    numbers.append(
+        f"the prompt alone:\nspread {answer.unguided_spread:.3g}"
+        + ("" if answer.unguided_clipped is None else f", {answer.unguided_clipped:.0%} clipped")
+    )
+    handles = [
+        *(
+            Line2D([], [], label=shift.guidance, **{**style, "ls": "none"})
+            for shift, style in zip(answer.shifts, styles, strict=False)
+        ),
+        Line2D([], [], label="not moved", **_expected_style(look)),
+    ]
+    note = f"A point a noise: the exact flow with guidance over the exact flow of the prompt alone. {CONFIDENCE:.0%} "
+    note += "intervals."
+    title = "Guidance: brightness that the same noise gets with and without it"
+    return [_heading(title, note, handles, look), Row(2.6, draw, columns=2)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

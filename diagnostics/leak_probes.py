@@ -74,6 +74,11 @@ class SamplerProbe:
         """(C,): how much the picture's mean moves with the noise's."""
         return (self.picture_mean[0] - self.picture_mean[1]) / (self.noise_mean[0] - self.noise_mean[1])
 
+    @property
+    def tone(self) -> np.ndarray:
+        """(2,): the brightness; without a way to RGB the mean of the latents' first channel."""
+        return self.picture_mean[:, 0] if self.brightness is None else self.brightness
+
 
 def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0) -> torch.Tensor:
     """One seed's noise with the mean of every channel set to plus or minus an offset, and the same with the other sign.

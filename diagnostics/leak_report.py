@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from .guidance_shift import moved_most
 from .leak import LeakReport, plain
 from .output import UserError, no_matplotlib, png
 
@@ -71,7 +72,10 @@ class LeakRun:
         evidence, warnings: what the checkpoint's files say it is, a sentence each.
         reports: one a prompt; the first has the checkpoint's answer.
         sheet: one entry a start: its sigma, the prompt, the seeds and the brightness of each picture.
-        pictures: folder of strip_<prompt>.png and start_<sigma>.png, from ``row_of_pictures``.
+        guidance_sheet: one entry a kind of guidance, none first: its name, the file of its pictures, the prompt, the
+            seeds and the brightness of each picture; empty if there was no guidance.
+        pictures: folder of strip_<prompt>.png, start_<sigma>.png and guidance_<prompt>_<kind>.png, from
+            ``row_of_pictures``.
     """
 
     settings: Settings
@@ -79,6 +83,7 @@ class LeakRun:
     warnings: Sequence[str]
     reports: Sequence[LeakReport]
     sheet: Sequence[dict[str, Any]]
+    guidance_sheet: Sequence[dict[str, Any]]
     pictures: Path
 
 
@@ -111,6 +116,22 @@ def report_table(run: LeakRun) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
 
 
+def guidance_table(run: LeakRun) -> str:
+    """One row a prompt: how far guidance moves brightness, from the same noise, in levels."""
+    from tabulate import tabulate
+
+    asked = [report.guidance for report in run.reports]
+    rows = [
+        [prompt.name, answer.unguided_brightness, f"{answer.unguided_spread:.3g}"]
+        + [value for shift in answer.shifts for value in (shift.mean, shift.rms)]
+        for prompt, answer in zip(run.settings.prompts, asked, strict=True)
+    ]
+    names = [shift.guidance.replace(" ", "\n", 1) for shift in asked[0].shifts]
+    headers = ["prompt", "brightness\nunguided", "spread\nunguided"]
+    headers += [f"{name}\n{what}" for name in names for what in ("moves by", "rms")]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+
+
 def report_json(run: LeakRun) -> bytes:
     """All numbers: no NaN, infinity as a word."""
     prompts = zip(run.settings.prompts, run.reports, strict=True)
@@ -122,6 +143,7 @@ def report_json(run: LeakRun) -> bytes:
         "warnings": list(run.warnings),
         "prompts": [{"prompt": p.text, "target": plain(p.target), **report.to_dict()} for p, report in prompts],
         "sheet": plain(run.sheet),
+        "guidance_sheet": plain(run.guidance_sheet),
     }
     return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
@@ -138,10 +160,13 @@ def report_html(run: LeakRun) -> bytes:
         lstrip_blocks=True,
     )
     missing = no_matplotlib()
+    prompts = list(zip(run.settings.prompts, run.reports, strict=True))
+    guided = [report.guidance for report in run.reports] if run.guidance_sheet else []
     page = environment.get_template("leak_report.html").render(
         version=__version__,
         run=run,
-        prompts=list(zip(run.settings.prompts, run.reports, strict=True)),
+        prompts=prompts,
+        moved=prompts[moved_most(guided)] if guided else None,
         figures=None if missing else _figures(run),
         missing=missing,
     )
@@ -149,8 +174,8 @@ def report_html(run: LeakRun) -> bytes:
 
 
 def _figures(run: LeakRun) -> dict[str, Any]:
-    """Figures as data URLs: one a prompt, by theme, and the sheet of starts."""
-    from .leak_plots import Strip, leak_figure, start_sheet
+    """Figures as data URLs: one a prompt, by theme, and the sheets of starts and of guidance."""
+    from .leak_plots import Strip, guidance_sheet, leak_figure, start_sheet
 
     def both(draw: Callable[..., "Figure"]) -> dict[str, str]:
         return {theme: _data_url(png(draw(theme=theme))) for theme in ("light", "dark")}
@@ -167,8 +192,19 @@ def _figures(run: LeakRun) -> dict[str, Any]:
         run.sheet[0]["prompt"],
         run.sheet[0]["seeds"],
     )
+    guidance = run.guidance_sheet and guidance_sheet(
+        np.stack([load_row(run.pictures / f"{row['file']}.png")[0] for row in run.guidance_sheet]),
+        [row["guidance"] for row in run.guidance_sheet],
+        np.array([row["brightness"] for row in run.guidance_sheet]),
+        run.guidance_sheet[0]["prompt"],
+        run.guidance_sheet[0]["seeds"],
+    )
     prompts = [both(partial(leak_figure, report, strip=strip(i))) for i, report in enumerate(run.reports)]
-    return {"prompts": prompts, "sheet": _data_url(png(sheet))}
+    return {
+        "prompts": prompts,
+        "sheet": _data_url(png(sheet)),
+        "guidance": _data_url(png(guidance)) if guidance else None,
+    }
 
 
 def _data_url(content: bytes) -> str:

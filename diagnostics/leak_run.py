@@ -1,7 +1,8 @@
 """``ztsnr leak``: the mean-leak test on a diffusers pipeline, prompt by prompt, resumable, with a report to keep.
 
-The first prompt leaves the brightness open and is asked both questions; prompts with a known answer, solid colours,
-show what is left of the brightness that they ask for.
+The first prompt leaves the brightness open and is asked about the checkpoint too; prompts with a known answer, solid
+colours, show what is left of the brightness that they ask for.  With guidance, every prompt is asked how far that moves
+brightness.
 """
 
 import json
@@ -17,12 +18,23 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..samplers import NoiseSchedule, sample
+from ..samplers import NoiseSchedule, exposure_true_guidance, guide, sample
 from ..samplers.sampling import Denoise
 from . import pipelines
+from .guidance_shift import EXPOSURE_TRUE, GuidanceAnswer, judge_guidance, moved_most
 from .leak import LeakReport, check_seeds, exact_flow, judge_network, judge_sampler, plain
-from .leak_probes import LUMA, NetworkProbe, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
-from .leak_report import COLOURS, LeakRun, Prompt, Settings, report_html, report_json, report_table, row_of_pictures
+from .leak_probes import LUMA, NetworkProbe, Run, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
+from .leak_report import (
+    COLOURS,
+    LeakRun,
+    Prompt,
+    Settings,
+    guidance_table,
+    report_html,
+    report_json,
+    report_table,
+    row_of_pictures,
+)
 from .output import UserError, no_matplotlib, prepare_folder, write_atomically
 
 STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # of the sheet, as in NovelAI V3's figure 2
@@ -119,9 +131,10 @@ def run_leak(
     Args:
         loaded: what ``checkpoints.pipeline.load_pipeline`` returned.
         out: folder for the files; a run that was interrupted there goes on.
-        prompts: the first is asked both questions and should leave the brightness open.
+        prompts: the first is asked about the checkpoint too, and should leave the brightness open.
         size: width and height of the pictures.
         scheduler, spacing: as in ``pipelines.use_scheduler``.
+        guidance_scale: at least 1.  Above it, all prompts are asked how far guidance moves brightness as well.
         reference_steps: of the exact flow.
         offset: of the noise means, in their standard deviations.
         gate: the largest pull toward grey, in levels of 255, that passes.
@@ -165,14 +178,18 @@ def run_leak(
         say(sentence)
 
     bench = _Bench(pipe, loaded.prediction_type, schedule, settings, out / "pictures")
-    kinds = len(seeds) * (2 * len(prompts) + 1)
-    with tqdm(total=kinds + len(bench.starts), unit="probe", desc="Measuring", leave=False) as bar:
+    probes = len(seeds) * (len(prompts) * (1 + len(bench.guidances)) + 1)
+    rows = len(bench.starts) + (len(bench.guidances) if bench.guided else 0)
+    with tqdm(total=probes + rows, unit="probe", desc="Measuring", leave=False) as bar:
         reports = [bench.measure(number, measurements, bar.update) for number in range(len(prompts))]
         sheet = bench.sheet(measurements, bar.update)
-    made = LeakRun(settings, loaded.evidence, loaded.warnings, reports, sheet, out / "pictures")
+        guidance_sheet = bench.guidance_sheet(reports, measurements, bar.update) if bench.guided else []
+    made = LeakRun(settings, loaded.evidence, loaded.warnings, reports, sheet, guidance_sheet, out / "pictures")
     write_atomically(out / "report.json", report_json(made))
     write_atomically(out / "report.html", report_html(made))
     say(f"\n{report_table(made)}\n\n{reports[0]}")
+    if bench.guided:
+        say(f"\n{guidance_table(made)}")
     if missing := no_matplotlib():
         say(missing)
     say(f"\nReport:   {out / 'report.html'}\nNumbers:  {out / 'report.json'}")
@@ -190,23 +207,35 @@ class _Bench:
         self.latent_size = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
         self.shape = (pipe.unet.config.in_channels, *self.latent_size)
         self.starts = [sigma for sigma in STARTS if sigma <= schedule.sigma_max] or [schedule.sigma_max]
+        scale = settings.guidance_scale
+        self.guided = scale > 1
+        # kinds of exact flow; without guidance all three are one
+        self.guidances: dict[str, tuple[float, pipelines.Guidance]] = {"reference": (scale, guide)}
+        if self.guided:
+            self.guidances |= {"unguided": (1.0, guide), "exposure-true": (scale, exposure_true_guidance)}
 
-    def network(self, embeddings: dict[str, torch.Tensor], guidance_scale: float = 1.0) -> Denoise:
-        return pipelines.network(self.pipe, embeddings, self.schedule, self.prediction_type, guidance_scale)
+    def network(self, embeddings: dict[str, torch.Tensor], *guidance: Any) -> Denoise:
+        return pipelines.network(self.pipe, embeddings, self.schedule, self.prediction_type, *guidance)
+
+    def flows(self, embeddings: dict[str, torch.Tensor]) -> dict[str, Run]:
+        """The exact flow under each kind of guidance."""
+        steps = self.settings.reference_steps
+        return {
+            kind: exact_flow(self.network(embeddings, *guidance), self.schedule, self.latent_size, steps)
+            for kind, guidance in self.guidances.items()
+        }
 
     def measure(self, number: int, measurements: Measurements, update: Callable[[], None]) -> LeakReport:
         """One prompt: the network's probes for the first, the sampler's and the exact flow's for all."""
         settings, prompt = self.settings, self.settings.prompts[number]
-        embeddings = pipelines.encode(self.pipe, prompt.text, settings.negative_prompt)
-        network = self.network(embeddings)
-        flow = exact_flow(
-            self.network(embeddings, settings.guidance_scale), self.schedule, self.latent_size, settings.reference_steps
-        )
-        asked = {
+        embeddings = self._embeddings(number)
+        asked: dict[str, Callable[[torch.Tensor, int], Any]] = {
             "sampler": lambda noise, seed: self._sample(embeddings, noise, seed, number),
-            "reference": lambda noise, seed: probe_sampler(flow, noise, self.to_rgb, prompt.target, seed),
         }
+        for kind, flow in self.flows(embeddings).items():
+            asked[kind] = partial(self._follow, flow, prompt)
         if number == 0:
+            network = self.network(embeddings)
             sigmas = probed_sigmas(self.schedule)
             asked["network"] = lambda noise, seed: probe_network(network, noise, sigmas, seed)
         probes: dict[str, list] = {kind: [] for kind in asked}
@@ -227,7 +256,20 @@ class _Bench:
             network_probes=probes.get("network", []),
             sampler_probes=probes["sampler"],
             reference_probes=probes["reference"],
+            guidance=self._judge_guidance(probes) if self.guided else None,
         )
+
+    def _judge_guidance(self, probes: dict[str, list]) -> GuidanceAnswer:
+        guided = {self.name_of(kind): probes[kind] for kind in ("reference", "exposure-true")}
+        return judge_guidance(probes["unguided"], guided)
+
+    def name_of(self, kind: str) -> str:
+        """What a kind of exact flow is called where guidance is spoken of."""
+        names = {"unguided": "no guidance", "exposure-true": EXPOSURE_TRUE}
+        return names.get(kind, f"CFG {self.settings.guidance_scale:g}")
+
+    def _follow(self, flow: Run, prompt: Prompt, noise: torch.Tensor, seed: int) -> SamplerProbe:
+        return probe_sampler(flow, noise, self.to_rgb, prompt.target, seed)
 
     def _sample(self, embeddings: dict[str, torch.Tensor], noise: torch.Tensor, seed: int, number: int) -> SamplerProbe:
         """The sampler's probe; of the first seed also the predictions on the way and the picture."""
@@ -252,30 +294,55 @@ class _Bench:
 
         After NovelAI V3's figure 2 (arXiv 2409.15997): 28 Euler steps, even in t from where the noise begins.
         """
-        settings = self.settings
-        number = next((i for i, prompt in enumerate(settings.prompts) if prompt.target is not None), 0)
-        seeds = settings.seeds[:SHEET_SEEDS]
-        embeddings = pipelines.encode(self.pipe, settings.prompts[number].text, settings.negative_prompt)
-        denoise = self.network(embeddings, settings.guidance_scale)
-        noise = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        prompts = self.settings.prompts
+        number = next((i for i, prompt in enumerate(prompts) if prompt.target is not None), 0)
+        embeddings = self._embeddings(number)
+        denoise = self.network(embeddings, self.settings.guidance_scale)
 
         def measure(start: float) -> dict[str, Any]:
             sigmas = steps_from(self.schedule, start, SHEET_STEPS)
-            latents = [sample(denoise, n.to(self.pipe.device), sigmas, "euler") for n in noise]
-            pictures = np.concatenate([self._show(x) for x in latents])
-            self._save(f"start_{start:g}", pictures, [str(seed) for seed in seeds])
-            return {
-                "prompt": settings.prompts[number].text,
-                "start_sigma": start,
-                "seeds": list(seeds),
-                "brightness": (pictures.mean((1, 2), dtype=float) @ LUMA).tolist(),
-            }
+            row = self._row(f"start_{start:g}", number, lambda noise: sample(denoise, noise, sigmas, "euler"))
+            return {"start_sigma": start} | row
 
         rows = []
         for start in self.starts:
-            rows.append(measurements.get(f"sheet/{start:g}/{list(seeds)}", partial(measure, start)))
+            rows.append(measurements.get(f"sheet/{start:g}/{self._sheet_seeds()}", partial(measure, start)))
             update()
         return rows
+
+    def guidance_sheet(
+        self, reports: Sequence[LeakReport], measurements: Measurements, update: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        """The prompt whose brightness guidance moves most, from the same noise under each kind of guidance."""
+        number = moved_most([report.guidance for report in reports])
+        flows = self.flows(self._embeddings(number))
+        rows = []
+        for kind in ("unguided", "reference", "exposure-true"):
+            file = f"guidance_{number}_{kind}"
+            measure = partial(self._row, file, number, lambda noise, flow=flows[kind]: flow(noise)[0])
+            row = measurements.get(f"{file}/{self._sheet_seeds()}", measure)
+            rows.append({"guidance": self.name_of(kind), "file": file} | row)
+            update()
+        return rows
+
+    def _embeddings(self, number: int) -> dict[str, torch.Tensor]:
+        settings = self.settings
+        return pipelines.encode(self.pipe, settings.prompts[number].text, settings.negative_prompt)
+
+    def _sheet_seeds(self) -> list[int]:
+        return list(self.settings.seeds[:SHEET_SEEDS])
+
+    def _row(self, name: str, number: int, make: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Save a row of a sheet, a picture a seed; what there is to say of it."""
+        seeds = self._sheet_seeds()
+        noise = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        pictures = np.concatenate([self._show(make(n.to(self.pipe.device))) for n in noise])
+        self._save(name, pictures, [str(seed) for seed in seeds])
+        return {
+            "prompt": self.settings.prompts[number].text,
+            "seeds": seeds,
+            "brightness": (pictures.mean((1, 2), dtype=float) @ LUMA).tolist(),
+        }
 
     def _show(self, latents: torch.Tensor) -> np.ndarray:
         """Pictures (B, H, W, 3) uint8."""

@@ -14,6 +14,8 @@ from ..samplers.sampling import Denoise
 from .latent_stats import LatentMeanRecorder, LatentStatistics
 from .leak_probes import Run, ToRGB
 
+Guidance = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # of x0 with the prompt, x0 without, scale
+
 
 def encode(pipe: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:
     """A prompt's embeddings, by the names that Stable Diffusion (XL) pipelines call them.
@@ -38,6 +40,7 @@ def network(
     schedule: NoiseSchedule,
     prediction_type: str,
     guidance_scale: float = 1.0,
+    guidance: Guidance = guide,
 ) -> Denoise:
     """``denoise(x_vp, sigma) -> x0`` of the pipeline's U-Net; guided unless the scale is 1."""
     unet = pipe.unet
@@ -60,8 +63,8 @@ def network(
             }
         states = x.to(unet.dtype).repeat(len(kinds), 1, 1, 1)
         predictions = unet(states, t, encoder_hidden_states=text.repeat_interleave(batch, 0), **added).sample
-        prediction = guide(*predictions.chunk(2), guidance_scale) if len(kinds) == 2 else predictions
-        return to_denoised(prediction, x.float(), sigma, prediction_type)
+        x0 = to_denoised(predictions, x.float().repeat(len(kinds), 1, 1, 1), sigma, prediction_type)
+        return guidance(*x0.chunk(2), guidance_scale) if len(kinds) == 2 else x0
 
     return denoise
 

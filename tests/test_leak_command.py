@@ -107,7 +107,7 @@ def test_the_page_is_one_file_with_all_pictures(finished):
     out, _ = finished
     page = (out / "report.html").read_text()
     sources = re.findall(r'(?:src|srcset|href)="([^"]{0,40})', page)
-    assert len(sources) == 2 * 2 + 1  # a light and a dark picture for two prompts, and the sheet
+    assert len(sources) == 2 * 2 + 2  # a light and a dark picture for two prompts, and two sheets
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "solid black background" in page
 
@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on(finished, tiny, tmp_path, monkeypatch):
     with file.open("a") as lines:
         lines.write('{"1/sampler/0/0": {"seed"')
     assert leak(tiny, *TWO_PROMPTS, *SHORT, "--out", tmp_path)[0] == 0
-    assert len(calls) == 4 + 8 - 3  # three of eight were kept
+    assert len(calls) == 4 + 16 - 3  # three of sixteen were kept
     assert kept >= 4
     assert (tmp_path / "report.json").read_bytes() == (out / "report.json").read_bytes()
 

@@ -14,11 +14,9 @@ from scipy.integrate import solve_ivp
 from skimage.color import deltaE_ciede2000
 
 from ztsnr.diagnostics import GaussianCanvas, PictureSet
+from ztsnr.diagnostics.estimates import CONFIDENCE, MOST_SEEDS, Estimate
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder
 from ztsnr.diagnostics.leak import (
-    CONFIDENCE,
-    MOST_SEEDS,
-    Estimate,
     check_seeds,
     closest_table,
     exact_flow,
