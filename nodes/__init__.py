@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .checkpoint import ZTSNRCheckpointLoader
 from .diagnostic import LatentMeanDiagnostic
-from .guidance import ZTSNRGuidanceRescale
+from .guidance import ZTSNRGuidance, ZTSNRGuidanceRescale
 from .latent import ZTSNRBucketLatent
 from .model import ZTSNRModelSampling
 from .report import LatentMeanProbe, LatentMeanReport
@@ -24,6 +24,7 @@ class ZTSNRExtension(ComfyExtension):
             ZTSNRModelSampling,
             ZTSNRScheduler,
             ZTSNRSampler,
+            ZTSNRGuidance,
             ZTSNRGuidanceRescale,
             ZTSNRBucketLatent,
             LatentMeanDiagnostic,

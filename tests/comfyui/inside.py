@@ -26,7 +26,8 @@ def start(comfyui: str) -> None:
     comfy.cli_args.args.cpu = True
     import nodes
 
-    extras = ("custom_sampler", "model_advanced", "apg", "mahiro", "pag", "eps", "differential_diffusion")
+    extras = ("custom_sampler", "model_advanced", "apg", "mahiro", "pag", "eps", "differential_diffusion", "cfg",
+              "tcfg", "perpneg")  # fmt: skip
     for name in extras:
         path = Path(comfyui, "comfy_extras", f"nodes_{name}.py")
         if path.exists():  # newer cores have more of them
@@ -149,6 +150,7 @@ def raw(samples):
 
 
 LEVELS = 127.5 / 2.4  # grey levels (of 255) in a latent unit
+PAPER = "Lin et al. 2023"  # the method of ZTSNR Guidance Rescale that is core RescaleCFG's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,7 +519,8 @@ def guidance_functions(scale=5.0):
             "APG": stock("APG", model=base, eta=1.0, norm_threshold=15.0, momentum=0.0)[0],
             "Mahiro": stock("Mahiro", model=base)[0],
             "ZTSNRGuidanceRescale": stock("ZTSNRGuidanceRescale", model=base, phi=0.7)[0],
-            "both rescales": stock("ZTSNRGuidanceRescale", model=core_rescale, phi=0.7)[0],
+            "ours, by the paper": stock("ZTSNRGuidanceRescale", model=base, phi=0.7, method=PAPER)[0],
+            "both rescales": stock("ZTSNRGuidanceRescale", model=core_rescale, phi=0.7, method=PAPER)[0],
         }
         for name, model in patches.items():
             first, picture = run(model)
@@ -539,7 +542,7 @@ def rescale_against_core(sigma):
     x, sigmas = x * sigma, torch.full((2,), float(sigma))
     base = patched()
     core = stock("RescaleCFG", model=base, multiplier=0.7)[0]
-    our = stock("ZTSNRGuidanceRescale", model=base, phi=0.7)[0]
+    our = stock("ZTSNRGuidanceRescale", model=base, phi=0.7, method=PAPER)[0]
     results = [
         comfy.samplers.cfg_function(model.model, cond, uncond, 5.0, x, sigmas, model_options=model.model_options)
         for model in (core, our)
@@ -561,6 +564,7 @@ def input_model_unchanged():
         ("ZTSNRModelSampling", {"prediction": "auto", "schedule": "auto", "first_step": "exact infinity",
                                 "canvas_shift": 1.5}),
         ("ZTSNRGuidanceRescale", {"phi": 0.7}),
+        ("ZTSNRGuidance", {"exposure": 0.9, "contrast": 0.8, "interval_start": 0.0, "interval_end": 0.0}),
     ):  # fmt: skip
         (made,) = stock(node, model=model, **settings)
         ksampler(made, empty_latent(8, 8))

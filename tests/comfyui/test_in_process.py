@@ -41,8 +41,9 @@ def numbers(texts):
 
 
 def test_the_pack_brings_its_nodes_and_schedulers(about):
-    nodes = {"ZTSNRModelSampling", "ZTSNRScheduler", "ZTSNRSampler", "ZTSNRGuidanceRescale", "ZTSNRCheckpointLoader",
-             "ZTSNRBucketLatent", "LatentMeanDiagnostic", "LatentMeanProbe", "LatentMeanReport"}  # fmt: skip
+    nodes = {"ZTSNRModelSampling", "ZTSNRScheduler", "ZTSNRSampler", "ZTSNRGuidance", "ZTSNRGuidanceRescale",
+             "ZTSNRCheckpointLoader", "ZTSNRBucketLatent", "LatentMeanDiagnostic", "LatentMeanProbe",
+             "LatentMeanReport"}  # fmt: skip
     assert set(about["nodes"]) == nodes
     assert about["schedulers"][-2:] == ["ztsnr_trailing", "ztsnr_spectral"]
     assert len(set(about["schedulers"])) == len(about["schedulers"])
@@ -297,10 +298,17 @@ def test_rescale_at_infinity_is_the_papers(guidance):
     factor = 0.7 * 0.4 / guided + 0.3
     expected = [guided * factor * channel for channel in (1.0, -1.0, 0.5, 2.0)]
     assert guidance["nothing"]["exact"]["first"] == pytest.approx([guided, -guided, guided / 2, guided * 2], rel=1e-5)
-    for name in ("RescaleCFG", "ZTSNRGuidanceRescale"):
+    for name in ("RescaleCFG", "ours, by the paper"):
         assert guidance[name]["exact"]["first"] == pytest.approx(expected, rel=1e-5)
     twice = [value * (0.7 * 0.4 / (guided * factor) + 0.3) for value in expected]
     assert guidance["both rescales"]["exact"]["first"] == pytest.approx(twice, rel=1e-5)
+
+
+def test_our_rescale_keeps_the_prompts_mean(guidance):
+    """At infinity the predictions are flat: there is nothing but their mean, which goes back to the conditional one."""
+    guided, prompt = -1.2 + 5 * 0.8, -0.4
+    expected = [(0.3 * guided + 0.7 * prompt) * channel for channel in (1.0, -1.0, 0.5, 2.0)]
+    assert guidance["ZTSNRGuidanceRescale"]["exact"]["first"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_epsilon_scaling_no_longer_breaks_the_first_step(guidance):
