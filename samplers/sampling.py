@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, SOLVERS, Evaluations
+from .cfg_pp import with_cfg_pp
+from .protocol import Evaluations
+from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, SOLVERS
 
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+Prediction = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # x0, or with CFG++ guided and unconditional x0
+Denoise = Callable[[torch.Tensor, float], Prediction]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -21,6 +24,7 @@ def sample(
     eta: float = 1.0,
     s_noise: float = 1.0,
     generator: Generators = None,
+    cfg_pp: bool = False,
     callback: Callable[[int, float, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Turn noise into a picture.
@@ -35,14 +39,16 @@ def sample(
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` follow the deterministic flow.
         s_noise: standard deviation of that fresh noise, 1 by the theory (Karras et al., arXiv 2206.00364, S_noise).
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
-        callback: called after every evaluation with (evaluation number, sigma, x, x0); it must not read the device
-            if the loop is to stay free of synchronisation.
+        cfg_pp: guide by CFG++ (``cfg_pp``): ``denoise`` returns a pair, the guided and the unconditional x0.
+        callback: called after every evaluation with (evaluation number, sigma, x, x0), x0 being the guided one; it must
+            not read the device if the loop is to stay free of synchronisation.
 
     Returns:
         (B, C, H, W) float32 state at sigmas[-1], the picture if that is 0.
 
     Raises:
-        ValueError: unknown solver, bad sigmas, NaN noise, or a model that returns another shape or device.
+        ValueError: unknown solver, bad sigmas, NaN noise, a model that returns another shape or device, or with
+            ``cfg_pp`` no pair.
     """
     sigmas = check_sigmas(sigmas)
     if not noise.is_floating_point():
@@ -51,14 +57,19 @@ def sample(
         raise ValueError("noise holds NaN")
     evaluations = itertools.count()
 
-    def answer(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        x0 = denoise(x, sigma)
-        check_answer(x0, x)
+    def answer(x: torch.Tensor, sigma: float) -> Prediction:
+        answered = denoise(x, sigma)
+        if cfg_pp and not (isinstance(answered, tuple) and len(answered) == 2):
+            raise ValueError("with cfg_pp the model must return a pair: the guided and the unconditional x0")
+        predictions = answered if cfg_pp else (answered,)
+        for x0 in predictions:
+            check_answer(x0, x)
         if callback is not None:
-            callback(next(evaluations), sigma, x, x0)
-        return x0.float()
+            callback(next(evaluations), sigma, x, predictions[0])
+        return (predictions[0].float(), predictions[1].float()) if cfg_pp else answered.float()
 
-    return drive(start_solver(solver, noise.float(), sigmas, eta, generator, s_noise), answer)
+    solve = start_solver(solver, noise.float(), sigmas, eta, generator, s_noise)
+    return drive(with_cfg_pp(solve) if cfg_pp else solve, answer)
 
 
 def drive(solve: Evaluations, denoise: Denoise) -> torch.Tensor:
