@@ -2,6 +2,7 @@
 
 import math
 
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
 import torch
@@ -21,14 +22,14 @@ class ZTSNRSampler(io.ComfyNode):
             category="ZTSNR",
             description="Solvers to which infinite sigma is an ordinary point; the same steps as the diffusers "
             "scheduler of this package. Best with sigmas from ZTSNR Scheduler.",
-            search_aliases=["solver", "KSamplerSelect", "spectral", "dpmpp", "unipc", "euler"],
+            search_aliases=["solver", "KSamplerSelect", "spectral", "dpmpp", "unipc", "euler", "er_sde", "CFG++"],
             inputs=[
                 io.Combo.Input(
                     "solver",
                     options=list(SOLVERS),
                     default=DEFAULT_SOLVER,
-                    tooltip="spectral: the most accurate at few steps. unipc: calmer below ten steps with strong "
-                    "guidance. Names with ancestral or sde, and lcm, add fresh noise in every step.",
+                    tooltip="spectral: the most accurate at few steps. Names with ancestral or sde, sa_solver and lcm "
+                    "add fresh noise.",
                 ),
                 io.Float.Input(
                     "eta",
@@ -36,8 +37,8 @@ class ZTSNRSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Share of fresh noise of the ancestral and sde solvers; 0 makes them deterministic. The "
-                    "others do not use it.",
+                    tooltip="Share of fresh noise of sa_solver and of the ancestral and sde solvers; 0 makes them "
+                    "deterministic. The others do not use it.",
                 ),
                 io.Float.Input(
                     "s_noise",
@@ -45,20 +46,26 @@ class ZTSNRSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength of the fresh noise of the ancestral and sde solvers and of lcm; 1 by the theory.",
+                    tooltip="Strength of the fresh noise, that of lcm included; 1 by the theory.",
+                ),
+                io.Boolean.Input(
+                    "cfg_pp",
+                    default=False,
+                    optional=True,  # workflows saved before it existed do not have it
+                    tooltip="CFG++: guidance changes the picture, the noise stays unconditional. Set cfg to 1 or less.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, solver: str, eta: float, s_noise: float) -> io.NodeOutput:
-        options = {"solver": solver, "eta": eta, "s_noise": s_noise}
+    def execute(cls, solver: str, eta: float, s_noise: float, cfg_pp: bool = False) -> io.NodeOutput:
+        options = {"solver": solver, "eta": eta, "s_noise": s_noise, "cfg_pp": cfg_pp}
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_ztsnr, extra_options=options))
 
 
 @torch.no_grad()
-def sample_ztsnr(model, x, sigmas, extra_args=None, callback=None, disable=None, *, solver, eta, s_noise):
+def sample_ztsnr(model, x, sigmas, extra_args=None, callback=None, disable=None, *, solver, eta, s_noise, cfg_pp=False):
     """``samplers.sample`` with the signature of k-diffusion's samplers.
 
     Args:
@@ -66,15 +73,23 @@ def sample_ztsnr(model, x, sigmas, extra_args=None, callback=None, disable=None,
             infinity (see ``model_sampling``).
         x: (B, C, H, W) the state at sigmas[0].
         sigmas: (steps + 1,)
+        cfg_pp: guide by CFG++; without a negative prompt nothing changes.
     """
     _check(model.inner_model.inner_model.model_sampling, sigmas)
     extra_args = extra_args or {}
     levels = [math.inf if sigma >= INFINITE_SIGMA else sigma for sigma in sigmas.tolist()]
     one_each = x.new_ones(len(x))
+    kept = {}
+    if cfg_pp:
+        extra_args = _keep_unconditional(extra_args, kept)
 
-    def denoise(x_vp: torch.Tensor, sigma: float) -> torch.Tensor:
+    def denoise(x_vp: torch.Tensor, sigma: float) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         x, sigma = _to_k_diffusion(x_vp, sigma)
-        return model(x, sigma * one_each, **extra_args)
+        x0 = model(x, sigma * one_each, **extra_args)
+        unconditional = kept.pop("x0", None)
+        if not cfg_pp:
+            return x0
+        return x0, x0 if unconditional is None else unconditional
 
     def report(i: int, sigma: float, x_vp: torch.Tensor, x0: torch.Tensor) -> None:
         x, sigma = _to_k_diffusion(x_vp, sigma)
@@ -83,11 +98,28 @@ def sample_ztsnr(model, x, sigmas, extra_args=None, callback=None, disable=None,
     # the CPU's generator, so that a seed means one picture on every device; not the seed of the starting noise
     generator = torch.Generator().manual_seed((extra_args.get("seed") or 0) + 1)
     x = _to_variance_preserving(x, levels[0])
-    x = sample(denoise, x, levels, solver, eta=eta, s_noise=s_noise, generator=generator, callback=callback and report)
+    x = sample(
+        denoise, x, levels, solver, eta=eta, s_noise=s_noise, generator=generator, cfg_pp=cfg_pp,
+        callback=callback and report,
+    )  # fmt: skip
     return _to_k_diffusion(x, levels[-1])[0]
 
 
 sample_ztsnr.starts_at_infinity = True
+
+
+def _keep_unconditional(extra_args: dict, kept: dict) -> dict:
+    """The model's arguments, changed so that each call leaves its unconditional x0 in ``kept["x0"]``."""
+
+    def keep(args: dict) -> torch.Tensor:
+        # zeros stand for the prediction that a guider without a negative prompt does not have
+        kept["x0"] = None if args["uncond"] is None else args["uncond_denoised"]
+        return args["denoised"]
+
+    options = extra_args.get("model_options", {}).copy()
+    # without the optimization that leaves it out at cfg 1
+    options = comfy.model_patcher.set_model_options_post_cfg_function(options, keep, disable_cfg1_optimization=True)
+    return extra_args | {"model_options": options}
 
 
 def _to_k_diffusion(x_vp: torch.Tensor, sigma: float) -> tuple[torch.Tensor, float]:
