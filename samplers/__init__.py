@@ -13,9 +13,11 @@ __all__ = [
     "PREDICTION_TYPES",
     "SOLVERS",
     "SPACINGS",
+    "ExposureTrueGuidance",
     "NoiseSchedule",
     "ZTSNRScheduler",
     "ZTSNRWarning",
+    "attach",
     "exposure_true",
     "exposure_true_guidance",
     "from_denoised",
@@ -32,9 +34,13 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # the one name that needs diffusers: loaded on first use, so that ComfyUI can do without it
+    # the names that need diffusers: loaded on first use, so that ComfyUI can do without it
     if name == "ZTSNRScheduler":
         from .diffusers_scheduler import ZTSNRScheduler
 
         return ZTSNRScheduler
+    if name in ("ExposureTrueGuidance", "attach"):
+        from . import diffusers_guidance
+
+        return getattr(diffusers_guidance, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 
+from .cfg_pp import cfg_pp_state
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
 from .sampling import (
@@ -80,6 +81,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
     A run split by ``denoising_end`` and ``denoising_start`` equals the whole one for solvers without memory.  Multistep
     solvers begin their history anew in the second half, and with two evaluations a step diffusers cuts inside a step.
+
+    CFG++ (arXiv 2406.08070): set ``unconditional_output``, (B, C, H, W), to what the network answered without the
+    prompt, and the next ``step`` keeps the noise of that prediction and takes it off again.  ``attach`` and
+    ``ExposureTrueGuidance`` do so with ``cfg_pp=True``.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the betas the network was trained with;
@@ -281,6 +286,11 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             self._start(x, timestep)
 
         x0 = to_denoised(model_output, x, self._sigma, self.config.prediction_type)
+        if self.unconditional_output is not None:
+            check_answer(self.unconditional_output, sample)
+            unconditional = to_denoised(self.unconditional_output, x, self._sigma, self.config.prediction_type)
+            x = cfg_pp_state(x, self._sigma, x0, unconditional)
+            self.unconditional_output = None
         try:
             prev_sample, self._sigma = self._run.send((x, x0))
         except StopIteration as finished:
@@ -336,6 +346,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._sigma = None  # noise level of the state that the network is asked about
         self._generator = None
         self._network_dtype = None
+        self.unconditional_output: torch.Tensor | None = None  # consumed by the next step, which is one of CFG++
 
     def _start(self, x: torch.Tensor, timestep: float | torch.Tensor) -> None:
         if self._step_index is None:

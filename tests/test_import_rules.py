@@ -26,7 +26,7 @@ CONFINED = {
     "comfy_execution": ("nodes/",),
     "folder_paths": ("nodes/",),
     "server": ("nodes/",),
-    "diffusers": ("samplers/diffusers_scheduler.py", "checkpoints/", "training/", "demo/"),
+    "diffusers": ("samplers/diffusers_", "checkpoints/", "training/", "demo/"),
 }
 SAMPLERS_MAY_USE = {"torch", "numpy", "diffusers"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("**/*.py")) + [
