@@ -229,5 +229,24 @@ def test_the_trained_model_is_completely_black_from_infinity(server, trained):
 
 
 def by_name(pictures: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Of completely_black they begin with 1, 2 and 3."""
+    """Of completely_black and guidance they begin with 1, 2 and so on."""
     return [pictures[name] for name in sorted(pictures)]
+
+
+def test_guidance_keeps_the_brightness_of_the_prompt_alone(server, trained):
+    graph = graph_of("guidance", trained)
+    for node in graph.values():
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = Asked("light", "frog").caption if "1girl" in node["inputs"]["text"] else ""
+
+    def levels():
+        return [picture.mean() for picture in by_name(saved(server, graph))]
+
+    cfg, kept = levels()
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["cfg"] = 1.0
+    alone, same = levels()
+    print(f"CFG 1 {alone:.2f}, CFG 5 {cfg:.2f}, with ZTSNR Guidance {kept:.2f}")
+    assert alone == same
+    assert abs(kept - alone) < 0.7 * abs(cfg - alone)
