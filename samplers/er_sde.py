@@ -22,7 +22,7 @@ def er_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise, order: int
 
 @lru_cache(maxsize=64)
 def er_sde_steps(sigmas: Sigmas, eta: float, order: int = ORDER) -> tuple[Step, ...]:
-    """The paper's Algorithms 1 to 3, in variance-preserving coordinates.
+    """The paper's solvers of first to third order, in variance-preserving coordinates.
 
     With the noise scale phi(sigma) = sigma psi(sigma)^eta, a step from a to b = sigma_{i+1} takes x/alpha to
 
@@ -57,6 +57,6 @@ def er_sde_steps(sigmas: Sigmas, eta: float, order: int = ORDER) -> tuple[Step, 
 
 
 def _psi_ratio(end: float, sigma: float | np.ndarray, eta: float) -> float | np.ndarray:
-    """(psi(end) / psi(sigma))^eta; the paper's psi (ER-SDE 5) is exp(sigma^0.3) + 10."""
+    """(psi(end) / psi(sigma))^eta; the authors' choice of psi is exp(sigma^0.3) + 10."""
     log_psi = np.logaddexp(np.power([end, *np.atleast_1d(sigma)], 0.3), math.log(10))
     return np.exp(eta * (log_psi[0] - log_psi[1:])).squeeze() if eta > 0 else np.ones_like(sigma)

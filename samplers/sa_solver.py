@@ -29,7 +29,7 @@ def sa_solver(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Eval
 
 @lru_cache(maxsize=64)
 def sa_solver_steps(sigmas: Sigmas, eta: float) -> tuple[Step, ...]:
-    """The paper's Algorithm 1; order rises at the start, and falls before sigma = 0 for stability.
+    """The paper's predictor and corrector; order rises at the start, and falls before sigma = 0 for stability.
 
     The corrector repeats a step with x0 at its end, and with the same noise, so it differs from the predictor in the
     weights of x0 alone and folds into the next step.

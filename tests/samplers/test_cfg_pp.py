@@ -24,7 +24,7 @@ def tanh_pair(x, sigma):
 
 
 def test_euler_takes_the_step_of_the_paper():
-    """Algorithm 2: x_next = alpha_next x0_guided + s_next eps_unconditional; at infinity eps is x."""
+    """x_next = alpha_next x0_guided + s_next eps_unconditional; at infinity eps is x."""
     noise = torch.randn(2, 3, 4, 4)
     x = noise.double()
     for sigma, sigma_next in itertools.pairwise(SIGMAS):

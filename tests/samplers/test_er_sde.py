@@ -19,7 +19,7 @@ GAUSSIAN = GaussianModes(std=STDS)
 
 
 def by_the_paper(x, sigmas, eta, noise, denoise, points=200_000):
-    """Algorithm 3 in x/alpha, the variance-exploding form, with sums for integrals, from a finite sigma (B, ...)."""
+    """The solver of third order in x/alpha, with sums for integrals; x (B, ...) at a finite sigma."""
 
     def phi(sigma):
         return sigma * (np.exp(sigma**0.3) + 10) ** eta

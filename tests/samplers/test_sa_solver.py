@@ -23,7 +23,7 @@ def generator():
 
 
 def unfolded(x, sigmas, eta, noise, denoise):
-    """Algorithm 1 with predicted and corrected state side by side; integrals as sums over log sigma."""
+    """The algorithm with predicted and corrected state side by side; integrals as sums over log sigma."""
     lambdas = -np.log(sigmas[:-1] if sigmas[-1] == 0 else sigmas)
     count = len(sigmas) - 1
     left = count - 1 if sigmas[-1] == 0 else 10**6
