@@ -129,7 +129,11 @@ def example(folder: Path) -> None:
 )
 @click.option("--spacing", help="Of its steps, such as trailing, leading.  [default: the scheduler's]")
 @click.option(
-    "--guidance", type=click.FloatRange(1.0), default=5.0, show_default=True, help="Classifier-free guidance."
+    "--guidance",
+    type=click.FloatRange(1.0),
+    default=5.0,
+    show_default=True,
+    help="Classifier-free guidance.  Above 1, the report also says how far it moves brightness.",
 )
 @click.option(
     "--reference-steps",
@@ -190,9 +194,9 @@ def leak(
     out: Path,
     gate: float | None,
 ) -> None:
-    """Is a model zero-SNR trained? Does its sampler leak?
+    """Is a model zero-SNR trained? Does its sampler leak? What does guidance do to brightness?
 
-    That is, does the network or the sampler take the mean of the noise for the picture's brightness.  MODEL is a
+    A leak is a network or a sampler that takes the mean of the noise for the picture's brightness.  MODEL is a
     diffusers folder, a single .safetensors file, or a name on the Hugging Face hub.  Prints a table and the verdict,
     and writes report.html and report.json.
     """

@@ -186,7 +186,7 @@ def guidance_sheet(
     labels = ["\n".join(textwrap.wrap(name, 22)) for name in guidances]
     note = "Below each picture its brightness, 0 to 255, and how far guidance moved it."
     alarms = np.zeros(brightness.shape, dtype=bool)
-    return _sheet("What guidance does to brightness", pictures, labels, captions, alarms, prompt, seeds, note)
+    return _sheet("With and without guidance", pictures, labels, captions, alarms, prompt, seeds, note)
 
 
 def _check_sheet(
@@ -500,46 +500,43 @@ def _scatter_row(report: LeakReport, channel: int, look: Theme) -> Row:
 
 
 def _guidance_rows(answer: GuidanceAnswer, look: Theme) -> list[Row]:
-    alone = np.ravel(answer.unguided)
-    guided = [alone + np.ravel(shift.changes) for shift in answer.shifts]
-    styles = list(_sign_styles(look).values())
-    levels = answer.unit.startswith("levels")
-    what = "brightness" if levels else "mean of channel 1"
+    alone = _finite(np.ravel(answer.unguided))
+    kinds = [
+        (shift, alone + _finite(np.ravel(shift.changes)), {**style, "ls": "none"})
+        for shift, style in zip(answer.shifts, _sign_styles(look).values(), strict=False)
+    ]
+    levels = answer.unit == "levels of 255"
+    what, least = ("brightness", 10 * PULL_LEVELS) if levels else ("mean of channel 1", 10 * PULL_LATENT)
+    beside_it = [
+        _in_words(shift.guidance, shift.clipped, f"moves by {shift.mean}", f"rms {shift.rms}") for shift, *_ in kinds
+    ]
+    beside_it += [_in_words("the prompt alone", answer.unguided_clipped, f"spread {answer.unguided_spread:.3g}")]
 
     def draw(axes: Axes, beside: Axes) -> None:
-        ends = np.array([np.nanmin(_finite([alone, *guided])), np.nanmax(_finite([alone, *guided]))])
-        axes.plot(ends, ends, zorder=3, **_expected_style(look))
-        for values, style in zip(guided, styles, strict=False):
-            axes.vlines(alone, alone, _finite(values), color=style["color"], lw=0.8, alpha=0.5, zorder=2)
-            axes.plot(alone, _finite(values), zorder=6, **{**style, "ls": "none"})
-        _set_ylim(axes, [alone, *guided], 10 if levels else 10 * PULL_LATENT)
+        axes.set_xlim(_limits([alone], least))
+        axes.plot(axes.get_xlim(), axes.get_xlim(), zorder=3, **_expected_style(look))
+        for _, guided, style in kinds:
+            axes.vlines(alone, alone, guided, color=style["color"], lw=0.8, alpha=0.5, zorder=2)
+            axes.plot(alone, guided, zorder=6, **style)
+        axes.set_ylim(_limits([axes.get_xlim(), *(guided for _, guided, _ in kinds)], least))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
         axes.set_xlabel(f"{what}, the prompt alone", fontsize=TEXT, color=look.ink, labelpad=1)
         _title(axes, f"{what}, with guidance", look.ink)
         beside.set_axis_off()
-        _text_below(beside, "\n\n".join(numbers), 14, fontsize=TEXT, color=look.ink)
+        _text_below(beside, "\n\n".join(beside_it), 0, fontsize=TEXT, color=look.ink)
 
-    numbers = [
-        f"{shift.guidance}, {answer.unit}:\nmoves by {shift.mean}\nrms {shift.rms}"
-        + ("" if shift.clipped is None else f", {shift.clipped:.0%} clipped")
-        for shift in answer.shifts
-    ]
-    numbers.append(
-        f"the prompt alone:\nspread {answer.unguided_spread:.3g}"
-        + ("" if answer.unguided_clipped is None else f", {answer.unguided_clipped:.0%} clipped")
+    handles = [Line2D([], [], label=shift.guidance, **style) for shift, _, style in kinds]
+    handles += [Line2D([], [], label="not moved", **_expected_style(look))]
+    note = (
+        f"A point a noise: the exact flow with guidance over that of the prompt alone, in {answer.unit}. "
+        f"{CONFIDENCE:.0%} intervals."
     )
-    handles = [
-        *(
-            Line2D([], [], label=shift.guidance, **{**style, "ls": "none"})
-            for shift, style in zip(answer.shifts, styles, strict=False)
-        ),
-        Line2D([], [], label="not moved", **_expected_style(look)),
-    ]
-    note = f"A point a noise: the exact flow with guidance over the exact flow of the prompt alone. {CONFIDENCE:.0%} "
-    note += "intervals."
-    title = "Guidance: brightness that the same noise gets with and without it"
-    return [_heading(title, note, handles, look), Row(2.6, draw, columns=2)]
+    return [_heading("Guidance: brightness from the same noise", note, handles, look), Row(2.6, draw, columns=2)]
+
+
+def _in_words(title: str, clipped: float | None, *values: str) -> str:
+    return "\n".join([f"{title}:", *values, *([] if clipped is None else [f"{clipped:.0%} of the pixels clipped"])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -781,11 +778,16 @@ def _draw_scatter(
 
 def _set_ylim(axes: Axes, values: Iterable[np.ndarray], least: float) -> None:
     """Around the finite values, and no closer than shows a span of ``least``, lest rounding look like a finding."""
+    axes.set_ylim(_limits(values, least))
+
+
+def _limits(values: Iterable[np.ndarray], least: float) -> tuple[float | None, float | None]:
     values = np.concatenate([np.ravel(value) for value in values])
     values = values[np.isfinite(values)]
-    if len(values):
-        middle, half = (values.max() + values.min()) / 2, max(np.ptp(values), least) / 2
-        axes.set_ylim(middle - 1.1 * half, middle + 1.1 * half)
+    if len(values) == 0:
+        return None, None
+    middle, half = (values.max() + values.min()) / 2, max(np.ptp(values), least) / 2
+    return middle - 1.1 * half, middle + 1.1 * half
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -126,7 +127,7 @@ def guidance_table(run: LeakRun) -> str:
         + [value for shift in answer.shifts for value in (shift.mean, shift.rms)]
         for prompt, answer in zip(run.settings.prompts, asked, strict=True)
     ]
-    names = [shift.guidance.replace(" ", "\n", 1) for shift in asked[0].shifts]
+    names = [textwrap.fill(shift.guidance, 14) for shift in asked[0].shifts]
     headers = ["prompt", "brightness\nunguided", "spread\nunguided"]
     headers += [f"{name}\n{what}" for name in names for what in ("moves by", "rms")]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))

@@ -1,5 +1,6 @@
 """The mean-leak test on a MODEL and a sampler."""
 
+import contextlib
 import itertools
 import math
 from importlib.util import find_spec
@@ -21,18 +22,18 @@ from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
 from ..samplers.sampling import Denoise
+from .guidance_shift import guidances_of, name_of_guidance, without_guidance
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
 from .model_patch import patch_model, trained_schedule
 from .model_sampling import INFINITE_SIGMA, ExactSchedule
 from .probe import RunProbe, noise_level, noise_scale, unwatched, watch
+from .report import describe_first_guidance
 from .sampler import sample_ztsnr
 from .schema import schema
 
 REFERENCE_STEPS = 50
 FINER = 4  # times as many steps, where the reference is the sampler itself
-# what other nodes hang into the guidance; the network is asked without
-GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 class LatentMeanDiagnostic(io.ComfyNode):
@@ -91,6 +92,13 @@ class LatentMeanDiagnostic(io.ComfyNode):
                 io.Combo.Input(
                     "theme", options=["dark", "light"], default="dark", tooltip="Background of the picture."
                 ),
+                io.Boolean.Input(
+                    "guidance_shift",
+                    default=False,
+                    optional=True,  # graphs that were saved before it existed do not have it
+                    tooltip="Also measure how far guidance moves brightness from what the same noise gives without it. "
+                    "Takes about twice as long.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -122,6 +130,7 @@ class LatentMeanDiagnostic(io.ComfyNode):
         first_seed: int,
         asked_colour: str,
         theme: str,
+        guidance_shift: bool = False,
         vae=None,
     ) -> io.NodeOutput:
         try:
@@ -140,16 +149,24 @@ class LatentMeanDiagnostic(io.ComfyNode):
                     f"{type(model.model).__name__} ({model.model.model_type.name}) model."
                 )
             exact, reference = reference_of(model, sampler, sigmas, empty.shape[-2:])
+            guidances, more = guidances_of(exact[0], cfg, empty.ndim) if guidance_shift else ({}, [])
+            remarks[:0] = more
             probe = RunProbe()
-            bar = comfy.utils.ProgressBar(seeds * (2 if question is None else 3))
+            bar = comfy.utils.ProgressBar(seeds * ((2 if question is None else 3) + len(guidances)))
+
+            def exact_run(model, cfg: float) -> Run:
+                return run_of(model, *exact[1:], RunProbe(), positive, negative, cfg, empty, first_seed)
+
             report = mean_leak(
                 None if question is None else answers_of(question, positive, negative, empty),
                 run_of(model, sampler, sigmas, probe, positive, negative, cfg, empty, first_seed),
                 tuple(empty.shape[1:]),
                 schedule=None if question is None else question.schedule,
                 sigmas=[] if question is None else question.sigmas,
-                reference=run_of(*exact, RunProbe(), positive, negative, cfg, empty, first_seed),
+                reference=exact_run(exact[0], cfg),
                 reference_name=reference,
+                guidance_name=name_of_guidance(model, cfg),
+                **{kind: exact_run(*guidance) for kind, guidance in guidances.items()},
                 start_sigma=start_of(model, sigmas),
                 seeds=range(first_seed, first_seed + seeds),
                 to_rgb=to_rgb,
@@ -160,6 +177,8 @@ class LatentMeanDiagnostic(io.ComfyNode):
         except ValueError as reason:
             return refused(ValueError(sentence(str(reason))), outputs=3)
         picture = draw(lambda: figure_of(report, probe, to_rgb, theme), theme, sentence(report.verdict))
+        if to_rgb is not None and not guidance_shift:
+            remarks = describe_first_guidance(probe, to_rgb) + remarks
         text = "\n".join([str(report), *remarks])
         slope = ExecutionBlocker(remarks[-1]) if report.checkpoint is None else report.checkpoint.slope.value
         return io.NodeOutput(text, picture, slope, ui=ui.PreviewImage(picture, cls=cls))
@@ -239,12 +258,9 @@ def question_for(model) -> Question | None:
     one whose schedule another node has replaced is asked as it is.
     """
     kind = model.model.model_type
-    try:
+    with contextlib.suppress(ValueError):
         model, _ = patch_model(model, canvas_shift=1.0)
-    except ValueError:
-        model = model.clone()
-    for name in GUIDANCE:
-        model.model_options.pop(name, None)
+    model = without_guidance(model)
     model_sampling = model.get_model_object("model_sampling")
     if isinstance(model_sampling, ExactSchedule):
         return Question(model, model_sampling.schedule, probed_sigmas(model_sampling.schedule))

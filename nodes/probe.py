@@ -1,9 +1,10 @@
 """Watching sampling runs from outside: every evaluation of the network, under every sampler.
 
-Two wrappers around ComfyUI's guider.  OUTER_SAMPLE sees the noise that a run begins with and what it ends with, and
-lies outside of every wrapper of the sampler, so it does not matter which node comes first.  PREDICT_NOISE sees each
-question that a sampler asks, with its sigma, and the answer after guidance.  Nothing is changed and nothing waits for
-the device, so pictures stay the same to the last bit.
+Two wrappers around ComfyUI's guider, and an onlooker inside it.  OUTER_SAMPLE sees the noise that a run begins with and
+what it ends with, and lies outside of every wrapper of the sampler, so it does not matter which node comes first.
+PREDICT_NOISE sees each question that a sampler asks, with its sigma, and the answer after guidance; a post_cfg function
+sees the answer to the prompt alone.  Nothing is changed and nothing waits for the device, so pictures stay the same to
+the last bit.
 """
 
 import math
@@ -24,6 +25,7 @@ class RunProbe:
     Attributes:
         recorder: means of the state, the prediction and the noise at every evaluation.
         predictions: the first sample's x0 at every evaluation, (1, C, H, W); of a video (1, C, 1, H, W), its beginning.
+        unguided: that of the first evaluation by the prompt alone, which guidance then changed; None if unknown.
         latent_format: the model's.
         result: (B, C, ...) what the run ended with, scaled as in a LATENT; None if it did not end.
     """
@@ -31,6 +33,7 @@ class RunProbe:
     def __init__(self):
         self.recorder = LatentMeanRecorder()
         self.predictions: list[torch.Tensor] = []
+        self.unguided: torch.Tensor | None = None
         self.latent_format = None
         self.result: torch.Tensor | None = None
         self._shape: torch.Size | None = None
@@ -43,6 +46,7 @@ class RunProbe:
         if not is_next_stage:
             self.recorder.begin(noise if adds_noise else None)
             self.predictions.clear()
+            self.unguided = None
         self.latent_format = executor.class_obj.model_patcher.get_model_object("latent_format")
         self._shape, self._end, self.result = noise.shape, None, None
         self.result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -55,8 +59,20 @@ class RunProbe:
         if x.shape == self._shape:  # some samplers of other packs also ask about smaller pictures
             sigma, x_scale = noise_level(executor.class_obj.inner_model.model_sampling, timestep)
             self.recorder.record(sigma, x, x0, x_scale)
-            self.predictions.append(x0[(slice(1), slice(None), *[slice(1)] * (x0.ndim - 4))].detach().clone())
+            self.predictions.append(first_picture(x0))
         return x0
+
+    def post_cfg(self, args: dict):
+        """A post_cfg function that changes nothing: it sees what the prompt alone predicts."""
+        cond = args["cond_denoised"]
+        if not self.predictions and cond.shape == self._shape:
+            self.unguided = first_picture(cond)
+        return args["denoised"]
+
+
+def first_picture(x0: torch.Tensor) -> torch.Tensor:
+    """A copy of the first sample of a prediction (B, C, ...); of a video its first frame."""
+    return x0[(slice(1), slice(None), *[slice(1)] * (x0.ndim - 4))].detach().clone()
 
 
 def watch(model, probe: RunProbe):
@@ -64,6 +80,7 @@ def watch(model, probe: RunProbe):
     watched = model.clone()
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, probe.outer_sample)
     watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, probe.predict_noise)
+    watched.set_model_sampler_post_cfg_function(probe.post_cfg)
     return watched
 
 
@@ -72,6 +89,10 @@ def unwatched(model):
     model = model.clone()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE):
         model.remove_wrappers_with_key(kind, KEY)
+    functions = model.model_options.get("sampler_post_cfg_function", [])
+    others = [function for function in functions if not isinstance(getattr(function, "__self__", None), RunProbe)]
+    if len(others) < len(functions):
+        model.model_options["sampler_post_cfg_function"] = others
     return model
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..diagnostics.estimates import CONFIDENCE
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import CONFIDENCE, ChannelFit, fit_pictures
-from ..diagnostics.leak_probes import measure_pictures
+from ..diagnostics.leak import ChannelFit, fit_pictures
+from ..diagnostics.leak_probes import ToRGB, measure_pictures
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
 from .probe import RunProbe, watch
@@ -82,6 +83,7 @@ class LatentMeanReport(io.ComfyNode):
         lines = describe_run(statistics, picture_mean)
         if pictures is not None:
             lines.append(describe_brightness(pictures, through))
+            lines += describe_first_guidance(probe, to_rgb)
 
         def figure():
             from ..diagnostics.leak_plots import run_figure
@@ -173,6 +175,20 @@ def describe_brightness(pictures: np.ndarray, through: str) -> str:
     spread = "" if len(brightness) == 1 else f" ({brightness.min():.1f} to {brightness.max():.1f})"
     clipped = f"{measured['clipped'].mean():.1%} of the pixels are clipped"
     return f"Brightness {brightness.mean():.1f} of 255{spread} {through}; {clipped}."
+
+
+def describe_first_guidance(probe: RunProbe, to_rgb: ToRGB) -> list[str]:
+    """How far guidance moved the first prediction's brightness, in a sentence; none where it changed nothing."""
+    if probe.unguided is None or torch.equal(probe.unguided, probe.predictions[0]):
+        return []
+    pictures = [to_rgb(x0.cpu().float()).float().cpu().numpy() for x0 in (probe.unguided, probe.predictions[0])]
+    alone, guided = (measure_pictures(picture)["brightness"][0] for picture in pictures)
+    if not np.isfinite([alone, guided]).all():
+        return []
+    return [
+        f"In the first prediction guidance moves the brightness by {guided - alone:+.1f} levels of 255, from "
+        f"{alone:.1f} of the prompt alone to {guided:.1f}."
+    ]
 
 
 def number(value: float, infinite: str = "not finite") -> str:

@@ -18,7 +18,7 @@ from ztsnr.diagnostics import leak_run, output, pipelines
 from ztsnr.diagnostics.leak import plain
 from ztsnr.diagnostics.leak_probes import SamplerProbe
 from ztsnr.diagnostics.leak_report import load_row, row_of_pictures
-from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
+from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler, exposure_true_guidance
 
 from .tiny_pipelines import make_tiny_sdxl, write_single_file
 
@@ -238,6 +238,78 @@ def test_the_sampler_under_test(tiny, tmp_path, arguments, start):
         assert began < 20
     else:
         assert began == pytest.approx(start)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def test_guidance_is_compared_with_the_same_noise_without_it(finished):
+    out, text = finished
+    report = strict((out / "report.json").read_text())
+    page = (out / "report.html").read_text()
+    for entry in report["prompts"]:
+        answer = entry["guidance"]
+        assert [shift["guidance"] for shift in answer["shifts"]] == ["CFG 5", "exposure-true guidance"]
+        assert np.shape(answer["shifts"][0]["changes"]) == np.shape(answer["unguided"]) == (2, 2)
+        # the guided pictures are the exact flow's
+        guided = np.add(answer["unguided"], answer["shifts"][0]["changes"])
+        assert guided.mean() == pytest.approx(entry["sampler"]["reference_brightness"]["value"])
+    assert f"Guidance: {report['prompts'][0]['guidance']['sentence']}." in text
+    most = max(report["prompts"], key=lambda entry: entry["guidance"]["shifts"][0]["rms"]["value"])
+    assert f"{most['guidance']['sentence']} (prompt: {most['prompt'] or '(empty prompt)'})" in page
+    assert [row["guidance"] for row in report["guidance_sheet"]] == ["no guidance", "CFG 5", "exposure-true guidance"]
+    assert {row["prompt"] for row in report["guidance_sheet"]} == {most["prompt"]}
+    for row in report["guidance_sheet"]:
+        pictures, labels = load_row(out / "pictures" / f"{row['file']}.png")
+        assert labels == ["0", "1"]
+        assert pictures.mean((1, 2)) @ [0.2126, 0.7152, 0.0722] == pytest.approx(row["brightness"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_guidance_there_is_nothing_to_ask(tiny, tmp_path):
+    code, text = leak(tiny, "--prompt", "", *SHORT, "--guidance", 1, "--out", tmp_path)
+    assert code == 0
+    assert "uidance:" not in text
+    report = strict((tmp_path / "report.json").read_text())
+    assert report["prompts"][0]["guidance"] is None
+    assert report["guidance_sheet"] == []
+    assert "With and without guidance" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_folder_from_before_the_question_is_completed(finished, tiny, tmp_path, monkeypatch):
+    out, _ = finished
+    shutil.copytree(out / "pictures", tmp_path / "pictures")
+    lines = (out / "measurements.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not any(kind in line for kind in ("/unguided/", "/exposure-true/", '{"guidance_'))]
+    assert len(lines) - len(kept) == 2 * 2 * 2 + 3
+    (tmp_path / "measurements.jsonl").write_text("".join(kept))
+    real, calls = leak_run.probe_sampler, []
+    monkeypatch.setattr(leak_run, "probe_sampler", lambda *a: calls.append(a[-1]) or real(*a))
+    assert leak(tiny, *TWO_PROMPTS, *SHORT, "--out", tmp_path)[0] == 0
+    assert len(calls) == 2 * 2 * 2
+    assert (tmp_path / "report.json").read_bytes() == (out / "report.json").read_bytes()
+
+
+def test_guidance_of_the_network_is_of_its_own_predictions(pipe):
+    """Exposure-true guidance by its formula, from the U-Net's predictions with and without the prompt."""
+    schedule = NoiseSchedule.from_config(pipe.scheduler.config)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    embeddings = pipelines.encode(pipe, "a cat")
+    negative = {name.removeprefix("negative_"): embeddings[f"negative_{name.removeprefix('negative_')}"]
+                for name in embeddings}  # fmt: skip
+    for sigma in (math.inf, 2.0):
+        cond, uncond = (
+            pipelines.network(pipe, texts, schedule, "v_prediction")(noise, sigma) for texts in (embeddings, negative)
+        )
+        guided = pipelines.network(pipe, embeddings, schedule, "v_prediction", 5.0, exposure_true_guidance)
+        d = (cond - uncond).double()
+        m = d.mean((-2, -1), keepdim=True)
+        p = (cond - cond.mean((-2, -1), keepdim=True)).double()
+        k = (d * p).sum((1, 2, 3), keepdim=True) / (p * p).sum((1, 2, 3), keepdim=True)
+        expected = cond + 4 * (d - 0.9 * m - 0.8 * k * p)
+        assert torch.allclose(guided(noise, sigma).double(), expected, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

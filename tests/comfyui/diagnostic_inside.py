@@ -162,6 +162,20 @@ def diagnose(
     }
 
 
+def diagnose_guided(positive=2.4, negative=2.3, cfg=5.0, node=None, model="exact", **inputs):
+    """The diagnostic with two prompts that add to the canvas; and how many levels brighter an addition of 1 is."""
+    model = MODELS[model]()
+    if node == "ours":
+        (model,) = stock("ZTSNRGuidance", model, exposure=1.0, contrast=0.0, interval_start=0.0, interval_end=0.0)
+    elif node == "halver":
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(lambda args: (args["denoised"] + args["cond_denoised"]) / 2)
+    factors = torch.tensor(model.model.latent_format.latent_rgb_factors)
+    luma = (factors.sum(0) @ torch.tensor([0.2126, 0.7152, 0.0722])).item()
+    found = diagnose(model, positive=prompt(positive), negative=prompt(negative), cfg=cfg, **inputs)
+    return {**found, "levels": 255 * luma / 2}
+
+
 def nan_model(at_time):
     """A model that answers NaN in its third channel from some timestep down."""
     model = patched()
@@ -194,7 +208,7 @@ def refusals():
     }
 
 
-def progress(interrupt_at=None):
+def progress(interrupt_at=None, **inputs):
     """What the progress bar was told; with an interruption during a probe, how it ended and what a second run does."""
     import comfy.utils
 
@@ -221,7 +235,7 @@ def progress(interrupt_at=None):
     original, comfy.utils.ProgressBar = comfy.utils.ProgressBar, Bar
     error = None
     try:
-        diagnose(model, steps=4)
+        diagnose(model, steps=4, **inputs)
     except comfy.model_management.InterruptProcessingException as interruption:
         error = type(interruption).__name__
     finally:

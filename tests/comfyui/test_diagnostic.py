@@ -201,6 +201,62 @@ def test_samplers_that_add_noise_get_another_for_each_seed(diagnose):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Latent Mean Diagnostic: guidance
+
+
+def test_guidance_extrapolates_the_canvas(call):
+    """mu_u + w (mu_c - mu_u): at CFG 5 each channel moves by 4 times the difference of the prompts."""
+    found = call("diagnose_guided", guidance_shift=True)
+    answer = found["report"]["guidance"]
+    cfg, ours = answer["shifts"]
+    moved = 4 * 0.1 * found["levels"]
+    assert abs(moved) > 5
+    assert cfg["guidance"] == "CFG 5"
+    assert np.array(cfg["changes"]) == pytest.approx(np.full((3, 2), moved), rel=0.02)
+    assert ours["guidance"] == "exposure-true guidance"
+    assert np.array(ours["changes"]) == pytest.approx(np.full((3, 2), 0.1 * moved), abs=0.02 * abs(moved))
+    assert answer["unguided_clipped"] < 0.02
+    assert f"Guidance: {answer['sentence']}." in found["text"]
+    assert found["report"]["verdict"] == "zero-SNR trained and sampled exactly"
+    assert "In the first prediction" not in found["text"]
+
+
+def test_the_guidance_that_is_asked_about_is_the_models_own(call):
+    """ZTSNR Guidance at exposure 1 leaves nothing of it, and another node that halves guidance leaves half."""
+    kept, halved = (call("diagnose_guided", guidance_shift=True, node=node) for node in ("ours", "halver"))
+    ours = kept["report"]["guidance"]["shifts"][0]
+    assert ours["guidance"] == "CFG 5 with guidance nodes"
+    assert ours["rms"]["value"] < 0.1
+    change = halved["report"]["guidance"]["shifts"][0]["mean"]["value"]
+    assert change == pytest.approx(2 * 0.1 * halved["levels"], rel=0.02)
+
+
+def test_without_asking_the_first_prediction_is_read(call):
+    """For nothing: the run has both predictions at hand, and at infinity they are the prompts' means."""
+    found = call("diagnose_guided")
+    assert found["report"]["guidance"] is None
+    (line,) = (line for line in found["text"].splitlines() if line.startswith("In the first prediction guidance moves"))
+    by = float(re.search(r"by ([+-][\d.]+) levels", line)[1])
+    assert by == pytest.approx(4 * 0.1 * found["levels"], abs=0.06)
+    assert "first prediction" not in call("diagnose_guided", cfg=1.0)["text"]
+
+
+def test_guidance_at_cfg_1_is_none(call):
+    found = call("diagnose_guided", cfg=1.0, guidance_shift=True)
+    assert found["report"]["guidance"] is None
+    assert found["text"].splitlines()[-1] == "Guidance was not asked about: at CFG 1 there is none."
+
+
+def test_guidance_of_a_video_has_no_exposure_true_twin(diagnose):
+    found = diagnose(
+        model="video", sampler="euler", scheduler="simple", shape=(16, 3, 12, 16), steps=3, cfg=3.0, guidance_shift=True
+    )
+    assert [shift["guidance"] for shift in found["report"]["guidance"]["shifts"]] == ["CFG 3"]
+    # this model does not read its prompt
+    assert found["report"]["guidance"]["shifts"][0]["rms"]["value"] == pytest.approx(0, abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Latent Mean Diagnostic: what else it does
 
 
@@ -244,9 +300,10 @@ def test_colour_asked_for(inside, diagnose):
     assert errors["red"] < errors["black"] < errors["white"]
 
 
-def test_progress_has_a_tick_for_each_probe(call):
-    found = call("progress")
-    assert found["told"] == [["total", 9], *[["tick", 1]] * 9]
+@pytest.mark.parametrize(("inputs", "probes"), [({}, 9), ({"guidance_shift": True, "cfg": 3.0}, 15)])
+def test_progress_has_a_tick_for_each_probe(call, inputs, probes):
+    found = call("progress", **inputs)
+    assert found["told"] == [["total", probes], *[["tick", 1]] * probes]
     assert found["error"] is None
 
 

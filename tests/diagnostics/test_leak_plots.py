@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from ztsnr.diagnostics import GaussianCanvas
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder, LatentStatistics
 from ztsnr.diagnostics.leak import exact_flow, expected_slope, mean_leak
-from ztsnr.diagnostics.leak_plots import THEMES, Strip, leak_figure, run_figure, start_sheet, to_image
+from ztsnr.diagnostics.leak_plots import THEMES, Strip, guidance_sheet, leak_figure, run_figure, start_sheet, to_image
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule
 from ztsnr.samplers.prediction import to_denoised
 
@@ -57,8 +57,11 @@ def runner(denoise, steps=6, start=None):
 
 
 @functools.cache
-def report(kind="good", channels=4, seeds=4, checkpoint=True, sampler=True, reference=True, start=None):
+def report(kind="good", channels=4, seeds=4, checkpoint=True, sampler=True, reference=True, start=None, guidance=None):
+    """With the name of a guidance, brightness is as if guided by canvases of another mean and of another spread."""
     denoise = network(kind)
+    others = (GaussianCanvas(MEAN + 0.4, TAU, 0.6), GaussianCanvas(MEAN - 0.1, 1.3 * TAU, 0.6))
+    flows = [exact_flow(other, ZERO_SNR, (SIDE, SIDE), steps=10) for other in others] if guidance else [None, None]
     return mean_leak(
         denoise if checkpoint else None,
         runner(denoise, start=start) if sampler else None,
@@ -69,6 +72,9 @@ def report(kind="good", channels=4, seeds=4, checkpoint=True, sampler=True, refe
         seeds=range(seeds),
         to_rgb=(lambda x: 0.5 + x[:, :3] / 4.8) if channels >= 3 else None,
         brightness_through="by a line",
+        unguided=flows[0],
+        exposure_true=flows[1],
+        guidance_name=guidance or "",
     )
 
 
@@ -402,6 +408,55 @@ def test_the_words_of_the_sheet_stay_within_it(seeds, prompt):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def test_every_noise_has_its_point_under_each_guidance():
+    made = report(channels=3, guidance="CFG 5")
+    axes = panel(leak_figure(made), "brightness, with guidance")
+    diagonal, *points = axes.lines
+    np.testing.assert_allclose(diagonal.get_xdata(), diagonal.get_ydata())
+    alone = np.ravel(made.guidance.unguided)
+    for line, shift in zip(points, made.guidance.shifts, strict=True):
+        np.testing.assert_allclose(line.get_xdata(), alone)
+        np.testing.assert_allclose(line.get_ydata(), alone + np.ravel(shift.changes))
+    cfg = np.concatenate([probe.brightness for probe in made.reference_probes])
+    np.testing.assert_allclose(points[0].get_ydata(), cfg)
+    assert all(low <= value <= high for low, high in [axes.get_ylim()] for value in cfg)
+
+
+def test_pictures_of_one_brightness_can_be_read():
+    made = report(channels=3, guidance="CFG 5")
+    same = dataclasses.replace(
+        made.guidance,
+        unguided=np.zeros((4, 2)).tolist(),
+        shifts=[dataclasses.replace(shift, changes=np.zeros((4, 2)).tolist()) for shift in made.guidance.shifts],
+    )
+    assert_readable(leak_figure(dataclasses.replace(made, guidance=same)))
+
+
+def sheet_of_guidance(seeds=3, prompt="solid black background"):
+    pictures = np.random.default_rng(1).integers(0, 256, (3, seeds, 8, 8, 3), dtype=np.uint8)
+    brightness = np.array([[100.0], [61.8], [255.0]]) + np.arange(seeds)
+    names = ["no guidance", "CFG 5", "exposure-true guidance"]
+    return guidance_sheet(pictures, names, brightness, prompt, range(seeds)), pictures
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("prompt", ["", "a very long prompt, masterpiece, best quality, " * 6])
+def test_the_sheet_of_guidance_says_how_far_it_moved_each_picture(seeds, prompt):
+    figure, pictures = sheet_of_guidance(seeds, prompt)
+    for axes, picture in zip(figure.axes, pictures.reshape(-1, 8, 8, 3), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), picture)
+    assert {"100.0", "61.8 (-38.2)", "255.0 (+155.0)"} <= {text.get_text() for text in figure.texts}
+    to_image(figure)
+    for text in figure.texts:
+        assert within(text.get_window_extent(), figure.bbox), text
+    for a, b in itertools.combinations(figure.texts, 2):
+        assert not overlap(a.get_window_extent(), b.get_window_extent()), (a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -471,6 +526,9 @@ def assert_readable(figure):
         {"channels": 3, "seeds": 2, "reference": False},
         {"channels": 16, "start": 14.6},
         {"channels": 2, "checkpoint": False, "start": 4518.0},
+        {"channels": 3, "guidance": "CFG 5"},
+        {"channels": 3, "guidance": "CFG 12.5 with guidance nodes", "seeds": 2},
+        {"channels": 1, "guidance": "CFG 5"},
     ],
     ids=str,
 )
