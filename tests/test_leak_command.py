@@ -282,7 +282,9 @@ def test_a_folder_from_before_the_question_is_completed(finished, tiny, tmp_path
     out, _ = finished
     shutil.copytree(out / "pictures", tmp_path / "pictures")
     lines = (out / "measurements.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not any(kind in line for kind in ("/unguided/", "/exposure-true/", '{"guidance_'))]
+    kept = [
+        line for line in lines if not any(kind in line for kind in ("/unguided/", "/exposure-true/", '{"guidance_'))
+    ]
     assert len(lines) - len(kept) == 2 * 2 * 2 + 3
     (tmp_path / "measurements.jsonl").write_text("".join(kept))
     real, calls = leak_run.probe_sampler, []
