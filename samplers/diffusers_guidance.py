@@ -270,9 +270,9 @@ class _Picture:
         if self.prediction_type == "sample":
             return prediction
         device = prediction.device
-        self.angles = self.angles.to(device)
+        self.angles = self.angles.to(device, non_blocking=True)
         last = len(self.angles) - 1
-        t = torch.as_tensor(timestep).to(device, torch.float32).reshape(-1, 1, 1, 1).clamp(0, last)
+        t = torch.as_tensor(timestep).to(device, torch.float32, non_blocking=True).reshape(-1, 1, 1, 1).clamp(0, last)
         below = t.long().clamp(max=last - 1)
         angle = torch.lerp(self.angles.take(below), self.angles.take(below + 1), t - below)
         x = sample[:, : prediction.shape[1]].to(device).float()  # an inpainting U-Net is shown mask and picture besides
