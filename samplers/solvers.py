@@ -17,7 +17,6 @@ sigma.  Deterministic multistep solvers are tables of weights (``multistep``); t
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,7 +38,7 @@ from .multistep import (
 from .prediction import alpha_s
 from .protocol import Evaluations, Noise, Sigmas
 from .sa_solver import sa_solver
-from .spectral import CAUTION, CAUTIOUS_MEMORY, MEMORY, spectral_table
+from .spectral_solver import spectral
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Deterministic multistep solvers: a table of weights each.
@@ -149,88 +148,6 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
     solver.__name__ = rule.__name__.removesuffix("_weights")
     solver.__doc__ = rule.__doc__
     return solver
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The default solver.
-
-
-def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
-    """Predictor-corrector in the span of Gaussian modes (``spectral``), bold where two memories agree, else cautious.
-
-    Weights for four values of x0 are the most accurate while x0 moves as modes do.  Under strong guidance, or while the
-    picture decides between two modes, it jumps, and a long memory amplifies the jump.  So each sample compares the
-    steps that both memories would take, and mixes their weights by how far apart these are for the change of x0 there
-    is.
-    """
-    # the comparison is one of norms: every so-many-th row, some thousand values, tells it
-    every = x[0].numel() // 4096 | 1
-    history, glimpses = [], []
-    boldness = last_boldness = x.new_ones(len(x), 1)
-    for sigma, step in zip(sigmas, _spectral_steps(sigmas, x.dtype, x.device), strict=False):
-        x, x0 = yield x, sigma
-        history = [x0, *history[:MEMORY]]
-        glimpses = [x0.reshape(len(x0), -1, x0.shape[-1])[:, ::every].flatten(1), *glimpses[:MEMORY]]
-        if len(history) > CAUTIOUS_MEMORY:
-            apart = _norm(_combine(step.difference[0], glimpses[0], step.difference[1:], glimpses[1:]))
-            change = _norm(glimpses[0] - glimpses[1]) * step.held
-            low, high = CAUTION
-            boldness = ((high * change - apart) / ((high - low) * change + 1e-30)).clamp_(0, 1)
-        weights = torch.addcmul(step.cautious, step.bolder, boldness).addcmul_(step.bolder_before, last_boldness)
-        last_boldness = boldness
-        x = step.ratio * x
-        for weight, past in zip(weights.unbind(1), history, strict=False):
-            x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
-    return x
-
-
-@dataclass(frozen=True)
-class _SpectralStep:
-    """Floats, and weights of x0 on the device, newest first.
-
-    The weights of a step are "correct the last one, then predict": ``cautious`` + boldness * ``bolder`` + boldness of
-    the last step * ``bolder_before``; the last because a correction takes back what was then predicted.
-    """
-
-    ratio: float
-    held: float
-    difference: list[float]  # bolder, on the host
-    cautious: torch.Tensor
-    bolder: torch.Tensor
-    bolder_before: torch.Tensor
-
-
-def _spectral_steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> list[_SpectralStep]:
-    floats, tables = _spectral_tables(sigmas)
-    on_device = torch.from_numpy(tables).to(dtype).to(device, non_blocking=True)
-    return [_SpectralStep(*step, *rows) for step, rows in zip(floats, on_device.unbind(0), strict=True)]
-
-
-@lru_cache(maxsize=64)
-def _spectral_tables(sigmas: Sigmas) -> tuple[list[tuple[float, float, list[float]]], np.ndarray]:
-    """Of each step the floats of ``_SpectralStep``, and its three rows of weights (N, 3, MEMORY + 1)."""
-    ratios = noise_ratios(sigmas)
-
-    def fused(memory: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of each step, and those of the last prediction that its correction takes back, (N, MEMORY + 1)."""
-        predict, correct = spectral_table(sigmas, memory)
-        weights, before = np.zeros((2, len(ratios), MEMORY + 1))
-        for i, ratio in enumerate(ratios):
-            weights[i, : len(predict[i])] = predict[i]
-            if i > 0:
-                weights[i, : len(correct[i - 1])] += ratio * correct[i - 1]
-                before[i, 1 : 1 + len(predict[i - 1])] = ratio * predict[i - 1]
-        return weights, before
-
-    (bold, bold_before), (cautious, cautious_before) = fused(MEMORY), fused(CAUTIOUS_MEMORY)
-    floats = [
-        (float(ratios[i]), _held(sigmas[i], sigmas[i + 1]), (bold - cautious)[i].tolist()) for i in range(len(ratios))
-    ]
-    return floats, np.stack([cautious - cautious_before, bold - cautious, cautious_before - bold_before], axis=1)
-
-
-def _norm(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

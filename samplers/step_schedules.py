@@ -15,6 +15,7 @@ from .noise_schedule import NoiseSchedule
 from .spectral import spectral_sigmas
 
 DEFAULT_SPACING = "spectral"
+DEFAULT_GUIDANCE = 5.0  # scale that a step schedule is made for where it is not told one
 MOST_STEPS = 100_000  # of a whole schedule: beyond any use, and short of filling the memory
 DEFAULT_RHO = {"karras": 7.0, "polyexponential": 1.0}
 
@@ -118,6 +119,7 @@ def step_schedule(
     sigma_start: float | None = None,
     rho: float | None = None,
     denoise: float = 1.0,
+    guidance: float = DEFAULT_GUIDANCE,
 ) -> torch.Tensor:
     """The sigmas of a sampling run.
 
@@ -129,10 +131,13 @@ def step_schedule(
         latent_size: (height, width) of the latent.  The spacings that choose sigmas need it under a zero-terminal
             schedule, unless sigma_start is given: the mean of a canvas of N values is hidden from the network only by
             noise above about sqrt(N), so that is where their finite sigmas start.
-        sigma_start: first finite sigma of those spacings; by default sqrt(height * width), and for ``spectral`` more.
+        sigma_start: first finite sigma of those spacings; by default min(5, steps / 5) times sqrt(height * width), so
+            that brightness is decided behind it, and for ``spectral`` about as much.
         rho: exponent of ``karras`` (7) and ``polyexponential`` (1).
         denoise: image-to-image strength in (0, 1]: the last ``steps`` of the steps / denoise that the whole way takes.
             Below 1 the noisiest step is always dropped, so that the result never starts at infinity.
+        guidance: scale of classifier-free guidance of the run, 1 for none.  ``spectral`` is denser where guidance makes
+            the flow stiff; the others do not use it.
 
     Returns:
         (steps + 1,) float64 on the CPU, decreasing; begins with inf (zero-terminal schedule, denoise = 1), ends with 0.
@@ -149,6 +154,8 @@ def step_schedule(
         raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise must lie in (0, 1], not {denoise}; with nothing to denoise there is nothing to run")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
     if rho is not None and spacing not in DEFAULT_RHO:
         raise ValueError(f"rho belongs to {' and '.join(DEFAULT_RHO)}, not to spacing {spacing!r}")
     if rho is not None and not (math.isfinite(rho) and rho > 0):
@@ -170,7 +177,7 @@ def step_schedule(
                 stacklevel=2,
             )
     else:
-        sigmas = _sigmas_of_range(schedule, whole, spacing, latent_size, sigma_start, rho)
+        sigmas = _sigmas_of_range(schedule, whole, spacing, latent_size, sigma_start, rho, guidance)
     return torch.from_numpy(np.concatenate([sigmas, [0.0]])[-(steps + 1) :])
 
 
@@ -181,6 +188,7 @@ def _sigmas_of_range(
     latent_size: tuple[int, int] | None,
     sigma_start: float | None,
     rho: float | None,
+    guidance: float,
 ) -> np.ndarray:
     """(steps,) sigmas: infinity and then the range, or the whole range of a schedule without infinity."""
     infinite = schedule.zero_terminal_snr
@@ -201,12 +209,21 @@ def _sigmas_of_range(
     finite_steps = steps - 1 if infinite else steps
     if spacing == "spectral":
         start = sigma_start or (None if infinite else schedule.sigma_max)
-        sigmas = np.array(spectral_sigmas(finite_steps, canvas, start, schedule.sigma_min))
+        sigmas = np.array(spectral_sigmas(finite_steps, canvas, start, schedule.sigma_min, guidance))
     else:
-        start = sigma_start or (canvas if infinite else schedule.sigma_max)
+        start = sigma_start or (range_start(steps) * canvas if infinite else schedule.sigma_max)
         exponent = rho if rho is not None else DEFAULT_RHO.get(spacing, 1.0)
         sigmas = _RANGE_SPACINGS[spacing](finite_steps, schedule.sigma_min, start, exponent)
     return np.concatenate([[math.inf], sigmas]) if infinite else sigmas
+
+
+def range_start(steps: int) -> float:
+    """First finite sigma over the canvas length, for the spacings of a finite range in so many steps.
+
+    Measured: from one canvas length the step from infinity decides brightness too early, with mixtures of pictures and
+    under guidance; from five it is free, if there are steps to span the range.
+    """
+    return min(5.0, max(steps / 5, 1.0))
 
 
 def _canvas_length(latent_size: tuple[int, int]) -> float:
