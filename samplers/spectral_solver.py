@@ -7,7 +7,7 @@ Each sample mixes its step from three, by what its last x0 tell (docs/mathematic
     secant    where x0 turns back.  Guidance of scale w makes x0 = J x along some direction, with J as low as 1 - w, and
               extrapolation diverges there.  J is measured along the last change of x0 and its step taken exactly
 
-All that the choice needs are inner products of a few thousand values of each sample; nothing is read on the host.
+All that the choice needs are inner products of the coarse part of each sample; nothing is read on the host.
 """
 
 import itertools
@@ -24,8 +24,9 @@ from .protocol import Evaluations, Noise, Sigmas
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
 
 KEPT = MEMORY + 1  # values of x0 that a step looks at: a prediction's, and the one that its correction goes back to
-GLIMPSE = 4096  # values of a sample, about, that its inner products are taken of
+BLOCKS = 12  # along the shorter side of the latent: what is coarser decides how a step is taken
 STIFFEST = 5.0  # largest -J that is believed
+SMALL = 1e-30  # where x0 does not change at all
 # Disagreement of the bold and the cautious step, over what a plain Gaussian latent shows: up to the first number a step
 # is bold, from the second on cautious.  A sample whose x0 has bent once is wary, and trusts less from then on.
 BOLD_UP_TO, CAUTIOUS_FROM, CAUTIOUS_FROM_WHEN_WARY = 2.0, 6.0, 3.0
@@ -44,13 +45,12 @@ def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evalu
         bold, turn = run.boldness(step), run.turn
         # Corrector of the last step, folded into this one: it takes back what was predicted.
         correction = (1 - turn / 2) * (torch.lerp(step.correct_cautious, step.correct_bold, bold) - predicted)
-        # Predictor.
+        # Predictor: between extrapolating, and holding x0 but for its change along d_0.
         prediction = (1 - turn) * torch.lerp(step.cautious, step.bold, bold)
-        prediction[:, :1] += turn * step.held
-        if run.knows_slope and step.sigma_ratio > 0:
-            secant = turn * run.secant(step, correction, prediction)
-            prediction[:, :1] += secant
-            prediction[:, 1:2] -= secant
+        can_tell = run.slope is not None and step.sigma_ratio > 0
+        beyond = run.secant(step, correction, prediction) if can_tell else 0.0
+        prediction[:, :1] += turn * (step.held + beyond)
+        prediction[:, 1:2] -= turn * beyond
         predicted = torch.nn.functional.pad(prediction[:, :-1], (1, 0))
         x = step.ratio * x
         for weight, past in zip((step.ratio * correction + prediction).unbind(1), history, strict=False):
@@ -62,84 +62,91 @@ class _Run:
     """What a run has seen, in inner products: the changes of x0, and of X = x / alpha, the state without its scale.
 
     In X the flow is dX / dlog u = x0 - X.  d_0, d_1, ... are the changes of x0 from one question to the next, newest
-    first, and all is (B, 1) or (B, ...), one sample apart from the others.
+    first; everything is (B, 1) or (B, ...), each sample by itself.
 
     Attributes:
+        known: number of changes, k, up to MEMORY.
         changes: (B, k, k) <d_i, d_j>.
-        state_change: <dX, d_0>, where two states are known that are not at infinity (``knows_slope``).
-        state: <X - x0, d_0>, likewise.
+        slope: J, if x0 = J X + const along d_0; None before it can be measured.
+        distance: <X - x0, d_0> / <d_0, d_0>.
         turn: 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
         wary: 0 while x0 has not bent by more than 73 degrees, 1 once it bent by 100.
     """
 
     def __init__(self, x: torch.Tensor):
-        self._x0, self._states = [], []
-        self.knows_slope = False
+        self.known, self.slope = -1, None
         self.turn = self.wary = x.new_zeros(len(x), 1)
+        self._answers: tuple[torch.Tensor, ...] = ()
+        self._state: torch.Tensor | None = None
 
     def see(self, x: torch.Tensor, x0: torch.Tensor, alpha: float) -> None:
-        self._x0 = [_glimpse(x0), *self._x0[: KEPT - 1]]
-        self._states = [_glimpse(x) / alpha, *self._states[:1]] if alpha > 0 else []
-        self.knows_slope = len(self._states) > 1
-        rows = [new - old for new, old in itertools.pairwise(self._x0)]
-        if not rows:
+        """The state that the network was asked about, its answer, and alpha of the noise level."""
+        self._answers = (_coarse(x0), *self._answers[:MEMORY])
+        before, self._state = self._state, _coarse(x) / alpha if alpha > 0 else None  # at infinity X has no value
+        rows = [new - old for new, old in itertools.pairwise(self._answers)]
+        self.known = len(rows)
+        if self.known == 0:
             return
-        if self.knows_slope:
-            rows += [self._states[0] - self._states[1], self._states[0] - self._x0[0]]
+        if before is not None:
+            rows += [self._state - before, self._state - self._answers[0]]
         rows = torch.stack(rows, dim=1)
         products = rows @ rows.mT
-        known = len(self._x0) - 1
-        self.changes = products[:, :known, :known]
-        self._newest = self.changes[:, 0, 0, None] + torch.finfo(x.dtype).tiny
-        if self.knows_slope:
-            self.state_change, self.state = products[:, 0, -2, None], products[:, 0, -1, None]
-        if known > 1:
-            lengths = (self._newest * self.changes[:, 1, 1, None]).sqrt()
-            bend = -2 * self.changes[:, 0, 1, None] / lengths.clamp_(min=1e-30)
+        self.changes = products[:, : self.known, : self.known]
+        self._length = products[:, 0, :1].clamp(min=SMALL)
+        if self.known > 1:
+            lengths = (self._length * products[:, 1, 1:2]).sqrt_().clamp_(min=SMALL)
+            bend = -2 * products[:, 0, 1:2] / lengths
             self.turn = bend.clamp(0, 1)
-            self.wary = torch.maximum(self.wary, (bend + 0.6).clamp_(0, 1))
+            self.wary = torch.maximum(self.wary, bend.add_(0.6).clamp_(0, 1))
+        if before is not None:
+            # J = <d, d> / <dX, d>; the quotient <dX, d> / <dX, dX> would drown in the noise of all other directions
+            moved, self.distance = (products[:, 0, -2:] / self._length).split(1, dim=1)
+            # J > 0 is the slope of a decision, and counts as 0
+            self.slope = torch.where(moved < 0, moved.clamp(max=-1 / STIFFEST).reciprocal_(), 0.0)
 
     def boldness(self, step: "_Step") -> torch.Tensor | float:
         """1 while the bold and the cautious step differ no more than in a plain Gaussian latent, 0 far beyond."""
-        if len(self._x0) < 3:
+        if self.known < 2:
             return 1.0
-        weights = step.disagreement[: len(self._x0) - 1]
-        apart = ((weights @ self.changes) @ weights).clamp_(min=0)[:, None].sqrt()
-        usual = ((1 - self.wary) * (TRUSTED * step.held)).clamp_(min=step.usual_disagreement) * self._newest.sqrt()
+        weights = step.disagreement[: self.known]
+        apart = ((weights @ self.changes) @ weights / self._length[:, 0]).clamp_(min=0).sqrt_()[:, None]
+        usual = ((1 - self.wary) * (TRUSTED * step.held)).clamp_(min=step.usual_disagreement)
         cautious_from = CAUTIOUS_FROM - (CAUTIOUS_FROM - CAUTIOUS_FROM_WHEN_WARY) * self.wary
         return ((cautious_from - apart / usual) / (cautious_from - BOLD_UP_TO)).clamp_(0, 1)
 
     def secant(self, step: "_Step", correction: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """What to add to the weight of the newest x0, and take from the last, so that the step along d = d_0 is exact.
+        """What to add to the weight of the newest x0, and take from the last, so that the step along d_0 is exact.
 
-        Along d, x0 = J X + const, with J = <d, d> / <dX, d>.  (The quotient <dX, d> / <dX, dX> would drown in the noise
-        of all other directions.)  The flow then goes, in a step of sigma by the ratio r, from X to
+        With x0 = J X + const along d_0 the flow goes, in a step of sigma by the ratio r, from X to
 
             X + f (x0 - X),   f = (1 - r^(1 - J)) / (1 - J)
 
-        and the correction e of the state moves x0 by J e: a Newton step without a second network call.  J > 0, the
-        slope of a decision, counts as 0.
+        and the correction e of the state moves x0 by J e: a Newton step without a second network call.
         """
-        newest = self._newest
-        slope = -newest / torch.maximum(-self.state_change, newest / STIFFEST)
-        slope = torch.where(self.state_change < 0, slope, 0.0)
-        held = 1 - step.sigma_ratio  # f for J = 0
-        exact = (1 - step.sigma_ratio ** (1 - slope)) / (1 - slope)
+        held, power = 1 - step.sigma_ratio, 1 - self.slope  # held is f for J = 0
+        decayed = 1 - step.sigma_ratio**power  # f (1 - J)
         corrected = self._along(correction) / step.alpha
-        wanted = (held - exact) * self.state + (held - exact * (1 - slope)) * corrected
-        prediction = torch.cat([prediction[:, :1] - step.held, prediction[:, 1:]], dim=1)  # beyond the held x0
-        return (step.alpha_next * wanted - self._along(prediction)) / newest
+        wanted = (held - decayed / power) * self.distance + (held - decayed) * corrected
+        return step.alpha_next * wanted - self._along(prediction)
 
     def _along(self, weights: torch.Tensor) -> torch.Tensor:
-        """<weights . x0, d> for weights (B, KEPT) whose sum is 0."""
-        changes = self.changes.shape[-1]
-        return (weights.cumsum(1)[:, :changes] * self.changes[:, 0]).sum(1, keepdim=True)
+        """<weights . x0, d_0> / <d_0, d_0> for weights (B, KEPT), beyond what their sum times the newest x0 gives."""
+        older = weights.sum(1, keepdim=True) - weights.cumsum(1)[:, : self.known]  # x0_j = x0_0 - d_0 - ... - d_{j-1}
+        return -(older * self.changes[:, 0]).sum(1, keepdim=True) / self._length
 
 
-def _glimpse(x: torch.Tensor) -> torch.Tensor:
-    """(B, about GLIMPSE): every so-many-th row of each sample."""
-    every = x[0].numel() // GLIMPSE | 1
-    return x.reshape(len(x), -1, x.shape[-1])[:, ::every].flatten(1)
+def _coarse(x: torch.Tensor) -> torch.Tensor:
+    """(B, values): sums over square blocks, about BLOCKS of them along the shorter side.
+
+    What guidance makes stiff is coarse, brightness first, and so are the decisions.  Among all values of a large latent
+    it would drown: X is mostly noise, and x0 mostly fine texture.
+    """
+    block = min(x.shape[-2:]) // BLOCKS if x.ndim > 2 else 1
+    if block < 2:
+        return x.flatten(1)
+    height, width = (side // block * block for side in x.shape[-2:])
+    rows = x[..., :height, :].unflatten(-2, (-1, block)).sum(-2)
+    return rows[..., :width].unflatten(-1, (-1, block)).sum(-1).flatten(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
