@@ -124,7 +124,7 @@ def test_a_stiff_mode_does_not_drown_in_a_full_size_latent(size):
     sigmas = step_schedule(ZERO, 14, latent_size=size, guidance=5.0).tolist()
     for sigma, x in run(denoise, noise, sigmas)[1:]:
         off = (brightness(x) - mode.exact(sigma) * brightness(noise)).abs().max()
-        assert off < 0.9  # times the noise's own standard deviation; 4 to 7 if the solver looked at all values
+        assert off < 1.5  # times the noise's own standard deviation; 4 to 7 if the solver looked at all values
 
 
 def test_unguided_modes_are_left_alone():
