@@ -131,8 +131,8 @@ def step_schedule(
         latent_size: (height, width) of the latent.  The spacings that choose sigmas need it under a zero-terminal
             schedule, unless sigma_start is given: the mean of a canvas of N values is hidden from the network only by
             noise above about sqrt(N), so that is where their finite sigmas start.
-        sigma_start: first finite sigma of those spacings; by default min(5, steps / 5) times sqrt(height * width), so
-            that brightness is decided behind it, and for ``spectral`` about as much.
+        sigma_start: first finite sigma of those spacings; by default, from 20 steps on, 5 times sqrt(height * width),
+            so that brightness is decided behind it, and less with fewer steps (``kl_optimal``: once that length).
         rho: exponent of ``karras`` (7) and ``polyexponential`` (1).
         denoise: image-to-image strength in (0, 1]: the last ``steps`` of the steps / denoise that the whole way takes.
             Below 1 the noisiest step is always dropped, so that the result never starts at infinity.
@@ -211,19 +211,23 @@ def _sigmas_of_range(
         start = sigma_start or (None if infinite else schedule.sigma_max)
         sigmas = np.array(spectral_sigmas(finite_steps, canvas, start, schedule.sigma_min, guidance))
     else:
-        start = sigma_start or (range_start(steps) * canvas if infinite else schedule.sigma_max)
+        start = sigma_start or (range_start(spacing, steps) * canvas if infinite else schedule.sigma_max)
         exponent = rho if rho is not None else DEFAULT_RHO.get(spacing, 1.0)
         sigmas = _RANGE_SPACINGS[spacing](finite_steps, schedule.sigma_min, start, exponent)
     return np.concatenate([[math.inf], sigmas]) if infinite else sigmas
 
 
-def range_start(steps: int) -> float:
-    """First finite sigma over the canvas length, for the spacings of a finite range in so many steps.
+def range_start(spacing: str, steps: int) -> float:
+    """First finite sigma over the canvas length, for a spacing of a finite range behind infinity.
 
     Measured: from one canvas length the step from infinity decides brightness too early, with mixtures of pictures and
-    under guidance; from five it is free, if there are steps to span the range.
+    under guidance; from five it is free, if there are steps to span the range.  That holds for spacings that are about
+    even in log sigma.  Others have hardly a step there: ``kl_optimal``, even in the angle, leaps from its start to the
+    noise of a few pixels, and a higher start makes the leap longer.
     """
-    return min(5.0, max(steps / 5, 1.0))
+    if spacing in ("karras", "exponential", "polyexponential"):
+        return min(max((steps - 5) / 3, 1.0), 5.0)
+    return 1.0
 
 
 def _canvas_length(latent_size: tuple[int, int]) -> float:

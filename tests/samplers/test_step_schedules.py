@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ztsnr.diagnostics import GaussianMixture
 from ztsnr.samplers import SOLVERS, SPACINGS, NoiseSchedule, ZTSNRWarning, make_betas, sample, step_schedule
 from ztsnr.samplers.spectral import spectral_sigmas
 
@@ -55,12 +56,15 @@ def test_every_schedule_is_sound(steps, spacing, schedule, side, denoise):
     spacing=st.sampled_from(["spectral", "karras", "exponential", "polyexponential", "kl_optimal"]),
     schedule=st.sampled_from([ZERO, COSINE]),
     sigma_start=st.floats(0.03, 1e6),
+    guidance=st.sampled_from([0.0, 1.0, 1.5, 5.0, 20.0]),
 )
-def test_every_start_is_sound(steps, spacing, schedule, sigma_start):
+def test_every_start_is_sound(steps, spacing, schedule, sigma_start, guidance):
     sigma_start = max(sigma_start, 1.01 * schedule.sigma_min)
-    sigmas = step_schedule(schedule, steps, spacing, sigma_start=sigma_start)
+    sigmas = step_schedule(schedule, steps, spacing, sigma_start=sigma_start, guidance=guidance)
     assert math.isinf(sigmas[0])
     assert (sigmas[1:].diff() < 0).all()
+    if spacing == "spectral":  # which keeps a little room for its last step
+        sigma_start = max(sigma_start, 2 * schedule.sigma_min)
     if steps > 2:
         assert sigmas[1] == pytest.approx(sigma_start)
     assert sigmas[-1] == 0
@@ -142,21 +146,55 @@ def test_align_your_steps_keeps_its_published_timesteps():
     assert np.allclose(step_schedule(PLAIN, 10, "ays")[:-1], sigmas, rtol=1e-6)
 
 
-def test_finite_range_starts_where_the_canvas_asks():
-    for spacing in ("karras", "exponential", "polyexponential", "kl_optimal"):
-        assert step_schedule(ZERO, 20, spacing, latent_size=(128, 128))[1] == pytest.approx(128)
-        assert step_schedule(ZERO, 20, spacing, latent_size=(64, 256))[1] == pytest.approx(128)
-        assert step_schedule(ZERO, 20, spacing, sigma_start=60.0)[1] == pytest.approx(60)
-        assert step_schedule(PLAIN, 20, spacing)[0] == pytest.approx(PLAIN.sigma_max)
+@pytest.mark.parametrize(("steps", "lengths"), [(2, 1), (8, 1), (14, 3), (20, 5), (100, 5)])
+def test_finite_range_starts_where_canvas_and_steps_ask(steps, lengths):
+    for spacing in ("karras", "exponential", "polyexponential"):
+        for size in ((128, 128), (64, 256)):
+            assert step_schedule(ZERO, steps, spacing, latent_size=size)[1] == pytest.approx(lengths * 128)
+    assert step_schedule(ZERO, steps, "kl_optimal", latent_size=(64, 256))[1] == pytest.approx(128)
 
 
-def test_spectral_is_even_in_log_sigma_between_its_ends():
-    sigmas = step_schedule(ZERO, 20, latent_size=(128, 128))[1:-1].log()
+@pytest.mark.parametrize("spacing", ["spectral", "karras", "exponential", "polyexponential", "kl_optimal"])
+def test_a_range_starts_where_it_is_told(spacing):
+    assert step_schedule(ZERO, 20, spacing, sigma_start=60.0)[1] == pytest.approx(60)
+    assert step_schedule(ZERO, 20, spacing, sigma_start=60.0, latent_size=(128, 128))[1] == pytest.approx(60)
+    assert step_schedule(PLAIN, 20, spacing, sigma_start=9.0)[0] == pytest.approx(9)
+    assert step_schedule(PLAIN, 20, spacing)[0] == pytest.approx(PLAIN.sigma_max)
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 28), ("euler", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 28)])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_nine_black_pictures_to_one_white_keep_their_share(spacing, solver, steps):
+    """Brightness alone, as a coordinate of the canvas; the noise is the quantiles of a Gaussian."""
+    side, value = 128, 2.4
+    model = GaussianMixture(torch.tensor([[-value], [value]]) * side, [0.9, 0.1], 0.6)
+    noise = torch.special.ndtri((torch.arange(2000, dtype=torch.float64)[:, None] + 0.5) / 2000)
+    sigmas = step_schedule(ZERO, steps, spacing, latent_size=(side, side))
+    assert (sample(model, noise.float(), sigmas, solver) < 0).double().mean() == pytest.approx(0.9, abs=0.02)
+    # from one canvas length the step from infinity would have decided it
+    sigmas = step_schedule(ZERO, steps, spacing, sigma_start=side)
+    assert (sample(model, noise.float(), sigmas, solver) < 0).double().mean() > 0.98
+
+
+def test_spectral_without_guidance_is_even_in_log_sigma():
+    sigmas = step_schedule(ZERO, 20, latent_size=(128, 128), guidance=1)[1:-1].log()
     assert torch.allclose(sigmas.diff(), sigmas.diff()[0])
     assert sigmas[0].exp() == pytest.approx(5 * 128)
-    assert step_schedule(ZERO, 10, latent_size=(128, 128))[1] == pytest.approx(3 * 128)  # fewer steps span less
-    assert step_schedule(ZERO, 20, sigma_start=100.0)[1] == pytest.approx(100)
-    assert step_schedule(PLAIN, 20)[0] == pytest.approx(PLAIN.sigma_max)
+    assert step_schedule(ZERO, 10, latent_size=(128, 128), guidance=1)[1] == pytest.approx(3 * 128)  # span less
+
+
+def test_spectral_is_denser_where_guidance_makes_the_flow_stiff():
+    """The noise at which a prompt decides brightness, somewhat below the length of the canvas."""
+
+    def steps_per_e_fold(guidance, low, high):
+        sigmas = step_schedule(ZERO, 28, latent_size=(128, 128), guidance=guidance)[1:-1]
+        return ((sigmas > low) & (sigmas < high)).sum().item() / math.log(high / low)
+
+    assert steps_per_e_fold(1, 20, 90) == pytest.approx(steps_per_e_fold(1, 0.3, 3), rel=0.35)
+    assert steps_per_e_fold(5, 20, 90) > 1.7 * steps_per_e_fold(5, 0.3, 3)
+    for spacing in SPACINGS:  # and spectral alone
+        plain, guided = (quietly(ZERO, 28, spacing, latent_size=(9, 9), guidance=scale) for scale in (1, 5))
+        assert torch.equal(plain, guided) is (spacing != "spectral")
 
 
 @pytest.mark.parametrize("steps", [2, 5, 10, 20, 40, 100, 300])
@@ -197,6 +235,9 @@ def test_denoise_drops_the_head(steps, denoise, whole):
         ({"sigma_start": math.inf}, "finite"),
         ({"sigma_start": 0.001}, "finite"),
         ({"sigma_start": math.nan}, "finite"),
+        ({"latent_size": (8, 8), "guidance": -1.0}, "guidance must be a finite number of at least 0, not -1"),
+        ({"latent_size": (8, 8), "guidance": math.nan}, "guidance must be a finite number"),
+        ({"latent_size": (8, 8), "guidance": math.inf}, "guidance must be a finite number"),
         ({"spacing": "trailing", "sigma_start": 50.0}, "takes no sigma_start"),
         ({"spacing": "trailing", "rho": 7.0}, "rho belongs to"),
         ({"spacing": "karras", "sigma_start": 9.0, "rho": 0.0}, "positive"),
