@@ -30,7 +30,7 @@ from .sampling import (
     start_solver,
 )
 from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, TWO_EVALUATION_SOLVERS
-from .step_schedules import DEFAULT_SPACING, SPACINGS, step_schedule
+from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, step_schedule
 
 # What a noise schedule and a network are in every diffusers config.
 _MODEL_KEYS = (
@@ -96,11 +96,14 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         latent_size: (height, width) of the latents, by default those of a 1024 x 1024 picture.  Pipelines choose the
             steps before they know the canvas, so it is configured: some spacings start where the noise hides the mean
             of a canvas of this size.  ``set_timesteps`` takes it too.
+        guidance: scale of classifier-free guidance that the steps are for, 1 without; pipelines do not tell it either.
+            ``spectral`` alone uses it.  ``set_timesteps`` takes it too.
+        sigma_start: first finite sigma of the spacings that choose sigmas, instead of the one that latent_size gives.
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` deterministic.
         s_noise: standard deviation of that fresh noise, 1 by the theory.
 
     Raises:
-        ValueError: an unknown name, invalid betas, eta or s_noise, epsilon under zero terminal SNR.
+        ValueError: an unknown name, invalid betas or settings, epsilon under zero terminal SNR.
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]  # noqa: RUF012
@@ -121,6 +124,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         latent_size: tuple[int, int] = (128, 128),
         eta: float = 1.0,
         s_noise: float = 1.0,
+        guidance: float = DEFAULT_GUIDANCE,
+        sigma_start: float | None = None,
     ):
         if trained_betas is not None:
             trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
@@ -132,9 +137,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self.schedule = NoiseSchedule.from_config(self.config)
         self.alphas_cumprod = self.schedule.alphas_cumprod.float()
         check_prediction_type(prediction_type, self.schedule.zero_terminal_snr)
-        if spacing not in SPACINGS:
-            raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
-        # refuses an unknown solver, a wrong eta or s_noise
+        # Both refuse settings that they cannot run.  At denoise 1, ``leading`` would warn.
+        self._step_schedule(1, denoise=0.5)
         start_solver(solver, torch.zeros(1), (1.0, 0.0), eta, s_noise=s_noise)
 
         self.order = 2 if solver in TWO_EVALUATION_SOLVERS else 1  # network evaluations a step
@@ -174,6 +178,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | torch.Tensor | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
+        guidance: float | None = None,
     ) -> None:
         """Choose the steps of a run, from exactly one of their number, their timesteps or their sigmas.
 
@@ -186,6 +191,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             timesteps: (steps,) decreasing, fractional or whole.
             sigmas: (steps,) or (steps + 1,) decreasing, the first may be inf; a final 0 is appended if missing.
             latent_size: (height, width) of this run's latents, instead of the config's.
+            guidance: scale of this run's guidance, instead of the config's.
 
         Raises:
             ValueError: none or several of the three, levels that do not decrease or that the schedule does not have.
@@ -197,8 +203,9 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         elif sigmas is not None:
             levels = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         else:
-            size = latent_size if latent_size is not None else self.config.latent_size
-            levels = step_schedule(self.schedule, num_inference_steps, self.config.spacing, latent_size=size).tolist()
+            run = {"latent_size": latent_size, "guidance": guidance}
+            told = {name: value for name, value in run.items() if value is not None}
+            levels = self._step_schedule(num_inference_steps, **told).tolist()
         levels = check_sigmas(levels if levels and levels[-1] == 0 else [*levels, 0.0])
         if math.isinf(levels[0]) and not self.schedule.zero_terminal_snr:
             raise ValueError(
@@ -338,6 +345,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         return tuple(c.to(dtype).to(like.device, non_blocking=True) for c in (u * s, s))
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _step_schedule(self, steps: int, **settings: Any) -> torch.Tensor:
+        config = {name: self.config[name] for name in ("spacing", "latent_size", "guidance", "sigma_start")}
+        return step_schedule(self.schedule, steps, **config | settings)
 
     def _begin_run(self, begin_index: int | None) -> None:
         self._begin_index = begin_index

@@ -1,6 +1,7 @@
 """ZTSNRScheduler: its numbers against closed forms and diffusers' own schedulers, its configs against theirs."""
 
 import copy
+import json
 import math
 import pickle
 
@@ -26,6 +27,7 @@ from ztsnr.samplers import (
     ZTSNRScheduler,
     from_denoised,
     sample,
+    step_schedule,
     to_denoised,
 )
 from ztsnr.samplers.solvers import TWO_EVALUATION_SOLVERS
@@ -173,7 +175,7 @@ def test_mean_of_a_picture_of_one_colour_is_exact(solver, spacing):
 @pytest.mark.parametrize("std", [0.1, 1.0, 8.0])
 def test_gaussian_pictures_reach_their_closed_form(std):
     # along the flow z = (x - alpha mean) / sqrt(alpha^2 std^2 + s^2) is constant: the answer is mean + std * noise
-    scheduler = ZTSNRScheduler(latent_size=(32, 32))
+    scheduler = ZTSNRScheduler(latent_size=(32, 32), guidance=1)
     scheduler.set_timesteps(20)
     sigmas = iter(scheduler.sigmas.tolist())
     noise = unit_noise(1, 4, 32, 32)
@@ -425,6 +427,30 @@ def test_latent_size_of_the_run_wins_over_the_config():
     assert scheduler.sigmas[1] == pytest.approx(64)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_spectral_steps_are_for_the_guidance_that_it_is_told(guidance):
+    told, default = ZTSNRScheduler(guidance=guidance), ZTSNRScheduler()
+    expected = step_schedule(told.schedule, 12, latent_size=(128, 128), guidance=guidance)
+    told.set_timesteps(12)
+    assert torch.equal(told.sigmas, expected)
+    default.set_timesteps(12, guidance=guidance)
+    assert torch.equal(default.sigmas, expected)
+    default.set_timesteps(12)  # not told again
+    assert torch.equal(default.sigmas, step_schedule(told.schedule, 12, latent_size=(128, 128), guidance=5))
+    assert not torch.equal(default.sigmas, expected)
+
+
+@pytest.mark.parametrize("spacing", ["spectral", "karras", "exponential", "polyexponential", "kl_optimal"])
+def test_a_range_starts_where_the_config_says(spacing):
+    scheduler = ZTSNRScheduler(spacing=spacing, sigma_start=77.0)
+    scheduler.set_timesteps(12)
+    assert scheduler.sigmas[0] == math.inf
+    assert scheduler.sigmas[1] == pytest.approx(77)
+    finite = ZTSNRScheduler(spacing=spacing, sigma_start=9.0, **FINITE)
+    finite.set_timesteps(12)
+    assert finite.sigmas[0] == pytest.approx(9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -440,6 +466,7 @@ def test_latent_size_of_the_run_wins_over_the_config():
         ({"sigmas": [5.0, math.inf]}, "infinity may stand first"),
         ({"sigmas": [math.nan, 1.0]}, "NaN"),
         ({"num_inference_steps": 4, "latent_size": (0, 8)}, "at least 1 x 1"),
+        ({"num_inference_steps": 4, "guidance": -2.0}, "guidance must be a finite number of at least 0, not -2"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(arguments, sentence):
@@ -573,6 +600,7 @@ def test_defaults_are_those_of_a_zero_terminal_sdxl_model():
     config = ZTSNRScheduler().config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
     assert (config.solver, config.latent_size) == (DEFAULT_SOLVER, (128, 128))
+    assert (config.guidance, config.sigma_start) == (5, None)
     assert torch.equal(ZTSNRScheduler().schedule.alphas_cumprod, NoiseSchedule.sdxl().alphas_cumprod)
 
 
@@ -620,7 +648,11 @@ def test_sdxl_base_stays_an_epsilon_model_until_told_otherwise():
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize(
     "config",
-    [{}, {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}, {"solver": "unipc", "beta_end": 0.02}],
+    [
+        {},
+        {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"},
+        {"solver": "unipc", "beta_end": 0.02, "guidance": 3.5, "sigma_start": 300.0},
+    ],
     ids=["defaults", "epsilon", "own settings"],
 )
 def test_round_trip_through_another_class(name, config):
@@ -647,17 +679,29 @@ def test_euler_made_from_our_config_runs_the_last_timestep():
 
 
 def test_save_and_load(tmp_path):
-    ours = ZTSNRScheduler(solver="unipc", spacing="karras", latent_size=(96, 160), eta=0.5)
+    ours = ZTSNRScheduler(solver="unipc", latent_size=(96, 160), eta=0.5, guidance=7.5, sigma_start=300.0)
     ours.save_pretrained(tmp_path)
     for loaded in (ZTSNRScheduler.from_pretrained(tmp_path), ZTSNRScheduler.from_config(ours.config)):
         for scheduler in (ours, loaded):
             scheduler.set_timesteps(9)
         assert torch.equal(loaded.timesteps, ours.timesteps)
         assert (loaded.config.solver, loaded.config.eta) == ("unipc", 0.5)
+        assert (loaded.config.guidance, loaded.config.sigma_start) == (7.5, 300)
     euler = EulerDiscreteScheduler.from_pretrained(tmp_path)
     assert (euler.config.prediction_type, euler.config.rescale_betas_zero_snr) == ("v_prediction", True)
     EulerDiscreteScheduler.from_config(SDXL).save_pretrained(tmp_path)
     assert ZTSNRScheduler.from_pretrained(tmp_path).config.prediction_type == "epsilon"
+
+
+def test_a_config_saved_before_guidance_was_in_it_loads(tmp_path):
+    ZTSNRScheduler(solver="unipc").save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({key: said[key] for key in said if key not in ("guidance", "sigma_start")}))
+    loaded = ZTSNRScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.guidance, loaded.config.sigma_start) == (5, None)
+    loaded.set_timesteps(9)
+    assert torch.equal(loaded.sigmas, step_schedule(loaded.schedule, 9, latent_size=(128, 128)))
 
 
 def test_trained_betas_of_any_kind_are_used_and_saved(tmp_path):
@@ -700,6 +744,10 @@ def test_a_scheduler_can_be_copied_in_the_middle_of_a_run(copier):
         ({"beta_schedule": "sigmoid"}, "unknown beta_schedule"),
         ({"beta_end": 1.5}, r"betas must lie in \(0, 1\]"),
         ({"eta": -1.0}, "eta must be a finite number"),
+        ({"guidance": math.nan}, "guidance must be a finite number of at least 0, not nan"),
+        ({"spacing": "trailing", "sigma_start": 9.0}, "spacing 'trailing' chooses timesteps and takes no sigma_start"),
+        ({"spacing": "karras", "sigma_start": math.inf}, r"must be finite and in \(0\.02917, inf\], not inf"),
+        ({"latent_size": (0, 8)}, "latent_size must be at least 1 x 1"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(config, sentence):
