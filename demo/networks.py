@@ -112,9 +112,9 @@ class DemoNetwork:
 
         return denoise
 
-    def default_sigmas(self, steps: int) -> torch.Tensor:
+    def default_sigmas(self, steps: int, guidance: float) -> torch.Tensor:
         """(steps + 1,) of this package's default spacing, from infinity."""
-        return step_schedule(self.schedule, steps, latent_size=self.shape[1:])
+        return step_schedule(self.schedule, steps, latent_size=self.shape[1:], guidance=guidance)
 
     def sample(
         self,
@@ -124,15 +124,16 @@ class DemoNetwork:
         solver: str = DEFAULT_SOLVER,
         guidance: float = 1.0,
         callback: Callable[[int, float, torch.Tensor, torch.Tensor], None] | None = None,
+        join: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = guide,
     ) -> torch.Tensor:
-        """Latents (B, C, h, w) from unit noise.
+        """Latents (B, C, h, w) from unit noise; ``guidance`` and ``join`` as in ``denoise``.
 
         Pure noise stands for the state at a finite start too, as in every program: there it is scaled to the spread
         that a state of the start has without a picture in it.
         """
         start = float(sigmas[0])
         state = noise if math.isinf(start) else noise * (start / math.hypot(1, start))
-        return sample(self.denoise(captions, guidance), state, sigmas, solver, callback=callback)
+        return sample(self.denoise(captions, guidance, join), state, sigmas, solver, callback=callback)
 
     def sample_as_published(
         self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float = 1.0

@@ -16,6 +16,7 @@ import torch
 from ..diagnostics.leak_probes import LUMA
 from ..diagnostics.leak_run import steps_from
 from ..diagnostics.output import no_matplotlib, png, write_atomically
+from ..samplers import exposure_true_guidance
 from .composed import BRIGHTNESS, COLOURS, Asked, Composer
 from .evaluation import START, STEPS, canvas_sigma, mean_colour
 from .measures import frame
@@ -73,7 +74,13 @@ def _from_finite(network: Network, captions: Sequence[str], noise: torch.Tensor)
 
 
 def _by_default(network: Network, captions: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
-    return network.sample(captions, noise, network.default_sigmas(DEFAULT_STEPS), guidance=GUIDANCE)
+    sigmas = network.default_sigmas(DEFAULT_STEPS, GUIDANCE)
+    return network.sample(captions, noise, sigmas, guidance=GUIDANCE)
+
+
+def _exposure_true(network: Network, captions: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+    sigmas = network.default_sigmas(DEFAULT_STEPS, GUIDANCE)
+    return network.sample(captions, noise, sigmas, guidance=GUIDANCE, join=exposure_true_guidance)
 
 
 ROWS = (
@@ -82,6 +89,7 @@ ROWS = (
     SheetRow(PLAIN, "v, plain schedule", f"from its own {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
     SheetRow(OURS, "v, zero SNR", f"from sigma {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
     SheetRow(OURS, "v, zero SNR", f"from infinity\nthis package's defaults, {DEFAULT_STEPS} steps", _by_default),
+    SheetRow(OURS, "v, zero SNR", f"from infinity\nexposure-true guidance, {DEFAULT_STEPS} steps", _exposure_true),
 )
 
 

@@ -195,7 +195,7 @@ def test_sampling_shows_each_prediction(network):
 
 
 def test_default_steps_begin_at_infinity(network):
-    sigmas = network.default_sigmas(7)
+    sigmas = network.default_sigmas(7, 1.0)
     assert len(sigmas) == 8
     assert sigmas[0] == math.inf
     assert sigmas[-1] == 0

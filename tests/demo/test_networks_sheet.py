@@ -22,7 +22,7 @@ from ztsnr.demo.networks_sheet import (
     show_networks,
 )
 from ztsnr.demo.objectives import BASE, OURS, PLAIN
-from ztsnr.samplers import NoiseSchedule
+from ztsnr.samplers import NoiseSchedule, exposure_true_guidance, guide
 
 LUMA = np.array([0.2126, 0.7152, 0.0722])
 
@@ -45,15 +45,16 @@ class FakeNetwork:
     def sample_as_published(self, captions, noise, steps, guidance):
         return self._paint("published", captions, noise, [], guidance)
 
-    def sample(self, captions, noise, sigmas, solver="default", guidance=1.0):
-        return self._paint(solver, captions, noise, [float(sigma) for sigma in sigmas], guidance)
+    def sample(self, captions, noise, sigmas, solver="default", guidance=1.0, join=guide):
+        return self._paint(solver, captions, noise, [float(sigma) for sigma in sigmas], guidance, join)
 
-    def default_sigmas(self, steps):
+    def default_sigmas(self, steps, guidance):
+        assert guidance == GUIDANCE
         return [math.inf, *np.linspace(8, 0, steps)]
 
-    def _paint(self, solver, captions, noise, sigmas, guidance):
+    def _paint(self, solver, captions, noise, sigmas, guidance, join=guide):
         self.asked.append(
-            SimpleNamespace(solver=solver, captions=captions, noise=noise, sigmas=sigmas, guidance=guidance)
+            SimpleNamespace(solver=solver, captions=captions, noise=noise, sigmas=sigmas, guidance=guidance, join=join)
         )
         level = 3 if sigmas and math.isinf(sigmas[0]) else self.level
         return torch.full((len(captions), 32, 32, 3), float(level))
@@ -75,14 +76,16 @@ def sheet(networks):
 def test_each_row_is_sampled_its_own_way(networks, sheet):
     published, base_finite = networks[BASE].asked
     (plain,) = networks[PLAIN].asked
-    ours_finite, ours = networks[OURS].asked
+    ours_finite, ours, exposure_true = networks[OURS].asked
     assert published.solver == "published"
     for finite, network in ((base_finite, BASE), (plain, PLAIN), (ours_finite, OURS)):
         assert finite.solver == "euler"
         assert finite.sigmas[0] == pytest.approx(14.6146 / 4, rel=1e-5)
         assert finite.sigmas[0] <= networks[network].schedule.sigma_max
-    assert ours.solver == "default"
-    assert ours.sigmas[0] == math.inf
+    for one, join in ((ours, guide), (exposure_true, exposure_true_guidance)):
+        assert one.solver == "default"
+        assert one.sigmas[0] == math.inf
+        assert one.join is join
     everything = [one for network in networks.values() for one in network.asked]
     assert {one.guidance for one in everything} == {GUIDANCE}
     for one in everything:  # one noise, of all columns and all rows
@@ -94,7 +97,7 @@ def test_each_row_is_sampled_its_own_way(networks, sheet):
 def test_grounds_are_measured_along_the_frame(sheet):
     assert sheet.pictures.shape == (len(ROWS) + 1, len(ASKED), 32, 32, 3)
     assert sheet.pictures.dtype == np.uint8
-    np.testing.assert_allclose(sheet.grounds[1:], np.repeat([[70], [70], [60], [50], [3]], len(ASKED), 1))
+    np.testing.assert_allclose(sheet.grounds[1:], np.repeat([[70], [70], [60], [50], [3], [3]], len(ASKED), 1))
     for asked, picture, ground in zip(ASKED, sheet.pictures[0], sheet.grounds[0], strict=True):
         if asked.ground != "stars":  # it is even, and its corner is ground
             assert ground == pytest.approx(picture[0, 0] @ LUMA)
@@ -135,7 +138,7 @@ def test_the_table(sheet):
     lines = sheet.table().splitlines()
     rows = [line for line in lines if line.startswith(("pictures of", "epsilon", "v, "))]
     assert len(rows) == len(ROWS) + 1
-    for row, level in zip(rows[1:], (70, 70, 60, 50, 3), strict=True):
+    for row, level in zip(rows[1:], (70, 70, 60, 50, 3, 3), strict=True):
         numbers = row.split("  ")
         assert [word.strip() for word in numbers if word.strip()][1:] == [str(level)] * 7  # all but that among stars
 

@@ -87,7 +87,7 @@ def levels(network, caption, sigmas, solver):
 
 def test_black_is_black_and_white_is_white_from_infinity():
     network = load_shipped(OURS)
-    sigmas = network.default_sigmas(20)
+    sigmas = network.default_sigmas(20, 1.0)
     assert math.isinf(sigmas[0])
     assert levels(network, "completely black", sigmas, "euler") < 25
     assert levels(network, "completely white", sigmas, "euler") > 230
