@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..samplers.step_schedules import DEFAULT_GUIDANCE
 from .messages import refused, show
 from .model_patch import FIRST_STEPS, PREDICTIONS, SCHEDULES, patch_model
 from .schema import schema
@@ -55,15 +56,37 @@ class ZTSNRModelSampling(io.ComfyNode):
                     "sqrt(area / trained area); 1.5 for 1536 x 1536 on an SDXL model. Every sigma is multiplied by it. "
                     "Below 1 for models trained on a schedule of their own.",
                 ),
+                io.Float.Input(
+                    "cfg",
+                    default=DEFAULT_GUIDANCE,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,  # workflows saved before it existed do not have it
+                    tooltip="CFG that you sample with, 1 without guidance. Only the scheduler ztsnr_spectral uses it.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model for any sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, prediction: str, schedule: str, first_step: str, canvas_shift: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        prediction: str,
+        schedule: str,
+        first_step: str,
+        canvas_shift: float,
+        cfg: float = DEFAULT_GUIDANCE,
+    ) -> io.NodeOutput:
         try:
             patched, report = patch_model(
-                model, prediction=prediction, schedule=schedule, first_step=first_step, canvas_shift=canvas_shift
+                model,
+                prediction=prediction,
+                schedule=schedule,
+                first_step=first_step,
+                canvas_shift=canvas_shift,
+                guidance=cfg,
             )
         except ValueError as reason:
             return refused(reason, outputs=1)

@@ -7,6 +7,7 @@ from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
 
 from ..samplers import NoiseSchedule
+from ..samplers.step_schedules import DEFAULT_GUIDANCE
 from .first_step import KEY, first_step_wrapper
 from .model_sampling import ExactEpsilon, ExactSchedule, ExactVPrediction
 
@@ -26,6 +27,7 @@ def patch_model(
     schedule: str = "auto",
     first_step: str = "exact infinity",
     canvas_shift: float = 1.0,
+    guidance: float = DEFAULT_GUIDANCE,
 ):
     """A clone of a MODEL that samples exactly, with every sampler and scheduler.
 
@@ -37,6 +39,7 @@ def patch_model(
         first_step: one of ``FIRST_STEPS``; the second is ComfyUI's own model_sampling, which starts at sigma 4518.76.
         canvas_shift: length of the canvas over the trained one, by which every sigma is multiplied
             (``NoiseSchedule.shifted``).
+        guidance: CFG scale that the scheduler ztsnr_spectral makes its steps for.
 
     Returns:
         The patched clone, and one sentence or more that say what it is.
@@ -62,11 +65,12 @@ def patch_model(
         )
 
     if first_step == "as ComfyUI does it":
-        model_sampling = _stock(model, v_prediction, zero_snr, canvas_shift)
+        model_sampling = _stock(model, v_prediction, zero_snr, canvas_shift, guidance)
     else:
         noise_schedule = trained_schedule(original, zero_snr).shifted(canvas_shift)
         canvas_length = trained_canvas_length(model.model) * canvas_shift
-        model_sampling = (ExactVPrediction if v_prediction else ExactEpsilon)(noise_schedule, canvas_length)
+        exact = ExactVPrediction if v_prediction else ExactEpsilon
+        model_sampling = exact(noise_schedule, canvas_length, guidance)
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, first_step_wrapper)
     patched.add_object_patch("model_sampling", model_sampling)
     told = schedule != "auto"
@@ -142,7 +146,7 @@ def _check(model) -> None:
         )
 
 
-def _stock(model, v_prediction: bool, zero_snr: bool, canvas_shift: float):
+def _stock(model, v_prediction: bool, zero_snr: bool, canvas_shift: float, guidance: float):
     """What ComfyUI itself makes of these settings: integer timesteps, and 4518.76 for infinity."""
     parameterization = comfy.model_sampling.V_PREDICTION if v_prediction else comfy.model_sampling.EPS
 
@@ -151,6 +155,7 @@ def _stock(model, v_prediction: bool, zero_snr: bool, canvas_shift: float):
 
     model_sampling = Stock(model.model.model_config, zsnr=zero_snr)
     model_sampling.set_sigmas(model_sampling.sigmas * canvas_shift)
+    model_sampling.guidance = guidance
     return model_sampling
 
 

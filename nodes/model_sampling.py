@@ -23,16 +23,18 @@ class ExactSchedule(comfy.model_sampling.ModelSamplingDiscrete):
     Attributes:
         schedule: the noise schedule, canvas shift included.
         canvas_length: sqrt(height * width) of the latent canvas that the schedule is for: stock schedulers that spread
-            sigmas over a range start there.
+            sigmas over a range start there or above.
+        guidance: CFG scale that the scheduler ztsnr_spectral makes its steps for.
         sigmas: (T + 1,) float32; the last is inf under zero terminal SNR.
     """
 
     made_by_ztsnr = True
 
-    def __init__(self, schedule: NoiseSchedule, canvas_length: float):
+    def __init__(self, schedule: NoiseSchedule, canvas_length: float, guidance: float):
         torch.nn.Module.__init__(self)  # the stock constructor would compute another table
         self.schedule = schedule
         self.canvas_length = canvas_length
+        self.guidance = guidance
         self.sigma_data = 1.0
         self.num_timesteps = schedule.last_timestep + 1
         self.zsnr = schedule.zero_terminal_snr  # Save Checkpoint marks the file by it

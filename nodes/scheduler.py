@@ -13,6 +13,7 @@ from comfy.samplers import SchedulerHandler
 from comfy_api.latest import io, ui
 
 from ..samplers import DEFAULT_SPACING, SPACINGS, ZTSNRWarning, step_schedule
+from ..samplers.step_schedules import DEFAULT_GUIDANCE, range_start
 from .messages import refused, show
 from .model_patch import UNPATCHED, canvas_length_of, schedule_of, unpatched_zero_snr
 from .model_sampling import ExactSchedule
@@ -49,6 +50,25 @@ class ZTSNRScheduler(io.ComfyNode):
                     tooltip="1 for text to image. Below 1, only the last part of the way: how much an input picture "
                     "changes.",
                 ),
+                io.Float.Input(  # optional, like the next: workflows saved before they existed do not have them
+                    "cfg",
+                    default=DEFAULT_GUIDANCE,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="CFG of the sampling; spectral places its steps for it. 1 without guidance.",
+                ),
+                io.Float.Input(
+                    "sigma_start",
+                    default=0.0,
+                    min=0.0,
+                    max=100000.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="First finite sigma of spectral, karras, exponential, polyexponential and kl_optimal; "
+                    "0 is automatic.",
+                ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
@@ -60,7 +80,16 @@ class ZTSNRScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps: int, spacing: str, denoise: float, latent: dict | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        steps: int,
+        spacing: str,
+        denoise: float,
+        cfg: float = DEFAULT_GUIDANCE,
+        sigma_start: float = 0.0,
+        latent: dict | None = None,
+    ) -> io.NodeOutput:
         from ..diagnostics.schedule_picture import schedule_picture
 
         model_sampling = model.get_model_object("model_sampling")
@@ -68,7 +97,15 @@ class ZTSNRScheduler(io.ComfyNode):
             schedule = schedule_of(model_sampling)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ZTSNRWarning)
-                sigmas = step_schedule(schedule, steps, spacing, latent_size=_canvas(model, latent), denoise=denoise)
+                sigmas = step_schedule(
+                    schedule,
+                    steps,
+                    spacing,
+                    latent_size=_canvas(model, latent),
+                    sigma_start=sigma_start or None,
+                    denoise=denoise,
+                    guidance=cfg,
+                )
         except ValueError as reason:
             return refused(reason, outputs=1)
         sentences = [str(warning.message) for warning in caught if issubclass(warning.category, ZTSNRWarning)]
@@ -96,7 +133,7 @@ def _canvas(model, latent: dict | None) -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The list of schedulers in KSampler and BasicScheduler, which know the model's schedule and nothing of the canvas.
+# The list of schedulers in KSampler and BasicScheduler, which know the model's schedule, and nothing of canvas and CFG.
 
 
 def register_schedulers() -> None:
@@ -109,26 +146,28 @@ def register_schedulers() -> None:
         handlers[name] = SchedulerHandler(partial(_our_sigmas, spacing=spacing))
         names.append(name)
     for name in ("karras", "exponential", "kl_optimal", "linear_quadratic"):
-        handlers[name] = SchedulerHandler(partial(_after_infinity, handlers[name]))
+        handlers[name] = SchedulerHandler(partial(_after_infinity, handlers[name], name))
 
 
 def _our_sigmas(model_sampling, steps: int, spacing: str) -> torch.Tensor:
     if unpatched_zero_snr(model_sampling):
         show(UNPATCHED, logging.WARNING)
     side = round(getattr(model_sampling, "canvas_length", 128))
-    return step_schedule(schedule_of(model_sampling), steps, spacing, latent_size=(side, side)).float()
+    guidance = getattr(model_sampling, "guidance", DEFAULT_GUIDANCE)
+    schedule = schedule_of(model_sampling)
+    return step_schedule(schedule, steps, spacing, latent_size=(side, side), guidance=guidance).float()
 
 
-def _after_infinity(stock: SchedulerHandler, model_sampling, steps: int) -> torch.Tensor:
+def _after_infinity(stock: SchedulerHandler, name: str, model_sampling, steps: int) -> torch.Tensor:
     """A stock scheduler's sigmas; on a schedule that ends at infinity, one step from there and then the stock's, from
-    the noise that hides the mean of a canvas, sqrt(height * width)."""
+    noise that hides the mean of a canvas."""
     infinite = isinstance(model_sampling, ExactSchedule) and model_sampling.zsnr
     if not infinite:
         return _run(stock, model_sampling, steps)
     first = torch.tensor([math.inf])
     if steps == 1:
         return torch.cat([first, torch.zeros(1)])
-    start = torch.tensor(model_sampling.canvas_length)
+    start = torch.tensor(range_start(name, steps) * model_sampling.canvas_length)
     finite = SimpleNamespace(sigma_min=model_sampling.sigma_min, sigma_max=start)
     if steps == 2:  # one stock step: not all stock schedulers can
         return torch.cat([first, start[None], torch.zeros(1)])

@@ -253,7 +253,18 @@ def few_steps(sampler, schedulers):
 
 
 def stock_sigmas(scheduler, steps, **settings):
-    (sigmas,) = stock("BasicScheduler", patched(**settings), scheduler, steps, 1.0)
+    """Of a scheduler in KSampler's list, behind ZTSNR Model with these settings."""
+    choices = {"prediction": "auto", "schedule": "auto", "first_step": "exact infinity", "canvas_shift": 1.0}
+    (model,) = stock("ZTSNRModelSampling", model=ideal_model(), **choices | settings)
+    (sigmas,) = stock("BasicScheduler", model, scheduler, steps, 1.0)
+    return [str(sigma) for sigma in sigmas.tolist()]
+
+
+def our_sigmas(steps, spacing, size=(128, 128), **settings):
+    """ZTSNR Scheduler's sigmas, with these of its newer settings."""
+    model, latent = patched(), empty_latent(*size)
+    (sigmas,) = stock("ZTSNRScheduler", model=model, steps=steps, spacing=spacing, denoise=1.0, latent=latent,
+                      **settings)  # fmt: skip
     return [str(sigma) for sigma in sigmas.tolist()]
 
 
@@ -638,6 +649,7 @@ def refusals():
         "flow schedule": said("ZTSNRScheduler", model=other(kinds.FLOW), steps=5, spacing="trailing", denoise=1.0),
         "flow guidance": said("ZTSNRGuidanceRescale", model=other(kinds.FLOW), phi=0.7),
         "steps": said("ZTSNRScheduler", model=patched(), steps=0, spacing="trailing", denoise=1.0),
+        "start": said("ZTSNRScheduler", model=patched(), steps=5, spacing="beta", denoise=1.0, sigma_start=99.0),
     }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ztsnr.diagnostics import GaussianCanvas, v_network
-from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler
+from ztsnr.samplers import SOLVERS, SPACINGS, NoiseSchedule, ZTSNRScheduler, ZTSNRWarning, step_schedule
 from ztsnr.samplers.sampling import evaluation_sigmas
 
 pytestmark = pytest.mark.comfyui
@@ -116,10 +117,51 @@ def test_every_scheduler_begins_at_infinity(inside, scheduler, steps):
 
 
 def test_stock_ranges_begin_where_noise_hides_the_canvas(inside):
-    for scheduler in ("karras", "exponential", "kl_optimal", "linear_quadratic"):
-        assert numbers(inside("stock_sigmas", scheduler=scheduler, steps=12))[1] == pytest.approx(128, rel=1e-5)
-        shifted = numbers(inside("stock_sigmas", scheduler=scheduler, steps=12, canvas_shift=1.5))
+    """karras and exponential are this package's own of the same name."""
+    for scheduler in ("karras", "exponential"):
+        for steps, shift in ((5, 1.0), (12, 1.0), (12, 1.5), (28, 1.5)):
+            side = round(128 * shift)
+            schedule = NoiseSchedule.sdxl().shifted(shift)
+            expected = step_schedule(schedule, steps, scheduler, latent_size=(side, side)).tolist()
+            found = numbers(inside("stock_sigmas", scheduler=scheduler, steps=steps, canvas_shift=shift))
+            assert found == pytest.approx(expected, rel=1e-4)
+    for scheduler in ("kl_optimal", "linear_quadratic"):
+        assert numbers(inside("stock_sigmas", scheduler=scheduler, steps=28))[1] == pytest.approx(128, rel=1e-5)
+        shifted = numbers(inside("stock_sigmas", scheduler=scheduler, steps=28, canvas_shift=1.5))
         assert shifted[1] == pytest.approx(192, rel=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [None, 1.0, 7.5])
+def test_our_scheduler_in_ksamplers_list_is_told_the_cfg_by_the_model(inside, cfg):
+    """A graph of version 0.1.0 has no cfg, and gets the default."""
+    told = {} if cfg is None else {"cfg": cfg}
+    guidance = {} if cfg is None else {"guidance": cfg}
+    for shift in (1.0, 1.5):
+        side = round(128 * shift)
+        expected = step_schedule(NoiseSchedule.sdxl().shifted(shift), 12, latent_size=(side, side), **guidance)
+        found = inside("stock_sigmas", scheduler="ztsnr_spectral", steps=12, canvas_shift=shift, **told)
+        assert numbers(found) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_scheduler_node_is_told_cfg_and_start(inside, spacing):
+    """Graphs of version 0.1.0 have neither, and get the defaults."""
+    choices = [({}, {}), ({"cfg": 1.0, "sigma_start": 0.0}, {"guidance": 1.0}), ({"cfg": 7.5}, {"guidance": 7.5})]
+    if spacing in ("spectral", "karras", "exponential", "polyexponential", "kl_optimal"):
+        choices.append(({"cfg": 3.0, "sigma_start": 99.0}, {"guidance": 3.0, "sigma_start": 99.0}))
+    for settings, arguments in choices:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZTSNRWarning)  # of leading
+            expected = step_schedule(NoiseSchedule.sdxl(), 9, spacing, latent_size=(96, 160), **arguments)
+        found = numbers(inside("our_sigmas", steps=9, spacing=spacing, size=(96, 160), **settings))
+        assert found == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_the_cfg_is_told_where_the_first_step_is_comfyuis(inside):
+    stock = {"scheduler": "ztsnr_spectral", "steps": 12, "first_step": "as ComfyUI does it"}
+    plain, default, told = (numbers(inside("stock_sigmas", **stock, **cfg)) for cfg in ({"cfg": 1.0}, {}, {"cfg": 5.0}))
+    assert plain[0] == told[0] == pytest.approx(4518.76, rel=1e-5)
+    assert told == default != plain
 
 
 def test_stock_schedulers_are_untouched_elsewhere(inside):
@@ -363,6 +405,7 @@ def test_save_checkpoint_marks_the_file(inside, tmp_path, settings, marks):
         ("flow schedule", "no table of noise levels"),
         ("flow guidance", "no table of noise levels"),
         ("steps", "steps must be a whole number of at least 1, not 0"),
+        ("start", "spacing 'beta' chooses timesteps and takes no sigma_start"),
     ],
 )
 def test_bad_input_blocks_its_branch_with_a_sentence(inside, case, words):
