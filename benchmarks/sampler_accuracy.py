@@ -232,7 +232,8 @@ def run_ours(problem: Problem, steps: int, solver: str = DEFAULT_SOLVER, spacing
     schedule, network = NoiseSchedule.sdxl(), IdealNetwork(problem.arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZTSNRWarning)  # ``leading`` warns, rightly
-        sigmas = step_schedule(schedule, steps, spacing, latent_size=problem.latent_size)
+        guidance = float(problem.arrays["guidance"])  # as the doors that know it tell it
+        sigmas = step_schedule(schedule, steps, spacing, latent_size=problem.latent_size, guidance=guidance)
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         return to_denoised(network(x, schedule.timestep(sigma)), x, sigma)
@@ -244,7 +245,8 @@ def run_diffusers(problem: Problem, steps: int, scheduler, schedule: NoiseSchedu
     """The loop of a diffusers pipeline; latents have the network's dtype there."""
     network = IdealNetwork(problem.arrays, schedule)
     if isinstance(scheduler, ZTSNRScheduler):
-        scheduler.set_timesteps(steps, latent_size=problem.latent_size)
+        guidance = float(problem.arrays["guidance"])
+        scheduler.set_timesteps(steps, latent_size=problem.latent_size, guidance=guidance)
     else:
         scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):  # DDIM keeps no index
