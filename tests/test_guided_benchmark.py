@@ -214,6 +214,39 @@ def test_ranks():
     assert told[6:] == ["ztsnr heun / karras", "0.0500", "ztsnr euler / karras", "0.3000"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scale", "limits"),
+    [(5, {8: 0.12, 10: 0.08, 20: 0.012, 28: 0.003}), (7.5, {10: 0.13, 20: 0.012}), (1, {10: 0.05, 20: 0.015})],
+)
+def test_the_default_is_accurate_at_canvas_scale(scale, limits):
+    canvases = [problem for problem in guided_problems.problems() if problem.name != "exposure pyramid"]
+    for steps, limit in limits.items():
+        scores = []
+        for problem in canvases:
+            sigmas = step_schedule(NoiseSchedule.sdxl(), steps, latent_size=problem.latent_size, guidance=scale)
+            found = sample(problem.denoise(Guidance(scale)), guided_peer.latents(problem), sigmas)
+            scores.append(problem.score(found, Guidance(scale)))
+        assert np.mean([score["error"] for score in scores]) < limit, steps
+        if (scale, steps) == (5, 20):
+            assert np.mean([score["brightness"] for score in scores]) < 4
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_the_default_beats_others_under_guidance(steps):
+    problem = guided_problems.random_set(301, samples=24)
+
+    def error(solver: str, spacing: str) -> float:
+        sigmas = step_schedule(NoiseSchedule.sdxl(), steps, spacing, latent_size=problem.latent_size)
+        found = sample(problem.denoise(Guidance(5)), guided_peer.latents(problem), sigmas, solver)
+        return problem.score(found, Guidance(5))["error"]
+
+    peers = [
+        error(solver, spacing) for solver in ("euler", "dpmpp_2m", "unipc") for spacing in ("karras", "exponential")
+    ]
+    assert error("spectral", "spectral") < 0.75 * min(peers)
+
+
 def few(samples: int = 2) -> list[GuidedProblem]:
     return [guided_problems.random_mixture(201, samples), guided_problems.exposure_pyramid(samples)]
 
