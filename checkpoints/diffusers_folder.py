@@ -100,8 +100,7 @@ def to_folder(
     settings = settings_folder(report, config)
     pipeline = _empty_pipeline(settings)
     set_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
-    if shift != 1:
-        set_shift(pipeline, shift)
+    set_shift(pipeline, shift)
     if scaling is not None:
         set_latent_scaling(pipeline, scaling)
     networks = {part: network for part, network in pipeline.components.items() if part in _NETWORKS}

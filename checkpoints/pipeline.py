@@ -106,8 +106,8 @@ def load_pipeline(
         raise ValueError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
 
     said["warnings"] += rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
-    if (shift := shift_of_metadata(report.metadata)) != 1:
-        set_shift(pipeline, shift)
+    if report.format != DIFFUSERS_FOLDER:
+        set_shift(pipeline, shift_of_metadata(report.metadata))
 
     if dtype == torch.float16:
         pipeline.vae.float()

@@ -76,10 +76,15 @@ def with_shift(metadata: Mapping[str, str], shift: float | None) -> dict[str, st
 
 
 def set_shift(pipeline: Any, shift: float) -> None:
-    """Give the scheduler of a pipeline, which already knows whether it has zero terminal SNR, a shifted schedule."""
+    """Give the scheduler of a pipeline, which already knows whether it has zero terminal SNR, a file's schedule.
+
+    A shift of 1 takes away the betas of a config that was made for another file.
+    """
     from ..samplers import NoiseSchedule
 
     config = {**pipeline.scheduler.config, "_use_default_values": []}
+    if shift == 1 and config.get("trained_betas") is None:
+        return
     zero = bool(config.get("rescale_betas_zero_snr", False))
-    betas = NoiseSchedule.sdxl(zero_terminal_snr=zero).shifted(shift).betas.tolist()
+    betas = None if shift == 1 else NoiseSchedule.sdxl(zero_terminal_snr=zero).shifted(shift).betas.tolist()
     pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(config, trained_betas=betas))

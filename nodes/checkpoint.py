@@ -91,13 +91,12 @@ def apply_report(model, report: CheckpointReport) -> tuple[object, str]:
     taken_for = f"The model is as ComfyUI loads it ({model.model.model_type.name})"
     if not report.supported:
         return model, f"{taken_for}: the ZTSNR nodes are for {', '.join(sorted(SUPPORTED))}."
-    if report.prediction_type is None:
-        return model, f"{taken_for}; set prediction in ZTSNR Model (v-prediction) if its author says otherwise."
-    if report.prediction_type == "epsilon":
-        return model, f"{taken_for}."
+    prediction, shift = report.prediction_type or "auto", shift_of_metadata(report.metadata)
+    if prediction != "v_prediction" and shift == 1:
+        otherwise = "; set prediction in ZTSNR Model (v-prediction) if its author says otherwise"
+        return model, f"{taken_for}{otherwise if prediction == 'auto' else ''}."
     schedule = {True: "zero terminal SNR", False: "as trained", None: "auto"}[report.zero_terminal_snr]
-    shift = shift_of_metadata(report.metadata)
-    patched, sentence = patch_model(model, prediction="v_prediction", schedule=schedule, canvas_shift=shift)
+    patched, sentence = patch_model(model, prediction=prediction, schedule=schedule, canvas_shift=shift)
     return patched, f"The model is patched: {sentence}"
 
 

@@ -199,6 +199,19 @@ def test_the_scheduler_keeps_the_rest_of_its_settings(folders, tmp_path):
     assert after.config.prediction_type == loaded.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_settings_of_another_model_do_not_shift_a_file(folders, tmp_path, zero):
+    plain = tmp_path / "plain"
+    shutil.copytree(folders["SDXL"], plain)
+    set_scheduler(plain, prediction_type="v_prediction", rescale_betas_zero_snr=zero)
+    file = convert(plain, tmp_path / "model.safetensors")
+    config = shifted_folder(folders["SDXL"], tmp_path / "settings of another", 0.25, zero)
+    loaded = load_pipeline(file, config=config).pipeline.scheduler
+    np.testing.assert_allclose(sigmas_of(loaded)[:-1], published_sigmas(zero)[:-1], rtol=1e-5)
+    to_folder(file, tmp_path / "back", config=config)
+    np.testing.assert_allclose(sigmas_of(tmp_path / "back" / "scheduler")[:-1], published_sigmas(zero)[:-1], rtol=1e-5)
+
+
 def test_folders_that_are_not_shifted_write_no_metadata(folders, tmp_path):
     assert shift_of_folder(folders["SDXL"]) is None
     assert METADATA not in metadata_of(convert(folders["SDXL"], tmp_path / "plain"))
