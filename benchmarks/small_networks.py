@@ -40,6 +40,7 @@ OFF = 10.0  # levels of rms from which on a picture is another one
 SEED = 2000
 
 Levels = np.ndarray
+SigmasOf = Callable[[DemoNetwork, int, float], Sequence[float]]  # (network, steps, cfg)
 
 
 @dataclass(frozen=True)
@@ -85,31 +86,29 @@ def make_case(network: DemoNetwork, composer: Composer, count: int, cfg: float) 
 # Samplers
 
 
-def with_sigmas(solver: str, sigmas_of: Callable[[DemoNetwork, int], Sequence[float]]):
+def with_sigmas(solver: str, sigmas_of: SigmasOf):
     """``sample`` with a solver of this package on noise levels of whatever kind."""
 
     def run(network: DemoNetwork, case: Case, steps: int) -> Levels:
-        sigmas = sigmas_of(network, steps)
+        sigmas = sigmas_of(network, steps, case.cfg)
         return network.levels(network.sample(case.captions, case.noise, sigmas, solver, case.cfg))
 
     return run
 
 
-def ours(spacing: str, start: float | None = None) -> Callable[[DemoNetwork, int], Sequence[float]]:
-    """A spacing of this package, from infinity; ``start`` is where its finite part begins, in canvas lengths."""
+def ours(spacing: str) -> SigmasOf:
+    """A spacing of this package, from infinity, told the scale of guidance."""
 
-    def sigmas(network: DemoNetwork, steps: int) -> Sequence[float]:
-        size = network.shape[1:]
-        begin = None if start is None else start * size[0]
-        return step_schedule(network.schedule, steps, spacing, latent_size=size, sigma_start=begin)
+    def sigmas(network: DemoNetwork, steps: int, cfg: float) -> Sequence[float]:
+        return step_schedule(network.schedule, steps, spacing, latent_size=network.shape[1:], guidance=cfg)
 
     return sigmas
 
 
-def stock(spacing: str) -> Callable[[DemoNetwork, int], Sequence[float]]:
+def stock(spacing: str) -> SigmasOf:
     """The noise levels that stock ComfyUI samples a zero-SNR model at, scaled to the canvas: they begin at 4518.76."""
 
-    def sigmas(network: DemoNetwork, steps: int) -> Sequence[float]:
+    def sigmas(network: DemoNetwork, steps: int, cfg: float) -> Sequence[float]:
         schedule, shift = network.schedule, shift_of(network.shape[-1])
         low, high = schedule.sigma_min, STOCK_SIGMA_MAX * shift
         if spacing == "karras":
