@@ -89,7 +89,7 @@ ROWS = (
     SheetRow(PLAIN, "v, plain schedule", f"from its own {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
     SheetRow(OURS, "v, zero SNR", f"from sigma {START:g}\nEuler, trailing, {STEPS} steps", _from_finite),
     SheetRow(OURS, "v, zero SNR", f"from infinity\nthis package's defaults, {DEFAULT_STEPS} steps", _by_default),
-    SheetRow(OURS, "v, zero SNR", f"from infinity\nexposure-true guidance, {DEFAULT_STEPS} steps", _exposure_true),
+    SheetRow(OURS, "v, zero SNR", f"exposure-true guidance\nfrom infinity, {DEFAULT_STEPS} steps", _exposure_true),
 )
 
 
