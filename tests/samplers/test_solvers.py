@@ -15,7 +15,9 @@ from ztsnr.samplers.solvers import TWO_EVALUATION_SOLVERS
 
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
 GAUSSIAN = GaussianModes(std=STDS)
-STOCHASTIC = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm")
+STOCHASTIC = (
+    "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver", "lcm",
+)  # fmt: skip
 FIRST_ORDER = ("euler", "euler_ancestral")
 
 

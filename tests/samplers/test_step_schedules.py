@@ -202,9 +202,9 @@ def test_spectral_is_quick_deterministic_and_cached(steps):
     durations = []
     for _ in range(5):
         spectral_sigmas.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         first = step_schedule(ZERO, steps, latent_size=(128, 128))
-        durations.append(time.perf_counter() - start)
+        durations.append(time.process_time() - start)
         assert torch.equal(first, step_schedule(ZERO, steps, latent_size=(128, 128)))
         assert spectral_sigmas.cache_info().hits == 1
     assert min(durations) < 0.05
