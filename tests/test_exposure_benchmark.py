@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import solve_ivp
+from scipy.stats import norm
 
 from ztsnr.demo.composed import Asked
 from ztsnr.samplers import guide, rescale_contrast
@@ -150,3 +152,27 @@ def test_table_and_picture():
     for cell in ("7.000 ± 0.000", "25.00 ± 0.00", "75 ("):
         assert cell in row
     assert bench.draw(found, numbers).startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize(("scale", "level"), [(1.0, 0), (2.0, -18), (3.0, -28), (5.0, -43), (7.5, -56)])
+def test_the_darkest_of_five_shades_under_guidance(scale, level):
+    """docs/mathematics.md, "Guidance and exposure": the exact guided flow of a canvas mean, in levels of 255."""
+    shades, spread = np.linspace(0, 255, 5), 16.0
+
+    def denoised(x, u):  # x0 with the prompt for the first shade, and without
+        variance = spread**2 + u**-2
+        log_share = -((x[:, None] - shades) ** 2) / (2 * variance)
+        share = np.exp(log_share - log_share.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        each = shades + spread**2 / variance * (x[:, None] - shades)
+        return each[:, 0], (share * each).sum(1)
+
+    def velocity(log_u, x):  # dX/dlog u = x0 - X, X = x / alpha
+        cond, uncond = denoised(x, math.exp(log_u))
+        return uncond + scale * (cond - uncond) - x
+
+    noise = norm.ppf((np.arange(40) + 0.5) / 40)
+    start = 1e-6  # noise of a million levels stands for infinity: x0 of all pictures is their mean
+    first = shades.mean() + scale * (shades[0] - shades.mean()) + noise / start
+    flow = solve_ivp(velocity, (math.log(start), math.log(10)), first, rtol=1e-7, atol=1e-6)
+    assert flow.y[:, -1].mean() == pytest.approx(level, abs=0.6)
