@@ -1,6 +1,7 @@
 """The claims about zero terminal SNR, on networks trained here: one epsilon base, four fine-tunes of it, several seeds.
 
-    python benchmarks/reproduction.py [--out FOLDER] [--size cpu|gpu] [--quick] [--seeds N] [--no-write]
+    python benchmarks/reproduction.py [--out FOLDER] [--size cpu|gpu] [--shipped-base] [--quick] [--seeds N]
+        [--no-write]
 
 What is finished in FOLDER stays, so a run that was stopped resumes.  Prints the tables and puts them into
 benchmarks/RESULTS.md.  As a control, a network with random weights is asked the same as the trained ones.
@@ -58,9 +59,10 @@ def untrained(trainings: Trainings) -> Run:
 @click.option("--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Of the fine-tunes.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
+@click.option("--shipped-base", is_flag=True, help="Fine-tune the base that comes with the package.")
 @click.option("--quick", is_flag=True, help="Short fine-tunes of the base that comes with the package.")
-def main(out: Path, size: str, seeds: int, write: bool, quick: bool) -> None:
-    trainings = open_trainings(out, size, quick, click.echo)
+def main(out: Path, size: str, seeds: int, write: bool, shipped_base: bool, quick: bool) -> None:
+    trainings = open_trainings(out, size, quick, click.echo, shipped_base)
     runs = []
     for seed in range(seeds):
         if not trainings.run(seed):
@@ -73,9 +75,10 @@ def main(out: Path, size: str, seeds: int, write: bool, quick: bool) -> None:
     control = judge_claims([untrained(trainings)])
     answers = ", ".join(f"{claim.number}: {claim.answer}" for claim in control)
     lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
-    command = f"python benchmarks/{Path(__file__).name} --size {size}{' --quick' * quick} --seeds {seeds}"
+    flags = " --shipped-base" * shipped_base + " --quick" * quick
+    command = f"python benchmarks/{Path(__file__).name} --size {size}{flags} --seeds {seeds}"
     base = f"{recipe.base_steps} steps of {recipe.batch_size} pictures"
-    base += ", as it comes with the package" if quick else f" ({minutes_of(trainings, BASE, 0):.0f} minutes)"
+    base += ", as it comes with the package" if trainings.base else f" ({minutes_of(trainings, BASE, 0):.0f} minutes)"
     text = f"""`{command}`, {datetime.date.today().isoformat()}.
 {machine(None)}.
 

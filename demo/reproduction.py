@@ -48,9 +48,11 @@ def reproduce(
     return True
 
 
-def open_trainings(out: Path, size: str, quick: bool, say: Callable[[str], None]) -> Trainings:
+def open_trainings(
+    out: Path, size: str, quick: bool, say: Callable[[str], None], shipped_base: bool = False
+) -> Trainings:
     """Those of a size; quick ones have few steps, from the base that comes with the package."""
-    return Trainings(out, size, start_of(BASE), QUICK, say) if quick else Trainings(out, size, say=say)
+    return Trainings(out, size, start_of(BASE) if quick or shipped_base else None, QUICK if quick else None, say)
 
 
 def measure(trainings: Trainings, seed: int) -> dict[str, Numbers]:
