@@ -80,8 +80,13 @@ class ZTSNRGuidance(io.ComfyNode):
             return refused(reason, outputs=1)
 
         def exposure_true_within_interval(args: dict) -> torch.Tensor:
-            guided = exposure_true_denoised(args, exposure, contrast)
-            return torch.where(in_interval(args, start, interval_end), guided, args["cond_denoised"])
+            acts, cond = in_interval(args, start, interval_end), args["cond_denoised"]
+            if args["uncond"] is not None:  # at CFG 1 there is no unconditional prediction
+                # in place, because that is what a CFG++ sampler gets to see: it takes its noise from there, and would
+                # bring back at every step the brightness that is taken away here
+                uncond = args["uncond_denoised"]
+                uncond.copy_(torch.where(acts, cond - exposure_true(cond - uncond, cond, exposure, contrast), cond))
+            return torch.where(acts, exposure_true_denoised(args, exposure, contrast), cond)
 
         patched = model.clone()
         patched.set_model_sampler_post_cfg_function(exposure_true_within_interval)
@@ -136,7 +141,7 @@ def exposure_true_denoised(args: dict, exposure: float, contrast: float) -> torc
     """x0 after guidance (B, C, H, W), with brightness, tint and contrast left to the conditional x0.
 
     Whatever CFG function made ``denoised``, and whatever other functions added to it: what it has beyond the
-    conditional x0 is the direction of guidance.  Nothing reads ``uncond_denoised``, which is no prediction at CFG 1.
+    conditional x0 is the direction of guidance.
     """
     cond, denoised = args["cond_denoised"], args["denoised"]
     return (cond + exposure_true(denoised - cond, cond, exposure, contrast)).to(denoised.dtype)

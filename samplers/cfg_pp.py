@@ -13,6 +13,9 @@ weights apply to x0 alone, a second evaluation only looks ahead from x', and sto
 draw the rest anew.  (lcm keeps none of it, so there CFG++ is ordinary guidance.)  At infinity alpha is 0, and the first
 step is that of ordinary guidance.
 
+With exposure-true guidance the unconditional prediction, too, is the one with the prompt's exposure, cond - T(cond -
+uncond) (``exposure_true``).  With any other one each step would add the brightness that guidance was kept from adding.
+
 The edit is made once a step, whatever the step's length: the same scale guides more strongly in more steps.
 """
 

@@ -161,32 +161,34 @@ def test_nodes_that_replace_cfg_come_first_wherever_they_stand(inside, run, name
     assert torch.equal(behind["picture"], in_front["picture"])
 
 
-@pytest.mark.parametrize("name", ["CFGZeroStar", "Mahiro"])
-def test_nodes_that_add_guidance_move_brightness_again_behind_it(run, name):
+@pytest.mark.parametrize(("name", "share"), [("CFGZeroStar", 0.7), ("Mahiro", 1.0)])
+def test_nodes_that_add_guidance_move_brightness_again_behind_it(run, name, share):
     _, alone = run(inputs=TWO | {"cfg": 1.0})
 
     def moved(chain) -> float:
         _, found = run(chain)
         return (found["picture"] - alone["picture"]).mean((-2, -1)).abs().max().item()
 
-    assert moved([OTHERS[name], ours()]) < 0.7 * moved([ours(), OTHERS[name]])
+    assert moved([OTHERS[name], ours()]) < share * moved([ours(), OTHERS[name]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers, guiders and conditions
 
 
-def test_cfg_plus_plus_renoises_with_the_unconditional_prediction(run):
-    """Chung et al., arXiv 2406.08070: x0 as guided, noise as without the prompt, which at infinity is the state."""
+def test_cfg_plus_plus_renoises_with_an_unconditional_prediction_of_the_prompts_exposure(run):
+    """Chung et al., arXiv 2406.08070, with uncond' = cond - T(cond - uncond); at infinity the noise is the state."""
     scale = 1.6
     _, found = run([ours()], inputs=TWO | {"cfg": scale}, sampler="euler_cfg_pp")
     cond, uncond = model_of(ASKED), model_of(USUAL)
     x = found["noise"].double()  # of variance 1, as the models take it
     for sigma, following in zip(found["levels"], found["levels"][1:], strict=False):
         alpha, s = alpha_s(sigma)
-        x0, without = exposure_true_guidance(cond(x, sigma), uncond(x, sigma), scale), uncond(x, sigma)
+        prompt = cond(x, sigma)
+        without = prompt - exposure_true(prompt - uncond(x, sigma), prompt)
+        x0 = without + scale * (prompt - without)
         alpha_next, s_next = alpha_s(following)
-        x = alpha_next * x0.double() + s_next * (x - alpha * without) / s
+        x = alpha_next * x0.double() + s_next * (x - alpha * without.double()) / s
     close(found["picture"], x.float())
 
 
