@@ -14,6 +14,8 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from .checkpoints import CheckpointReport
 
 
@@ -154,7 +156,7 @@ def example(folder: Path) -> None:
 )
 @click.option("--zero-snr/--no-zero-snr", default=None, help="[default: what the files say]")
 @click.option("--config", help="For a single file: a diffusers folder or hub name whose settings complete it.")
-@click.option("--device", default="auto", show_default=True, help="auto takes CUDA if there is one.")
+@click.option("--device", default="auto", show_default=True, help="auto takes CUDA, XPU or MPS if there is one.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: float16 on CUDA, else float32]"
 )
@@ -209,13 +211,12 @@ def leak(
 
         from .checkpoints import load_pipeline
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+        place = _find_device(device)
+        dtype = dtype or ("float16" if place.type == "cuda" else "float32")
         loaded = load_pipeline(
             model,
             config=config,
-            device=device,
+            device=place,
             dtype=getattr(torch, dtype),
             prediction_type=prediction,
             zero_terminal_snr=zero_snr,
@@ -505,7 +506,7 @@ def buckets(
     help="Pixels by which pictures are cached larger than their bucket, if they are so large.",
 )
 @click.option("--background", default="white", show_default=True, help="Colour behind transparent pixels.")
-@click.option("--device", default="auto", show_default=True, help="auto takes CUDA if there is one.")
+@click.option("--device", default="auto", show_default=True, help="auto takes CUDA, XPU or MPS if there is one.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -550,17 +551,14 @@ def cache(
         from .training.make_latent_cache import run_cache
         from .training.sources import parse_source
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        place = _find_device(device)
         run_cache(
             [parse_source(source, outside=outside) for source in sources],
             out,
             _bucket_sets(names, areas, step, limit),
             vae=vae,
             config=config,
-            device=device,
+            device=place,
             dtype=getattr(torch, dtype),
             margin=margin,
             background=getrgb(background)[:3],
@@ -574,6 +572,16 @@ def cache(
             no_upscale=no_upscale,
             say=click.echo,
         )
+
+
+def _find_device(name: str) -> "torch.device":
+    """The device of ``--device``, for torchrun's processes one each; says which one auto took."""
+    from .samplers.devices import describe_device, find_device
+
+    device = find_device(name, setting="--device", local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "auto":
+        click.echo(f"Device: {describe_device(device)}")
+    return device
 
 
 def _settings_command(command: Callable) -> Callable:

@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from .. import __version__
 from ..samplers import NoiseSchedule
+from ..samplers.devices import to_float64
 from .ideal_models import PictureSet, v_network
 from .output import UserError, no_matplotlib, png, prepare_folder, write_atomically
 
@@ -239,7 +240,7 @@ def sample_with_scheduler(row: Row, model: PictureSet, noise: torch.Tensor, step
 
 def intercept_and_slope(values: torch.Tensor, z: torch.Tensor) -> tuple[float, float]:
     """Least squares of values on z, both of any one shape, in float64."""
-    values, z = values.double().flatten(), z.double().flatten()
+    values, z = to_float64(values).flatten(), to_float64(z).flatten()
     deviation = z - z.mean()
     slope = (deviation * values).sum() / (deviation**2).sum()
     return (values.mean() - slope * z.mean()).item(), slope.item()
@@ -266,7 +267,7 @@ def measure(prompts: list[Prompt], runs: list[Run], noise: torch.Tensor, exact: 
             leaks.append(leak)
         else:
             same = prompt.model.nearest(run.pictures) == prompt.model.nearest(truth)
-            right[prompt.name] = same.double().mean().item()
+            right[prompt.name] = to_float64(same).mean().item()
     return {"brightness_error": errors, "mean_leak": sum(leaks) / len(leaks), "right_picture": right}
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from ..samplers import NoiseSchedule, from_denoised
+from ..samplers.devices import to_float64
 from ..samplers.prediction import alpha_s
 from ..samplers.sampling import Denoise
 
@@ -86,8 +87,7 @@ def _gain(std: torch.Tensor | float, sigma: float) -> torch.Tensor | float:
 
 def _normalized_log(weights: Sequence[float] | torch.Tensor | None, count: int) -> torch.Tensor:
     """log of the weights scaled to sum 1, (count,) float64; even weights for None."""
-    weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
-    weights = weights.detach().to("cpu", torch.float64)
+    weights = to_float64(torch.ones(count) if weights is None else weights).detach().cpu()
     if weights.shape != (count,):
         raise ValueError(f"{count} components need {count} weights, not a tensor of shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
@@ -113,8 +113,7 @@ class GaussianModes:
 
     def __init__(self, mean: torch.Tensor | float = 0.0, std: torch.Tensor | float = 1.0):
         _nonnegative("std", std)
-        self.mean = torch.as_tensor(mean, dtype=torch.float64)
-        self.std = torch.as_tensor(std, dtype=torch.float64)
+        self.mean, self.std = to_float64(mean), to_float64(std)
 
     def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """E[x0 | x], (B, ...)."""
@@ -145,7 +144,7 @@ class GaussianCanvas:
     def __init__(self, mean: torch.Tensor | float = -2.4, brightness_std: float = 0.3, texture_std: float = 0.6):
         _nonnegative("brightness_std", brightness_std)
         _nonnegative("texture_std", texture_std)
-        self.mean = torch.as_tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
+        self.mean = to_float64(mean).reshape(-1, 1, 1)
         self.brightness_std = brightness_std
         self.texture_std = texture_std
 
@@ -189,9 +188,9 @@ class GaussianMixture:
             raise ValueError(f"means must be (K, ...) with at least one component, not {tuple(means.shape)}")
         _nonnegative("stds", stds)
         self.shape = means.shape[1:]
-        self.means = means.detach().to("cpu", torch.float64).reshape(len(means), -1)  # (K, D)
+        self.means = to_float64(means.detach()).cpu().reshape(len(means), -1)  # (K, D)
         self.log_weights = _normalized_log(weights, len(means))
-        self.stds = torch.as_tensor(stds, dtype=torch.float64).expand(len(means)).clone()
+        self.stds = to_float64(stds).cpu().expand(len(means)).clone()
 
     def responsibilities(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """P(component | x), (B, K) float64, for sigma > 0.
@@ -200,7 +199,7 @@ class GaussianMixture:
         where all A are equal, so that far components and small sigma neither overflow nor cancel.
         """
         alpha, s = alpha_s(sigma)
-        x = x.detach().flatten(1).double()
+        x = to_float64(x.detach()).flatten(1)
         means = self.means.to(x.device)
         variance = (alpha**2 * self.stds**2 + s**2).to(x.device)
         cross = alpha * (x @ means.T) - alpha**2 / 2 * (means**2).sum(1)
@@ -217,14 +216,14 @@ class GaussianMixture:
         share = self.responsibilities(x, sigma)
         gain = _gain(self.stds, sigma).to(share)
         centres = (share * (1 - alpha * gain)) @ self.means.to(share)
-        own = (share * gain).sum(1, keepdim=True) * x.flatten(1)
-        return (centres + own).reshape(x.shape).to(x.dtype)
+        own = (share * gain).sum(1, keepdim=True) * to_float64(x).flatten(1)
+        return (centres + own).reshape(x.shape).to(x)
 
     def exact(self, noise: torch.Tensor, steps: int = 400) -> torch.Tensor:
         """The flow's result from noise: the transport map in one dimension, ``reference_flow`` otherwise."""
         if self.means.shape[1] == 1 and (self.stds > 0).all():
             return self.transport(noise)
-        return reference_flow(self, noise.double(), steps).to(noise.dtype)
+        return reference_flow(self, to_float64(noise), steps).to(noise)
 
     def transport(self, noise: torch.Tensor) -> torch.Tensor:
         """F^-1(Phi(noise)) with F the distribution function of a one-dimensional mixture, by bisection in float64.
@@ -237,7 +236,7 @@ class GaussianMixture:
         """
         if self.means.shape[1] != 1 or not (self.stds > 0).all():
             raise ValueError("transport needs a mixture in one dimension whose stds are all positive")
-        n = noise.double().cpu().reshape(-1, 1)
+        n = to_float64(noise).cpu().reshape(-1, 1)
         # Work in the tail that n lies in: there the probability is small and keeps its relative precision.
         sign = torch.where(n > 0, -1.0, 1.0)
         target = torch.special.log_ndtr(sign * n)
@@ -272,7 +271,7 @@ class _CanvasMixture:
     def responsibilities(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """P(picture | x) for x (B, D): the softmax over log-likelihoods, (B, K) float64."""
         alpha, s = alpha_s(sigma)
-        x = x.detach().double()
+        x = to_float64(x.detach())
         pictures, canvas = self.pictures.to(x), self.canvas.to(x)
 
         def fit(x: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -287,7 +286,7 @@ class _CanvasMixture:
     def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """E[x0 | x] for x (B, D): pick among the pictures, then shrink what is left toward the pick."""
         alpha, _ = alpha_s(sigma)
-        picture = self.responsibilities(x, sigma).to(x.dtype) @ self.pictures.to(x)
+        picture = self.responsibilities(x, sigma).to(x) @ self.pictures.to(x)
         rest = torch.add(x, picture, alpha=-alpha)
         gain, canvas_gain = _gain(self.std, sigma), _gain(self.canvas_std, sigma)
         canvas = self.canvas.to(x)
@@ -321,7 +320,7 @@ class PictureSet:
         _nonnegative("brightness_std", brightness_std)
         channels, area = pictures.shape[1], pictures.shape[2] * pictures.shape[3]
         self._flat = _CanvasMixture(
-            pictures=pictures.detach().to("cpu", torch.float64).flatten(1),
+            pictures=to_float64(pictures.detach()).cpu().flatten(1),
             canvas=torch.eye(channels, dtype=torch.float64).repeat_interleave(area, dim=0) / math.sqrt(area),
             log_weights=_normalized_log(weights, len(pictures)),
             std=std,
@@ -350,7 +349,7 @@ class PictureSet:
         are coupled, and outside their span every value is grain, std * noise: so ``reference_flow`` runs in at most
         K + C dimensions, whatever the size of the pictures.
         """
-        flat, n = self._flat, noise.detach().flatten(1).double().cpu()
+        flat, n = self._flat, to_float64(noise.detach()).flatten(1).cpu()
         if len(self) == 1:
             x = flat.pictures + flat.std * n + (flat.canvas_std - flat.std) * (n @ flat.canvas) @ flat.canvas.T
         else:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..samplers import NoiseSchedule
+from ..samplers.devices import to_float64
 from ..samplers.prediction import check_prediction_type
 from ..samplers.sampling import check_answer
 
@@ -302,8 +303,6 @@ def _noise_level(
     if is_per_evaluation:
         return listed
     timestep = torch.as_tensor(timestep).reshape(1)  # a table indexed with a tensor () would read it on the host
-    if timestep.device.type == "mps":
-        timestep = timestep.cpu()  # Metal has no float64
     return schedule.sigma(timestep)[0]
 
 
@@ -312,9 +311,9 @@ def _denoised(
 ) -> torch.Tensor:
     """``to_denoised`` for a sigma that may be known to the device alone."""
     check_answer(model_output, x)
-    u = 1 / torch.as_tensor(sigma, dtype=torch.float64)  # exactly 0 at infinity
+    u = 1 / to_float64(sigma)  # exactly 0 at infinity
     s = (1 + u**2).rsqrt()
-    alpha = u * s
+    alpha, s = (scale.to(torch.promote_types(x.dtype, torch.float32)) for scale in (u * s, s))
     model_output = model_output.to(x.dtype)
     if prediction_type == "v_prediction":
         return alpha * x - s * model_output

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..samplers import NoiseSchedule, from_denoised
+from ..samplers.devices import to_float64
 from ..samplers.sampling import Denoise
 from .latent_stats import LatentStatistics
 
@@ -127,9 +128,9 @@ def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float]
     probe = NetworkProbe(
         seed,
         np.asarray(sigmas, dtype=float),
-        _channel_means(noise).double().cpu().numpy(),
-        torch.stack(means).double().cpu().numpy(),
-        torch.stack(responses).double().cpu().numpy(),
+        _numbers(_channel_means(noise)),
+        _numbers(torch.stack(means)),
+        _numbers(torch.stack(responses)),
     )
     for sigma, mean in zip(sigmas, probe.denoised_mean, strict=True):
         if not np.isfinite(mean).all():
@@ -164,8 +165,8 @@ def probe_sampler(
     pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
     return SamplerProbe(
         seed,
-        _channel_means(noise).double().cpu().numpy(),
-        _channel_means(latents).double().cpu().numpy(),
+        _numbers(_channel_means(noise)),
+        _numbers(_channel_means(latents)),
         **measure_pictures(pictures, target),
         sigmas=statistics.sigmas,
         denoised_mean=statistics.denoised_mean.astype(float),
@@ -200,6 +201,11 @@ def colour_error(pictures: np.ndarray, target: Sequence[float]) -> np.ndarray:
 def _channel_means(x: torch.Tensor) -> torch.Tensor:
     """(B, C) means over everything but the batch and the channels, in float32."""
     return x.float().flatten(2).mean(2)
+
+
+def _numbers(x: torch.Tensor) -> np.ndarray:
+    """Float64, on the CPU."""
+    return to_float64(x).numpy(force=True)
 
 
 def _finest(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ..diagnostics.leak import LeakReport, mean_leak
 from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
+from ..samplers.devices import to_float64
 from ..samplers.sampling import Denoise
 from .guidance_shift import guidances_of, name_of_guidance, without_guidance
 from .latent_rgb import draw, rgb_of, strip_of
@@ -373,7 +374,7 @@ def canvas_shift_of(model) -> float:
 
 def finer(sigmas: torch.Tensor) -> torch.Tensor:
     """FINER times as many steps: more between any two, evenly in the angle atan(sigma)."""
-    levels = sigmas.double().cpu()
+    levels = to_float64(sigmas).cpu()
     angles = levels.atan()
     shares = torch.arange(FINER) / FINER
     between = (angles[:-1, None] + shares * angles.diff()[:, None]).flatten().tan()

@@ -7,6 +7,7 @@ from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
 
 from ..samplers import NoiseSchedule
+from ..samplers.devices import to_float64
 from ..samplers.step_schedules import DEFAULT_GUIDANCE
 from .first_step import KEY, first_step_wrapper
 from .model_sampling import ExactEpsilon, ExactSchedule, ExactVPrediction
@@ -79,7 +80,7 @@ def patch_model(
 
 def trained_schedule(model_sampling, zero_snr: bool) -> NoiseSchedule:
     """The schedule behind a stock ``ModelSamplingDiscrete``, in float64 if it is Stable Diffusion's."""
-    table = model_sampling.sigmas.double().cpu()
+    table = to_float64(model_sampling.sigmas).cpu()
     stable_diffusion = NoiseSchedule.sdxl(zero_terminal_snr=model_sampling.zsnr)
     timesteps = torch.arange(stable_diffusion.last_timestep)
     # ComfyUI computes its table in float32, and puts 4518.76 in the place of infinity
@@ -114,7 +115,7 @@ def schedule_of(model_sampling) -> NoiseSchedule:
             "This model has no table of noise levels (flow matching or EDM): ZTSNR nodes are for Stable Diffusion 1.x, "
             "2.x and XL models."
         )
-    return NoiseSchedule(1 / (1 + model_sampling.sigmas.double().cpu() ** 2))
+    return NoiseSchedule(1 / (1 + to_float64(model_sampling.sigmas) ** 2))
 
 
 def canvas_length_of(model) -> float:

@@ -11,6 +11,7 @@ import comfy.model_sampling
 import torch
 
 from ..samplers import NoiseSchedule
+from ..samplers.devices import to_float64
 
 # Noise levels from here on are infinity: larger than any finite sigma of a step schedule, and small enough that its
 # square keeps its meaning in float32.
@@ -42,13 +43,13 @@ class ExactSchedule(comfy.model_sampling.ModelSamplingDiscrete):
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """Fractional timesteps of sigmas of any shape, float32 on their device."""
-        levels = _where_float64_is(sigma).double()
+        levels = to_float64(sigma)
         levels = levels.masked_fill(levels >= INFINITE_SIGMA, math.inf)
         return self.schedule.timestep(levels).float().to(sigma.device)
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
         """Sigmas of timesteps of any shape, float32 on their device."""
-        return self.schedule.sigma(_where_float64_is(timestep)).float().to(timestep.device)
+        return self.schedule.sigma(timestep).float().to(timestep.device)
 
     def percent_to_sigma(self, percent: float) -> float:
         """The noise level below which a condition that starts at ``percent`` of the sampling is on."""
@@ -90,8 +91,3 @@ class ExactVPrediction(ExactSchedule, comfy.model_sampling.V_PREDICTION):
 def _like(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One sigma, or one a sample, shaped to multiply x."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _where_float64_is(values: torch.Tensor) -> torch.Tensor:
-    """The values on a device that has float64: Metal, DirectML and some others do not."""
-    return values if values.device.type in ("cpu", "cuda") else values.cpu()

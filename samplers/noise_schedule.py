@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .devices import send, to_float64
+
 Number = float | torch.Tensor
 
 
@@ -25,7 +27,7 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     Returns:
         (T,) float64; the last beta is exactly 1.
     """
-    alphas_bar_sqrt = (1 - betas.double()).cumprod(0).sqrt()
+    alphas_bar_sqrt = (1 - to_float64(betas)).cumprod(0).sqrt()
     first, last = alphas_bar_sqrt[0].clone(), alphas_bar_sqrt[-1].clone()
     alphas_bar = ((alphas_bar_sqrt - last) * (first / (first - last))) ** 2
     alphas = torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
@@ -74,7 +76,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
-        alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+        alphas_cumprod = to_float64(alphas_cumprod.detach()).cpu()
         if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 2:
             raise ValueError(
                 f"alphas_cumprod must hold at least two timesteps in one dimension, not {tuple(alphas_cumprod.shape)}"
@@ -97,7 +99,7 @@ class NoiseSchedule:
         Raises:
             ValueError: betas that are NaN, outside (0, 1], or reach 1 before the end.
         """
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        betas = to_float64(betas).detach().cpu()
         if betas.isnan().any():
             raise ValueError("betas hold NaN")
         if not ((betas > 0) & (betas <= 1)).all():
@@ -123,7 +125,7 @@ class NoiseSchedule:
         what is absent takes the value Stable Diffusion was trained with.
         """
         if config.get("trained_betas") is not None:
-            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+            betas = to_float64(config["trained_betas"])
         else:
             names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
             betas = make_betas(**{name: config[name] for name in names if name in config})
@@ -162,12 +164,13 @@ class NoiseSchedule:
             t: a number or a tensor of any shape, in [0, T], fractional or whole.
 
         Returns:
-            A float for a number; for a tensor, float64 of its shape on its device.  inf at a zero-terminal T.
+            A float for a number; for a tensor, float64 of its shape, on its device if that has float64, else on the
+            CPU.  inf at a zero-terminal T.
         """
         if not isinstance(t, torch.Tensor):
-            return self.sigma(torch.tensor(t, dtype=torch.float64)).item()
-        t = t.double().clamp(0, self.last_timestep)
-        angles = self._angles.to(t.device, non_blocking=True)
+            return self.sigma(to_float64(t)).item()
+        t = to_float64(t).clamp(0, self.last_timestep)
+        angles = send(self._angles, t.device)
         below = t.long().clamp(max=self.last_timestep - 1)
         # take, because an index () would be read on the host
         angle = torch.lerp(angles.take(below), angles.take(below + 1), t - below)
@@ -180,12 +183,13 @@ class NoiseSchedule:
             sigma: a number or a tensor of any shape, inf allowed; clamped to [sigma_min, sigma_max].
 
         Returns:
-            A float for a number; for a tensor, float64 of its shape on its device.
+            A float for a number; for a tensor, float64 of its shape, on its device if that has float64, else on the
+            CPU.
         """
         if not isinstance(sigma, torch.Tensor):
-            return self.timestep(torch.tensor(sigma, dtype=torch.float64)).item()
-        angle = torch.atan(-1 / sigma.double())
-        angles = self._angles.to(sigma.device, non_blocking=True)
+            return self.timestep(to_float64(sigma)).item()
+        angle = torch.atan(-1 / to_float64(sigma))
+        angles = send(self._angles, angle.device)
         below = torch.searchsorted(angles, angle).clamp_(1, self.last_timestep) - 1
         start, end = angles.take(below), angles.take(below + 1)
         return ((angle - start) / (end - start)).add_(below).clamp_(0, self.last_timestep)

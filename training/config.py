@@ -192,7 +192,7 @@ class SpeedSettings:
     """Where and how fast it runs.
 
     Attributes:
-        device: auto takes CUDA if there is one.
+        device: auto takes CUDA, XPU or MPS if there is one; several processes need CUDA or the CPU.
         compile: the U-Net by torch.compile, once for each bucket before the first step; None does it on CUDA.
         checkpointing: compute activations again instead of keeping them: off, selective or full; auto takes what the
             memory allows.

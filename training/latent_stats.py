@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..samplers.devices import to_float64
+
 
 @dataclass(frozen=True)
 class ChannelStatistics:
@@ -29,7 +31,7 @@ class ChannelStatistics:
         Args:
             mean, std: (C, h, w).
         """
-        mean, std = (tensor.flatten(1).double().numpy(force=True) for tensor in (mean, std))
+        mean, std = (to_float64(tensor.flatten(1)).numpy(force=True) for tensor in (mean, std))
         center = mean.mean(axis=1)
         squares = ((mean - center[:, None]) ** 2 + std**2).sum(axis=1)
         return cls(mean.shape[1], center, squares)

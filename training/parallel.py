@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..samplers.devices import find_device
 from .memory_plan import shard_units
 from .networks import Denoiser
 from .precision import MixedPrecision
@@ -81,20 +82,6 @@ class World:
                 parameter.grad /= self.size
 
 
-def named_device(name: str, setting: str) -> torch.device:
-    """The device of a setting; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: no such name.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"{setting} = {name!r} is no device: it is auto, cpu, cuda or such as cuda:1") from None
-
-
 @contextmanager
 def start_world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun has started, or be the only one.
@@ -108,16 +95,8 @@ def start_world(device: str = "auto") -> Iterator[World]:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    place = named_device(device, "speed.device")
-    if size > 1 and place.index is not None:
-        raise ValueError(f"speed.device = {device!r} is one device, and there are {size} processes: give no number")
+    place = find_device(device, setting="speed.device", processes=size, local_rank=local_rank)
     if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"the device {place} cannot be used: there is no CUDA here")
-        if place.index is None:  # torch makes no GPU the current one without its number
-            place = torch.device("cuda", local_rank)
-        if place.index >= (there := torch.cuda.device_count()):
-            raise ValueError(f"the device {place} cannot be used: this machine has {there} GPUs, counted from 0")
         torch.cuda.set_device(place)
     if size == 1:
         yield World(rank, size, local_size, place)

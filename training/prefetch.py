@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
+from ..samplers.devices import send
 from .dataset import Batch
 
 
@@ -28,9 +30,7 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    def to(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
+    to = partial(send, device=device)
     tokens = batch.tokens._replace(chunks=tuple(map(to, batch.tokens.chunks)), rows=to(batch.tokens.rows))
     return batch._replace(data=to(batch.data), tokens=tokens, time_ids=to(batch.time_ids), weights=to(batch.weights))
 

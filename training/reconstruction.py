@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
+from ..samplers.devices import to_float64
+
 MOST_SHOWN = 8  # pictures in a sheet
 
 # maps two pictures (B, 3, H, W) in [-1, 1] to how different they look, (B, 1, H, W)
@@ -52,11 +54,12 @@ def evaluate(
     """
     l1, psnr, lpips, in_boxes, shown = [], [], [], [], []
     for data in examples.split(batch_size):
-        pixels, marks = data[:, :3].to(vae.device), data[:, 3:].to(vae.device)
+        pixels = data[:, :3].to(vae.device)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         l1.append((decoded - pixels).abs().mean(dim=(1, 2, 3)))
-        squares = ((decoded - pixels) / 2).double().square().mean(dim=1, keepdim=True)
+        squares = to_float64((decoded - pixels) / 2).square().mean(dim=1, keepdim=True)
         psnr.append(-10 * squares.mean(dim=(1, 2, 3)).log10())
+        marks = data[:, 3:].to(squares.device)
         marked = marks.sum(dim=(1, 2, 3)) > 0
         of_boxes = (squares * marks).sum(dim=(1, 2, 3)) / marks.sum(dim=(1, 2, 3))
         in_boxes.append(-10 * of_boxes[marked].log10())

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.latent_scaling import LatentScaling
+from ..samplers.devices import describe_device
 from .config import FinetuneSettings
 from .data import open_data
 from .dataset import Batch, loader
@@ -78,7 +79,10 @@ def run_finetune(
         trouble = world.tell(_folder_trouble(settings.out, states, resume) if world.first else None)
         if trouble:
             raise ValueError(trouble)
-        run = _Run(settings, world, say if world.first else (lambda line: None))
+        say = say if world.first else (lambda line: None)
+        if settings.speed.device == "auto":
+            say(f"Device: {describe_device(world.device)}")
+        run = _Run(settings, world, say)
         if last := states.last():
             run.restore(states, *last)
             run.say_changes()

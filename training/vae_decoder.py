@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from ..checkpoints.atomic import atomic_write, check_new
 from ..checkpoints.header import read_header
 from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
+from ..samplers.devices import describe_device, find_device, send
 from .dataset import PictureDataset, loader
 from .decoder_training import DecoderTraining
 from .epoch_plan import EpochPlan
 from .keyed_random import POSTERIOR, keyed_generator
-from .parallel import named_device
 from .perceptual import load_lpips
 from .picture_boxes import load_crop, read_boxes
 from .pictures import PictureError
@@ -106,7 +106,9 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     if (out / STATE).exists() and not settings.resume:
         raise ValueError(f"{out} has the state of a run: set resume to go on with it, or choose another folder")
 
-    device = _device(settings.device)
+    device = find_device(settings.device)
+    if settings.device == "auto":
+        say(f"Device: {describe_device(device)}")
     vae = load_vae(settings.model, config=settings.config, device=device)
     encoder = hash_encoder(vae)
     perceptual = None
@@ -144,13 +146,6 @@ def run_finetune_vae(settings: VaeDecoderSettings, *, say: Callable[[str], None]
     save_vae(vae, out / "vae")
     say(f"Wrote {out / 'vae'}, {out / SCORES} and {out / SHEET}.")
     return VaeDecoderReport(before, after, out / "vae", merged)
-
-
-def _device(name: str) -> torch.device:
-    device = named_device(name, "device")
-    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
-        raise ValueError(f"device = {name!r} cannot be used: this machine has {there} GPUs, counted from 0")
-    return device
 
 
 def _read_pictures(
@@ -207,7 +202,7 @@ def _train(
     with _stop_requested() as is_stopped:
         for batch in islice(batches, max(left, 0)):
             noise = _posterior_noise(training.vae, settings, batch.epoch, batch.pictures.tolist())
-            losses = training.step(batch.data.to(device, non_blocking=True), noise.to(device, non_blocking=True))
+            losses = training.step(send(batch.data, device), send(noise, device))
             seen += len(batch.data)
             is_last = training.steps >= settings.steps or is_stopped()
             if is_last or training.steps % settings.log_every == 0:

@@ -38,7 +38,7 @@ class VaeDecoderSettings:
         ema_decay: of the moving average of the weights, which is the result.
         dtype: float32, or bfloat16 to compute the decoder and the discriminator in; weights are float32, and so is the
             encoder, always.
-        device: auto takes CUDA if there is one.
+        device: auto takes CUDA, XPU or MPS if there is one.
         seed: of order, crops, samples and the discriminator.
         workers: processes that open pictures; 0 opens them in this one.
         log_every, save_every: steps.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..samplers.devices import widest_float
 from .captions import CaptionSettings, caption_text
 from .data import TrainingData
 from .keyed_random import CAPTION, keyed_generator
@@ -99,7 +100,7 @@ class Validation:
             predict: (noisy, timesteps, tokens, time_ids) -> the network's output.
         """
         device, t = self._objective.device, self.timesteps.to(self._objective.device)
-        total = torch.zeros(len(t), dtype=torch.float64, device=device)
+        total = torch.zeros(len(t), dtype=widest_float(device), device=device)
         for number, question in enumerate(self._questions):
             latents, noise = (
                 tensor.to(device).expand(len(t), -1, -1, -1) for tensor in (question.latents, question.noise)
@@ -108,7 +109,7 @@ class Validation:
             output = predict(noisy, t, question.tokens, question.time_ids.to(device))
             _, errors = self._objective.losses(output, latents, noise, t)
             if number < self._counted:
-                total += errors.double()
+                total += errors
         means = (self._world.sum(total) / self.count).tolist()
         by_timestep = zip(self.timesteps.tolist(), means, strict=True)
         return {"validation": float(np.mean(means))} | {f"validation/t{at:03d}": mean for at, mean in by_timestep}

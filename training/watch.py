@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints.atomic import atomic_write
+from ..samplers.devices import widest_float
 from .config import WatchSettings
 from .parallel import World
 
@@ -157,7 +158,7 @@ class BandedLoss:
         last: the last timestep T, which is a band of its own.
 
     Attributes:
-        sums: (3, bands) float64 on the device, of this process: counts, errors, losses.
+        sums: (3, bands) on the device, of this process: counts, errors, losses; float64 where it has that.
     """
 
     def __init__(self, last: int, bands: Sequence[int], device: torch.device):
@@ -167,12 +168,12 @@ class BandedLoss:
             f"loss/t{last:03d}",
         ]
         self._starts = torch.tensor(starts[1:], device=device)
-        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, len(self.names), dtype=widest_float(device), device=device)
 
     def add(self, t: torch.Tensor, errors: torch.Tensor, losses: torch.Tensor) -> None:
         """(B,) timesteps, mean square errors and weighted losses; what is not finite does not count."""
         band = torch.bucketize(t.contiguous(), self._starts, right=True)
-        rows = torch.stack([torch.ones_like(errors), errors, losses]).double()
+        rows = torch.stack([torch.ones_like(errors), errors, losses]).to(self.sums.dtype)
         self.sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
 
     def read(self, world: World) -> dict[str, float]:
