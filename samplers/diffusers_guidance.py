@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch.utils.hooks import RemovableHandle
 
+from .devices import send
 from .diffusers_scheduler import ZTSNRScheduler
 from .guidance import CONTRAST, EXPOSURE, check_scale, exposure_true, guide, rescale_contrast
 
@@ -270,9 +271,9 @@ class _Picture:
         if self.prediction_type == "sample":
             return prediction
         device = prediction.device
-        self.angles = self.angles.to(device, non_blocking=True)
+        self.angles = send(self.angles, device)
         last = len(self.angles) - 1
-        t = torch.as_tensor(timestep).to(device, torch.float32, non_blocking=True).reshape(-1, 1, 1, 1).clamp(0, last)
+        t = send(torch.as_tensor(timestep, dtype=torch.float32), device).reshape(-1, 1, 1, 1).clamp(0, last)
         below = t.long().clamp(max=last - 1)
         angle = torch.lerp(self.angles.take(below), self.angles.take(below + 1), t - below)
         x = sample[:, : prediction.shape[1]].to(device).float()  # an inpainting U-Net is shown mask and picture besides
