@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 from .atomic import atomic_folder, check_new
+from .components import NETWORKS
 from .folder import weights_file
 from .header import Header, read_header
 from .latent_scaling import LatentScaling
@@ -48,12 +48,6 @@ from .stream import DTYPE_NAMES, FLOATS, TensorStream, cast, dtype_name, stored,
 
 Shape = tuple[int, ...]
 
-_NETWORKS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
 _DTYPES = {name: str(dtype).removeprefix("torch.") for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -103,7 +97,7 @@ def to_folder(
     set_shift(pipeline, shift)
     if scaling is not None:
         set_latent_scaling(pipeline, scaling)
-    networks = {part: network for part, network in pipeline.components.items() if part in _NETWORKS}
+    networks = {part: network for part, network in pipeline.components.items() if part in NETWORKS}
     index, tokenizers = _model_index(pipeline, settings), _read_tokenizers(settings)
     tensors = _folder_tensors(file, networks, settings, wanted)
     with atomic_folder(out) as folder:
@@ -124,11 +118,8 @@ def to_folder(
 
 def _empty_pipeline(settings: Path) -> DiffusionPipeline:
     """The pipeline of a diffusers folder with networks that have no data, and without tokenizers."""
-    kind, index = pipeline_class(settings), read_index(settings)
-    networks = {part: network for part, network in _NETWORKS.items() if part in kind._get_signature_types()}
-    for part, network in networks.items():
-        if index[part] != [network.__module__.split(".")[0], network.__name__]:
-            raise ValueError(f"{settings} has another {part} than {network.__name__}, the only one that is converted")
+    kind = pipeline_class(settings)
+    networks = {part: network for part, network in NETWORKS.items() if part in kind._get_signature_types()}
     with loading(settings):
         return kind.from_pretrained(
             settings,

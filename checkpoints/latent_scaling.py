@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .header import shorten
+from .settings import read_settings
 
 if TYPE_CHECKING:  # reading a header needs no torch
     from torch import Tensor
 
 MEAN, STD = METADATA = ("ztsnr.latent_mean", "ztsnr.latent_std")  # in the metadata of single files
-LONGEST_CONFIG = 1_000_000  # bytes
 MOST_CHANNELS = 1024  # a config comes from strangers, and makes that many numbers
 _SCALING_FACTORS = {True: 0.13025, False: 0.18215}  # whether SDXL: what programs use where a file says nothing
 
@@ -138,18 +138,9 @@ class LatentScaling:
             ValueError: it cannot be read, or see ``of_vae_config``.
         """
         path = folder / "vae" / "config.json"
-        try:
-            if not path.is_file():
-                return None
-            with path.open("rb") as file:
-                text = file.read(LONGEST_CONFIG + 1)
-            config = json.loads(text.decode()) if len(text) <= LONGEST_CONFIG else None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is not a VAE's settings")
+        if not path.is_file():
+            return None
+        config = read_settings(path, "a VAE's")
         try:
             return cls.of_vae_config(config)
         except ValueError as error:

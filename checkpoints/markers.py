@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .header import Header, shorten
-
-LONGEST_CONFIG = 1_000_000  # bytes
+from .settings import check_sizes, read_settings
 
 _MODELSPEC = {
     "v": ("v_prediction", None),
@@ -91,20 +90,10 @@ def read_scheduler_config(path: Path) -> dict[str, Any]:
     """A diffusers scheduler's settings; none if there is no such file.
 
     Raises:
-        ValueError: the file is there and is not a scheduler's settings.
+        ValueError: the file is there and is not a scheduler's settings, or asks for sizes that no model has.
     """
-    try:
-        if not path.is_file():
-            return {}
-        with path.open("rb") as file:
-            text = file.read(LONGEST_CONFIG + 1)
-        config = json.loads(text.decode("utf-8")) if len(text) <= LONGEST_CONFIG else None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a scheduler's settings")
+    config = read_settings(path, "a scheduler's")
+    check_sizes(path, config)
     return config
 
 

@@ -5,7 +5,6 @@ so that what a model is gets read in one way: from its files, by ``inspect_check
 every single file for epsilon.
 """
 
-import json
 import os
 import re
 import warnings
@@ -19,14 +18,15 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import hf_hub_download, model_info, snapshot_download
 
-from ..samplers import diffusers_scheduler  # noqa: F401 (a folder may name it, and only what is imported is found)
 from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
+from .components import check_classes, check_networks  # and with it our scheduler, which a folder may name
 from .header import PICKLES, SUFFIXES, read_header
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
 from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
 from .schedule_shift import set_shift, shift_of_metadata
+from .settings import read_settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_TIMEOUT = 10  # seconds
@@ -141,7 +141,7 @@ def _find(model: str | Path) -> Path:
         raise ValueError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
     way_out = "it is no folder here either; run once with network, or give a folder or file"
     index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
-    pipeline_class(index.parent)  # before gigabytes are loaded
+    _check_parts(index.parent)  # before gigabytes are loaded
     return _from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
 
 
@@ -180,6 +180,7 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
         raise ValueError(f"there is no folder {name} to take the settings from")
     _check_programs(folder)
     _check_whole(folder)
+    check_networks(folder)
     return folder
 
 
@@ -192,8 +193,9 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
         pipeline_class(folder)  # which has the name of what it is instead
     report = inspect_checkpoint(folder)
     _check_architecture(report)
-    _check_whole(folder)
     _check_programs(folder)
+    _check_whole(folder)
+    check_networks(folder)
     for part in (part for part in folder.iterdir() if part.is_dir()):
         pickles = [file for file in part.iterdir() if file.suffix in PICKLES]
         if pickles and not any(part.glob("*.safetensors")):
@@ -257,17 +259,24 @@ def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
 def read_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a diffusers folder: its class, its settings, and the class of each part."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        index = None
-    if not isinstance(index, dict):
+        index = read_settings(folder / "model_index.json", "a pipeline's")
+    except ValueError:
+        index = {}
+    if not index:
         raise ValueError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
     return index
 
 
+def _check_parts(folder: Path) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
+    """The pipeline's class and its index, if every part is of a class that is loaded here."""
+    kind, index = pipeline_class(folder), read_index(folder)
+    check_classes(folder, index, left_out(kind))
+    return kind, index
+
+
 def _check_whole(folder: Path) -> None:
     """Refuse a folder without one of the parts that its pipeline needs."""
-    kind, index = pipeline_class(folder), read_index(folder)
+    kind, index = _check_parts(folder)
     parts, _ = kind._get_signature_keys(kind)
     lacking = [
         name

@@ -2,15 +2,16 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
+from ..checkpoints.components import check_network
 from ..checkpoints.header import read_header
 from ..checkpoints.inspect import UNKNOWN, inspect_checkpoint
 from ..checkpoints.pipeline import inspect_file, loading, settings_folder
+from ..checkpoints.settings import read_settings
 
 
 def load_vae(
@@ -46,11 +47,12 @@ def load_vae(
 
 def _vae_of_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = "none"
+        kind = read_settings(folder / "config.json", "a VAE's").get("_class_name")
+    except ValueError:
+        kind = None
     if kind != "AutoencoderKL":
-        raise ValueError(f"{folder} has to hold a VAE of the kind AutoencoderKL, and holds {kind}")
+        raise ValueError(f"{folder} has to hold a VAE of the kind AutoencoderKL, and holds {kind or 'none'}")
+    check_network(folder, AutoencoderKL)
     has_plain = any(folder.glob("diffusion_pytorch_model.safetensors*"))
     versions = sorted(file.name.split(".")[1] for file in folder.glob("diffusion_pytorch_model.*.safetensors*"))
     with loading(folder):
