@@ -31,7 +31,7 @@ from ztsnr.samplers.multistep import (
     predict_and_correct,
     predictor,
 )
-from ztsnr.samplers.sampling import drive, start_solver
+from ztsnr.samplers.sampling import drive, start_run
 from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, unipc_weights
 from ztsnr.samplers.spectral import mode_errors, spectral_weights
 
@@ -112,7 +112,7 @@ SPACINGS: dict[str, Callable[[Rule, int, int], np.ndarray]] = {
 def solve(solver: str, sigmas: np.ndarray, denoise: Callable, noise: torch.Tensor) -> torch.Tensor:
     """Run a table of weights, or the default solver, in float64; ``denoise`` and ``noise`` as for ``sample``."""
     if solver == DEFAULT:
-        return drive(start_solver("spectral", noise, sigmas.tolist()), denoise)
+        return drive(start_run("spectral", sigmas.tolist()), noise, denoise)
     x, history = noise, []
     for sigma, ratio, weights in zip(sigmas, noise_ratios(sigmas), SOLVERS[solver](sigmas), strict=False):
         history = [denoise(x, float(sigma)), *history[:7]]

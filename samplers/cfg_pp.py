@@ -22,7 +22,6 @@ The edit is made once a step, whatever the step's length: the same scale guides 
 import torch
 
 from .prediction import alpha_s
-from .protocol import Evaluations
 
 
 def cfg_pp_state(x: torch.Tensor, sigma: float, guided: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
@@ -36,14 +35,3 @@ def cfg_pp_state(x: torch.Tensor, sigma: float, guided: torch.Tensor, unconditio
         (B, C, H, W) in the dtype of x.
     """
     return torch.add(x, guided.to(x.dtype) - unconditional.to(x.dtype), alpha=alpha_s(sigma)[0])
-
-
-def with_cfg_pp(solve: Evaluations) -> Evaluations:
-    """The same solver, sent (x, (guided x0, unconditional x0)) instead of (x, x0)."""
-    x, sigma = next(solve)
-    while True:
-        x, (guided, unconditional) = yield x, sigma
-        try:
-            x, sigma = solve.send((cfg_pp_state(x, sigma, guided, unconditional), guided))
-        except StopIteration as finished:
-            return finished.value

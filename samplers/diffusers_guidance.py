@@ -254,8 +254,11 @@ class _Picture:
 
     def read(self, scheduler: SchedulerMixin) -> None:
         """Take prediction type and noise levels from a scheduler's config."""
-        # ours understands every other config, and refuses those of flow matching and EDM
-        model = scheduler if isinstance(scheduler, ZTSNRScheduler) else ZTSNRScheduler.from_config(scheduler.config)
+        model = scheduler
+        if not isinstance(scheduler, ZTSNRScheduler):
+            # ours understands every other config, and refuses those of flow matching and EDM
+            prediction_type = scheduler.config.get("prediction_type", "epsilon")
+            model = ZTSNRScheduler.from_config(scheduler.config, prediction_type=prediction_type)
         abar = model.schedule.alphas_cumprod
         self.config = scheduler.config
         self.prediction_type = model.config.prediction_type

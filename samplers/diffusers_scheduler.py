@@ -1,11 +1,12 @@
 """The diffusers door: one scheduler class that drives every solver and step schedule of this package.
 
 It keeps no arithmetic of its own.  ``set_timesteps`` asks ``step_schedule`` for the noise levels, ``step`` hands the
-network's answer to the solver's generator, so a pipeline takes exactly the steps that ``sample`` takes.
+network's answer to the solver, so a pipeline takes exactly the steps that ``sample`` takes.
 """
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +21,19 @@ from diffusers.utils import BaseOutput
 from .cfg_pp import cfg_pp_state
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
+from .protocol import Run
 from .sampling import (
     Generators,
+    advance,
     check_answer,
     check_generators,
     check_sigmas,
     evaluation_sigmas,
     randn_like,
-    start_solver,
+    start_run,
 )
-from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, TWO_EVALUATION_SOLVERS
-from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, step_schedule
+from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVERS
+from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, ZTSNRWarning, step_schedule, warn_of_finite_start
 
 # What a noise schedule and a network are in every diffusers config.
 _MODEL_KEYS = (
@@ -52,6 +55,11 @@ _FOR_OTHER_CLASSES = {
 }
 
 
+_NO_STEP_LEFT = (
+    "no step is left to run: strength times the number of steps is below 1; raise the strength or the number of steps"
+)
+
+
 @dataclass
 class ZTSNRSchedulerOutput(BaseOutput):
     """What ``ZTSNRScheduler.step`` returns.
@@ -69,18 +77,22 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
     """Exact zero-terminal-SNR sampling in diffusers pipelines, with any solver and spacing of this package.
 
     The state is variance-preserving, x = alpha x0 + s eps with alpha^2 + s^2 = 1: the network's input needs no scaling,
-    ``init_noise_sigma`` is 1, and the first state, at sigma = infinity, is the noise itself.  Between steps it is
-    float32 whatever the network's dtype; ``scale_model_input`` gives the network the dtype its latents had at the start
-    of the run, and so does the last step to the decoder.  (A run that the pipeline cuts short, by ``denoising_end`` or
-    an interrupt, ends in float32.)  Timesteps are float32 and fractional, t(sigma) without rounding.
+    ``init_noise_sigma`` is 1, and the first state, at sigma = infinity, is the noise itself.  Pipelines get each state
+    in the dtype that they gave; the scheduler keeps it in float32 for itself, and adds to that what the pipeline has
+    changed meanwhile.  Timesteps are float32 and fractional, t(sigma) without rounding.
 
     ``from_config`` takes over betas, number of timesteps, prediction type and zero-SNR flag of any other scheduler:
     ``pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)``; what the config does not say is that other
     class's default.  Keywords win: add ``prediction_type="v_prediction", rescale_betas_zero_snr=True`` where a
     zero-terminal model was published with a plain config.
 
+    Everything that a run's next steps depend on is data: copies and pickles of the scheduler, or of its ``__dict__``,
+    go on with the same steps, as tiled pipelines need it.  Set to another step, it begins a new history there.
+
     A run split by ``denoising_end`` and ``denoising_start`` equals the whole one for solvers without memory.  Multistep
-    solvers begin their history anew in the second half, and with two evaluations a step diffusers cuts inside a step.
+    solvers begin their history anew in the second half; those that evaluate twice a step are refused there, because
+    diffusers cuts inside a step.  Both halves need a scheduler with this scaling of the state (this class, DDIM,
+    DPM-Solver, UniPC): diffusers' Euler and Heun schedulers keep x / alpha instead, and lose contrast.
 
     CFG++ (arXiv 2406.08070): set ``unconditional_output``, (B, C, H, W), to what the network answered without the
     prompt, and the next ``step`` keeps the noise of that prediction and takes it off again.  ``attach`` and
@@ -135,15 +147,18 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**_FOR_OTHER_CLASSES, _use_default_values=sorted(forgettable))
 
         self.schedule = NoiseSchedule.from_config(self.config)
-        self.alphas_cumprod = self.schedule.alphas_cumprod.float()
+        abar = self.schedule.alphas_cumprod
+        self.alphas_cumprod = abar.float()
+        self.betas = torch.cat([1 - abar[:1], 1 - abar[1:] / abar[:-1]]).float()
         check_prediction_type(prediction_type, self.schedule.zero_terminal_snr)
         # Both refuse settings that they cannot run.  At denoise 1, ``leading`` would warn.
         self._step_schedule(1, denoise=0.5)
-        start_solver(solver, torch.zeros(1), (1.0, 0.0), eta, s_noise=s_noise)
+        start_run(solver, (1.0, 0.0), eta, s_noise)
 
-        self.order = 2 if solver in TWO_EVALUATION_SOLVERS else 1  # network evaluations a step
-        self.timesteps: torch.Tensor | None = None  # (evaluations,) float32 on the pipeline's device
-        self.sigmas: torch.Tensor | None = None  # (steps + 1,) float64 on the CPU
+        self.order = 2 if solver in SECOND_LOOKS else 1  # network evaluations a step
+        # until ``set_timesteps``, all that the model was trained with
+        self.timesteps = torch.arange(self.schedule.last_timestep, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.cat([self.schedule.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
         self.num_inference_steps: int | None = None
         self._begin_run(None)
 
@@ -157,15 +172,29 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         The solver's and spacing's settings of other classes are not taken over, their description of the model is.
 
         Raises:
-            ValueError: the config of a scheduler without betas (flow matching, EDM), or one this class refuses.
-        """
-        if isinstance(config, Mapping) and config.get("_class_name") != cls.__name__:
-            config = _describe_model(config)
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+            ValueError: the config of a scheduler without betas (flow matching, EDM) or with other ones (CogVideoX), or
+                one this class refuses.
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a running generator can be neither copied nor pickled: a copy begins anew, without history, at the same step
-        return self.__dict__ | {"_run": None, "_generator": None}
+        Warns:
+            ZTSNRWarning: neither the config nor the keywords say that the model predicts v or has zero terminal SNR.
+        """
+        foreign = isinstance(config, Mapping) and config.get("_class_name") != cls.__name__
+        if foreign:
+            config = _describe_model(config)
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        if foreign and not (_told_by_config(config) or _told_by_user(kwargs)):
+            warnings.warn(
+                "this config says neither v-prediction nor zero terminal SNR, so the model is sampled as a plain "
+                'epsilon one; for a ZTSNR model add prediction_type="v_prediction", rescale_betas_zero_snr=True, or '
+                'prediction_type="epsilon" if it is an epsilon one indeed',
+                ZTSNRWarning,
+                stacklevel=2,
+            )
+        return made
+
+    def __len__(self) -> int:
+        """Number of timesteps that the model was trained with."""
+        return self.config.num_train_timesteps
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -174,11 +203,12 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        *,
         timesteps: Sequence[float] | torch.Tensor | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
+        *,
         latent_size: tuple[int, int] | None = None,
         guidance: float | None = None,
+        sigma_start: float | None = None,
     ) -> None:
         """Choose the steps of a run, from exactly one of their number, their timesteps or their sigmas.
 
@@ -192,9 +222,13 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             sigmas: (steps,) or (steps + 1,) decreasing, the first may be inf; a final 0 is appended if missing.
             latent_size: (height, width) of this run's latents, instead of the config's.
             guidance: scale of this run's guidance, instead of the config's.
+            sigma_start: first finite sigma of this run, instead of the config's.
 
         Raises:
             ValueError: none or several of the three, levels that do not decrease or that the schedule does not have.
+
+        Warns:
+            ZTSNRWarning: a zero-terminal model, and steps that do not begin at infinity.
         """
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
@@ -203,7 +237,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         elif sigmas is not None:
             levels = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         else:
-            run = {"latent_size": latent_size, "guidance": guidance}
+            run = {"latent_size": latent_size, "guidance": guidance, "sigma_start": sigma_start}
             told = {name: value for name, value in run.items() if value is not None}
             levels = self._step_schedule(num_inference_steps, **told).tolist()
         levels = check_sigmas(levels if levels and levels[-1] == 0 else [*levels, 0.0])
@@ -212,6 +246,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
                 f"sigmas begin at infinity, but this schedule ends at {self.schedule.sigma_max:.4g}: start there, or "
                 "set rescale_betas_zero_snr=True if the model was trained with zero terminal SNR"
             )
+        if num_inference_steps is None:
+            warn_of_finite_start(self.schedule, levels[0], "the list of steps")
         evaluations = evaluation_sigmas(self.config.solver, levels, self.config.eta)
         self.timesteps = self.schedule.timestep(torch.tensor(evaluations, dtype=torch.float64)).float().to(device)
         self.sigmas = torch.tensor(levels, dtype=torch.float64)
@@ -219,8 +255,14 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._begin_run(None)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin the run at ``timesteps[begin_index]``: image to image, inpainting, the second half of a split run."""
+        """Begin the run at ``timesteps[begin_index]``: image to image, inpainting, the second half of a split run.
+
+        Raises:
+            ValueError: no step is left from there.
+        """
         self._begin_run(begin_index)
+        if self.num_inference_steps is not None and begin_index >= len(self.timesteps):
+            raise ValueError(_NO_STEP_LEFT)
 
     @property
     def begin_index(self) -> int | None:
@@ -232,26 +274,29 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         """Index in ``timesteps`` of the next network evaluation; None before the first."""
         return self._step_index
 
-    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Position of a timestep in ``timesteps``; of two equal ones the second, with which a step begins.
+    def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Position of a timestep in ``timesteps``, or in others; of two equal ones the second, where a step begins.
 
         Reads the device: ``step`` asks once a run at most, and never if ``set_begin_index`` was called.
         """
-        found = (self.timesteps.cpu() == float(timestep)).nonzero()
+        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        found = (timesteps.cpu() == float(timestep)).nonzero()
         if len(found) == 0:
             raise ValueError(f"timestep {float(timestep):g} is not among the timesteps of this run")
         return int(found[-1])
+
+    def _init_step_index(self, timestep: float | torch.Tensor) -> None:
+        """Go to the step of a timestep, or to where the pipeline said the run begins; pipelines call this by name."""
+        begin = self._begin_index
+        self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        self._forget()
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The network's input: the state as it is, in the network's dtype.
-
-        That is the dtype of the first sample seen after ``set_timesteps``: pipelines draw their latents in it.
-        """
-        self._network_dtype = self._network_dtype or sample.dtype
-        return sample.to(self._network_dtype)
+        """The network's input: the state as it is."""
+        return sample
 
     def step(
         self,
@@ -259,7 +304,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: Generators = None,
+        variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
+        *,
+        s_noise: float | None = None,
     ) -> ZTSNRSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Take the network's answer about ``sample`` and move on to the next state.
 
@@ -270,12 +318,17 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             timestep: the timestep it was asked about; the scheduler counts steps itself and needs it only to begin.
             sample: (B, C, H, W) the state it was asked about; it may have been edited since the last step.
             generator: source of the noise of stochastic solvers; a list gives each sample its own.
+            variance_noise: (B, C, H, W) unit Gaussian, instead of that noise.
             return_dict: return a ``ZTSNRSchedulerOutput`` rather than a tuple of the same two tensors.
+            s_noise: standard deviation of the noise in this step, instead of the config's.
+
+        Returns:
+            prev_sample in the dtype of ``sample``, and x0.
 
         Raises:
             ValueError: called before ``set_timesteps`` or after the last step, or with tensors that do not match.
         """
-        if self.timesteps is None:
+        if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step: the steps are not chosen yet")
         if self._step_index == len(self.timesteps):
             raise ValueError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
@@ -286,43 +339,53 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             )
         check_answer(model_output, sample)
         check_generators(generator, sample)
-        self._network_dtype = self._network_dtype or sample.dtype
-        self._generator = generator
-        x = sample.float()
-        if self._run is None:
-            self._start(x, timestep)
-
-        x0 = to_denoised(model_output, x, self._sigma, self.config.prediction_type)
+        if variance_noise is not None:
+            check_answer(variance_noise, sample)
+        run = self._run_at(timestep)
+        x, prediction_type = self._exact(sample), self.config.prediction_type
+        x0 = to_denoised(model_output, x, run.sigma, prediction_type)
         if self.unconditional_output is not None:
             check_answer(self.unconditional_output, sample)
-            unconditional = to_denoised(self.unconditional_output, x, self._sigma, self.config.prediction_type)
-            x = cfg_pp_state(x, self._sigma, x0, unconditional)
+            unconditional = to_denoised(self.unconditional_output, x, run.sigma, prediction_type)
+            x = cfg_pp_state(x, run.sigma, x0, unconditional)
             self.unconditional_output = None
-        try:
-            prev_sample, self._sigma = self._run.send((x, x0))
-        except StopIteration as finished:
-            prev_sample, self._run = finished.value.to(self._network_dtype), None
+
+        def noise() -> torch.Tensor:
+            unit = randn_like(x, generator) if variance_noise is None else variance_noise.float()
+            return (self.config.s_noise if s_noise is None else s_noise) * unit
+
+        x = advance(run, x, x0, noise)
         self._step_index += 1
+        given = x.to(sample.dtype)
+        self._state = (x, given)
         if not return_dict:
-            return prev_sample, x0
-        return ZTSNRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+            return given, x0
+        return ZTSNRSchedulerOutput(prev_sample=given, pred_original_sample=x0)
+
+    def _exact(self, sample: torch.Tensor) -> torch.Tensor:
+        """The state in float32: what was kept of it, and what the pipeline has changed in the rounded one since."""
+        if self._state is None or self._state[0].shape != sample.shape or self._state[0].device != sample.device:
+            return sample.float()
+        exact, given = self._state
+        return sample.float() if given.dtype == torch.float32 else exact + (sample.float() - given.float())
 
     # ------------------------------------------------------------------------------------------------------------------
     # The forward process
 
-    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = alpha x0 + s eps; at a zero-terminal t = T exactly the noise.
 
         Args:
-            original: (B, C, H, W) pictures x0.
+            original_samples: (B, C, H, W) pictures x0.
             noise: (B, C, H, W) unit Gaussian eps.
-            timesteps: () or (1,) for all or (B,), fractional or whole.
+            timesteps: () or (B,), fractional or whole.  B may be 1 in any of the three: it stands for all then.
 
         Returns:
-            (B, C, H, W) in the dtype of ``original``; the sum is taken in float32 at least.
+            (B, C, H, W) in the dtype of ``original_samples``; the sum is taken in float32 at least.
         """
-        alpha, s = self._alpha_s(timesteps, original)
-        return (alpha * original + s * noise).to(original.dtype)
+        self._adds_noise = True
+        alpha, s = self._alpha_s(timesteps, original_samples)
+        return (alpha * original_samples + s * noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """v = alpha eps - s x0, the target of v-prediction; at a zero-terminal t = T exactly -x0.
@@ -335,7 +398,9 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
     def _alpha_s(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha(t) and s(t) shaped (B or 1, 1, ...), on the device of ``like``."""
         timesteps = torch.as_tensor(timesteps).reshape(-1)
-        if len(timesteps) not in (1, len(like)):
+        if len(timesteps) == 0:
+            raise ValueError(_NO_STEP_LEFT)
+        if len(timesteps) != len(like) and 1 not in (len(timesteps), len(like)):
             raise ValueError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
         if timesteps.device.type == "mps":
             timesteps = timesteps.cpu()  # Metal has no float64
@@ -352,30 +417,41 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
     def _begin_run(self, begin_index: int | None) -> None:
         self._begin_index = begin_index
-        self._step_index = None
-        self._run = None  # the solver's generator, from the first step to the last
-        self._sigma = None  # noise level of the state that the network is asked about
-        self._generator = None
-        self._network_dtype = None
+        self._step_index: int | None = None
+        self._adds_noise = False  # whether the run begins with a noised picture
+        self._forget()
+
+    def _forget(self) -> None:
+        self._run: Run | None = None  # from its first evaluation on
+        self._run_begin = 0  # index in ``timesteps`` of that evaluation
+        self._state: tuple[torch.Tensor, torch.Tensor] | None = None  # in float32, and as it was given out
         self.unconditional_output: torch.Tensor | None = None  # consumed by the next step, which is one of CFG++
 
-    def _start(self, x: torch.Tensor, timestep: float | torch.Tensor) -> None:
+    def _run_at(self, timestep: float | torch.Tensor) -> Run:
+        """The run, at the evaluation that ``_step_index`` names; a new one where that is not the next of the last."""
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if self._run is not None and self._run_begin + self._run.index == self._step_index:
+            return self._run
+        unconditional = self.unconditional_output
+        self._forget()
+        self.unconditional_output = unconditional
         step, middle = divmod(self._step_index, self.order)
         if middle or not 0 <= step < self.num_inference_steps:
             raise ValueError(
                 f"a run cannot begin at index {self._step_index}: with {self.num_inference_steps} steps of solver "
                 f"{self.config.solver!r} they begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
             )
-        levels = tuple(self.sigmas[step:].tolist())
-
-        def noise() -> torch.Tensor:
-            return self.config.s_noise * randn_like(x, self._generator)  # the generator of the step that asks
-
-        self._run = SOLVER_FUNCTIONS[self.config.solver](x, levels, self.config.eta, noise)
-        _, self._sigma = next(self._run)
+        if self.order == 2 and self._begin_index and not self._adds_noise:
+            once = ", ".join(name for name in SOLVERS if name not in SECOND_LOOKS)
+            raise ValueError(
+                f"solver {self.config.solver!r} evaluates twice a step and cannot go on with another scheduler's run, "
+                f"because diffusers' denoising_end cuts inside a step; use one of {once}"
+            )
+        self._run_begin = self._step_index
+        self._run = start_run(self.config.solver, self.sigmas[step:].tolist(), self.config.eta)
+        return self._run
 
     def _check_timesteps(self, timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor:
         timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
@@ -383,6 +459,15 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
             raise ValueError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
         return timesteps
+
+
+def _told_by_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a v or zero-terminal model, or was ours once, when the user has been told."""
+    return config["rescale_betas_zero_snr"] or config["prediction_type"] == "v_prediction" or "solver" in config
+
+
+def _told_by_user(keywords: Mapping[str, Any]) -> bool:
+    return "prediction_type" in keywords or "rescale_betas_zero_snr" in keywords
 
 
 def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,6 +486,11 @@ def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"the config of {name or 'that scheduler'} has no betas: ZTSNRScheduler is for variance-preserving models, "
             "not for flow matching or EDM"
+        )
+    if model.get("snr_shift_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"the config of {name or 'that scheduler'} shifts its noise levels (snr_shift_scale "
+            f"{model['snr_shift_scale']:g}): ZTSNRScheduler has no such table"
         )
     return model
 

@@ -9,15 +9,15 @@ import torch
 
 from .multistep import gauss_legendre
 from .prediction import alpha_s
-from .protocol import Evaluations, Noise, Sigmas
-from .stochastic_multistep import Step, take_steps
+from .protocol import Noise, Run, Sigmas
+from .stochastic_multistep import Step, take_step
 
 ORDER = 3
 
 
-def er_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise, order: int = ORDER) -> Evaluations:
+def er_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise, order: int = ORDER) -> torch.Tensor:
     """ER-SDE-Solver of order 1, 2 or 3, which each run works up to; eta = 0 is the order's solver of the flow."""
-    return take_steps(x, sigmas, er_sde_steps(sigmas, eta, order), noise)
+    return take_step(run, x, x0, er_sde_steps(run.sigmas, run.eta, order), noise)
 
 
 @lru_cache(maxsize=64)

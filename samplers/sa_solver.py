@@ -9,8 +9,8 @@ import torch
 
 from .multistep import lagrange, predict_and_correct
 from .prediction import alpha_s
-from .protocol import Evaluations, Noise, Sigmas
-from .stochastic_multistep import Step, take_steps
+from .protocol import Noise, Run, Sigmas
+from .stochastic_multistep import Step, take_step
 
 PREDICTOR_ORDER = 3
 CORRECTOR_ORDER = 4
@@ -22,9 +22,9 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 _LONG = 40.0  # e^-40 is below the rounding of float64
 
 
-def sa_solver(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def sa_solver(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """SA-Solver in data prediction, predictor of order 3, corrector of order 4; tau = eta within ``NOISY``, else 0."""
-    return take_steps(x, sigmas, sa_solver_steps(sigmas, eta), noise)
+    return take_step(run, x, x0, sa_solver_steps(run.sigmas, run.eta), noise)
 
 
 @lru_cache(maxsize=64)

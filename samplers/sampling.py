@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cfg_pp import with_cfg_pp
-from .protocol import Evaluations
-from .solvers import DEFAULT_SOLVER, SOLVER_FUNCTIONS, SOLVERS
+from .cfg_pp import cfg_pp_state
+from .protocol import Noise, Run
+from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVER_FUNCTIONS, SOLVERS
 
 Prediction = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # x0, or with CFG++ guided and unconditional x0
 Denoise = Callable[[torch.Tensor, float], Prediction]
@@ -55,7 +55,9 @@ def sample(
         raise ValueError(f"noise must be a floating-point tensor, not {noise.dtype}")
     if noise.isnan().any():
         raise ValueError("noise holds NaN")
-    evaluations = itertools.count()
+    check_generators(generator, noise)
+    run = start_run(solver, sigmas, eta, s_noise)
+    x = noise.float()
 
     def answer(x: torch.Tensor, sigma: float) -> Prediction:
         answered = denoise(x, sigma)
@@ -65,56 +67,55 @@ def sample(
         for x0 in predictions:
             check_answer(x0, x)
         if callback is not None:
-            callback(next(evaluations), sigma, x, predictions[0])
+            callback(run.index, sigma, x, predictions[0])
         return (predictions[0].float(), predictions[1].float()) if cfg_pp else answered.float()
 
-    solve = start_solver(solver, noise.float(), sigmas, eta, generator, s_noise)
-    return drive(with_cfg_pp(solve) if cfg_pp else solve, answer)
+    return drive(run, x, answer, lambda: s_noise * randn_like(x, generator))
 
 
-def drive(solve: Evaluations, denoise: Denoise) -> torch.Tensor:
-    """Answer a solver's questions until it is done, in whatever precision it was started; its last state."""
-    x, sigma = next(solve)
-    while True:
-        x0 = denoise(x, sigma)
-        try:
-            x, sigma = solve.send((x, x0))
-        except StopIteration as finished:
-            return finished.value
+def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = None) -> torch.Tensor:
+    """Ask and advance until the run is done, in whatever precision x has; its last state.
+
+    ``denoise`` may return a pair for CFG++, the guided and the unconditional x0.
+    """
+    while not run.done:
+        answer = denoise(x, run.sigma)
+        if isinstance(answer, tuple):
+            x, answer = cfg_pp_state(x, run.sigma, *answer), answer[0]
+        x = advance(run, x, answer, noise)
+    return x
 
 
-def start_solver(
-    solver: str,
-    x: torch.Tensor,
-    sigmas: Sequence[float],
-    eta: float = 1.0,
-    generator: Generators = None,
-    s_noise: float = 1.0,
-) -> Evaluations:
-    """A solver at its first question; see ``solvers`` for the protocol."""
+def advance(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+    """Take the network's answer x0 about x at ``run.sigma``; what to ask it about next, or the last state."""
+    x = SOLVER_FUNCTIONS[run.solver](run, x, x0, noise)
+    run.index += 1
+    return x
+
+
+def start_run(solver: str, sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0) -> Run:
+    """A run before its first evaluation; see ``solvers`` for the protocol.
+
+    Raises:
+        ValueError: an unknown solver, eta or s_noise below 0 or not finite.
+    """
     if solver not in SOLVER_FUNCTIONS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     for name, value in (("eta", eta), ("s_noise", s_noise)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, not {value}")
-    check_generators(generator, x)
-    return SOLVER_FUNCTIONS[solver](x, tuple(sigmas), eta, lambda: s_noise * randn_like(x, generator))
+    looks = 2 if solver in SECOND_LOOKS else 1
+    return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), looks)
 
 
 def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
-    """The noise level of every network evaluation: once a step, or twice for two-evaluation solvers.
-
-    They depend on the schedule alone, so a run on a single zero asks for the same ones.
-    """
-    zero, visited = torch.zeros(1, 1), []
-
-    def answer(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        visited.append(sigma)
-        return zero
-
-    # a generator of its own, so that the global one stays untouched
-    drive(start_solver(solver, zero, sigmas, eta, torch.Generator()), answer)
-    return visited
+    """The noise level of every network evaluation: once a step, or twice for two-evaluation solvers."""
+    second_look, levels = SECOND_LOOKS.get(solver), []
+    for start, end in itertools.pairwise(sigmas):
+        levels.append(start)
+        if second_look is not None and end > 0:
+            levels.append(second_look(start, end, eta))
+    return levels
 
 
 def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:

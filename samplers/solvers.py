@@ -1,13 +1,12 @@
-"""One-step update rules, each written as the algorithm it is.
+"""Update rules, each written as the algorithm it is.
 
-A solver is a generator function ``solver(x, sigmas, eta, noise)``.  Where the paper calls the network, it yields
-``(x, sigma)`` and is sent back ``(x, x0)``: the state (an inpainting pipeline may have changed it meanwhile) and the
-denoised picture.  Its return value is the state at the last sigma.  Whoever drives it (``sample``, the diffusers
-scheduler, a ComfyUI sampler) only answers questions, so every door takes exactly the same steps.
+A solver is a function ``solver(run, x, x0, noise) -> x``.  The network was asked about x at noise level ``run.sigma``
+and has answered x0.  The solver returns the state to ask about next, at ``run.levels[run.index + 1]``; after the last
+evaluation, the state at the last sigma.  What it needs to know later it leaves in ``run`` (``protocol``).  Whoever
+drives it (``sample``, the diffusers scheduler, a ComfyUI sampler) only asks the network, so every door takes exactly
+the same steps.  The state may be changed between two evaluations, as inpainting does.
 
-    x       (B, C, H, W) float32, variance-preserving: x = alpha x0 + s eps, alpha^2 + s^2 = 1
-    sigmas  decreasing floats; the first may be inf, the last may be 0
-    eta     how much of the removed noise a stochastic solver replaces by fresh noise; 0 is the deterministic flow
+    x, x0   (B, C, H, W) float32; x is variance-preserving: x = alpha x0 + s eps, alpha^2 + s^2 = 1
     noise   function without arguments: a fresh unit Gaussian like x
 
 Infinity is an ordinary point of all of them: x is the noise itself there, and no rule divides by alpha or multiplies by
@@ -36,7 +35,7 @@ from .multistep import (
     predictor,
 )
 from .prediction import alpha_s
-from .protocol import Evaluations, Noise, Sigmas
+from .protocol import Noise, Run, Sigmas, Solver
 from .sa_solver import sa_solver
 from .spectral_solver import spectral
 
@@ -134,16 +133,11 @@ def _combine(ratio: float, x: torch.Tensor, weights: Sequence[float], history: S
     return x
 
 
-def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
-    def solver(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
-        table = multistep_table(rule, sigmas)
-        memory = max(len(weights) for _, weights in table)
-        history = []
-        for sigma, (ratio, weights) in zip(sigmas, table, strict=False):
-            x, x0 = yield x, sigma
-            history = [x0, *history[: memory - 1]]
-            x = _combine(ratio, x, weights, history)
-        return x
+def _multistep(rule: Callable[[Sigmas], Weights]) -> Solver:
+    def solver(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
+        table = multistep_table(rule, run.sigmas)
+        ratio, weights = table[run.step]
+        return _combine(ratio, x, weights, run.remember(x0, max(len(weights) for _, weights in table)))
 
     solver.__name__ = rule.__name__.removesuffix("_weights")
     solver.__doc__ = rule.__doc__
@@ -154,22 +148,19 @@ def _multistep(rule: Callable[[Sigmas], Weights]) -> Callable[..., Evaluations]:
 # Other solvers.
 
 
-def deis(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def deis(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """DEIS (Zhang and Chen, arXiv 2204.13902), order 3: eps a polynomial in log sigma, integrated over sigma.
 
     Dividing the flow by alpha instead of s gives x(b) = alpha_b/alpha_a x(a) + alpha_b * integral of eps dsigma.  The
     steps from infinity and to 0, where log sigma has no end, are DDIM's.
     """
-    history = []
-    for i, weights in enumerate(_deis_table(sigmas)):
-        x, x0 = yield x, sigmas[i]
-        if not weights:
-            x = _ddim(x, x0, sigmas[i], sigmas[i + 1])
-            continue
-        (alpha, s), (alpha_next, _) = alpha_s(sigmas[i]), alpha_s(sigmas[i + 1])
-        history = [torch.add(x, x0, alpha=-alpha).div_(s), *history[:2]]
-        x = _combine(alpha_next / alpha, x, weights, history)
-    return x
+    start, end = run.ends
+    weights = _deis_table(run.sigmas)[run.step]
+    if not weights:
+        return _ddim(x, x0, start, end)
+    (alpha, s), (alpha_end, _) = alpha_s(start), alpha_s(end)
+    eps = torch.add(x, x0, alpha=-alpha).div_(s)
+    return _combine(alpha_end / alpha, x, weights, run.remember(eps, 3))
 
 
 @lru_cache(maxsize=64)
@@ -209,120 +200,113 @@ def _add_noise(x: torch.Tensor, start: float, end: float, fresh: torch.Tensor) -
     return torch.add((alpha_end / alpha) * x, fresh, alpha=alpha_end * math.sqrt(end**2 - start**2))
 
 
-def euler_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def euler_ancestral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """DDIM down to less noise than asked for, then fresh noise up to it; eta = 1 is DDPM (arXiv 2010.02502, eq. 16)."""
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        x, x0 = yield x, sigma
-        share = _fresh_share(sigma, sigma_next, eta)
-        down = sigma_next * math.sqrt(1 - share**2)
-        x = _ddim(x, x0, sigma, down)
-        if share * sigma_next > 0:
-            x = _add_noise(x, down, sigma_next, noise())
-    return x
+    start, end = run.ends
+    share = _fresh_share(start, end, run.eta)
+    down = end * math.sqrt(1 - share**2)
+    x = _ddim(x, x0, start, down)
+    return _add_noise(x, down, end, noise()) if share * end > 0 else x
 
 
-def lcm(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def lcm(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Multistep consistency sampling (Song et al., arXiv 2303.01469, Alg. 1): denoise, add all the noise anew."""
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        x, x0 = yield x, sigma
-        x = _add_noise(x0, 0.0, sigma_next, noise()) if sigma_next > 0 else x0
-    return x
+    _, end = run.ends
+    return _add_noise(x0, 0.0, end, noise()) if end > 0 else x0
 
 
-def heun(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def heun(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Euler, a second look at the end, and the step again with x0 linear in the angle between both (two evaluations).
 
     Heun's method as in Karras et al. (arXiv 2206.00364, Alg. 1), in the angle instead of sigma.
     """
-    u = inverse_sigmas(sigmas)
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, x0 = yield x, sigma
-        if sigma_next == 0:
-            return x0
-        _, x0_next = yield _ddim(x, x0, sigma, sigma_next), sigma_next
-        weights = integral_weights(u[i : i + 2], u[i], u[i + 1], angle)
-        x = _combine(alpha_s(sigma_next)[1] / alpha_s(sigma)[1], x, weights.tolist(), [x0, x0_next])
-    return x
+    start, end = run.ends
+    if end == 0:
+        return x0
+    if not run.is_second_look:
+        run.kept = x, x0
+        return _ddim(x, x0, start, end)
+    x, x0_start = run.kept
+    u = inverse_sigmas(run.ends)
+    weights = integral_weights(u, *u, angle)
+    return _combine(alpha_s(end)[1] / alpha_s(start)[1], x, weights.tolist(), [x0_start, x0])
 
 
-def dpmpp_2s_ancestral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def dpmpp_2s_ancestral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """DPM-Solver++(2S) (arXiv 2211.01095, Alg. 1) with ancestral noise, bare at eta = 0 (two evaluations)."""
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        x, x0 = yield x, sigma
-        if sigma_next == 0:
-            return x0
-        share = _fresh_share(sigma, sigma_next, eta)
-        down = sigma_next * math.sqrt(1 - share**2)
-        middle = _middle(sigma, down) if down > 0 else sigma_next
-        _, x0_middle = yield _ddim(x, x0, sigma, middle), middle
-        x = _ddim(x, x0_middle, sigma, down)
-        if share > 0:
-            x = _add_noise(x, down, sigma_next, noise())
-    return x
+    start, end = run.ends
+    if end == 0:
+        return x0
+    if not run.is_second_look:
+        run.kept = x
+        return _ddim(x, x0, start, run.levels[run.index + 1])
+    share = _fresh_share(start, end, run.eta)
+    down = end * math.sqrt(1 - share**2)
+    x = _ddim(run.kept, x0, start, down)
+    return _add_noise(x, down, end, noise()) if share > 0 else x
 
 
-def dpmpp_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def _dpmpp_2s_middle(start: float, end: float, eta: float) -> float:
+    down = end * math.sqrt(1 - _fresh_share(start, end, eta) ** 2)
+    return _middle(start, down) if down > 0 else end
+
+
+def dpmpp_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """DPM-Solver++ SDE, single step with r = 1/2 (arXiv 2211.01095, as in k-diffusion; two evaluations).
 
     The noise of the whole step is that of its first half, carried on, plus that of its second half: both halves see one
     Brownian path.
     """
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        x, x0 = yield x, sigma
-        if sigma_next == 0:
-            return x0
-        middle = _middle(sigma, sigma_next)
-        share = _fresh_share(sigma, middle, eta)
-        x_middle = _ddim(x, x0, sigma, middle * math.sqrt(1 - share**2))
-        if eta > 0:
-            first_half = noise()
-            x_middle = _add_noise(x_middle, middle * math.sqrt(1 - share**2), middle, first_half)
-        _, x0_middle = yield x_middle, middle
+    start, end = run.ends
+    if end == 0:
+        return x0
+    middle = _middle(start, end)
+    if not run.is_second_look:
+        first_half = noise() if run.eta > 0 else None
+        run.kept = x, first_half
+        share = _fresh_share(start, middle, run.eta)
+        down = middle * math.sqrt(1 - share**2)
+        x = _ddim(x, x0, start, down)
+        return x if first_half is None else _add_noise(x, down, middle, first_half)
 
-        share = _fresh_share(sigma, sigma_next, eta)
-        x = _ddim(x, x0_middle, sigma, sigma_next * math.sqrt(1 - share**2))
-        if eta > 0:
-            carried = sigma_next / middle * _fresh_share(sigma, middle, 1) / _fresh_share(sigma, sigma_next, 1)
-            whole = torch.add(carried * first_half, noise(), alpha=math.sqrt(1 - carried**2))
-            x = _add_noise(x, sigma_next * math.sqrt(1 - share**2), sigma_next, whole)
-    return x
+    x, first_half = run.kept
+    share = _fresh_share(start, end, run.eta)
+    down = end * math.sqrt(1 - share**2)
+    x = _ddim(x, x0, start, down)
+    if first_half is None:
+        return x
+    carried = end / middle * _fresh_share(start, middle, 1) / _fresh_share(start, end, 1)
+    return _add_noise(x, down, end, torch.add(carried * first_half, noise(), alpha=math.sqrt(1 - carried**2)))
 
 
-def dpmpp_2m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def dpmpp_2m_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix; k-diffusion's midpoint form)."""
-    x0_last = None
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, x0 = yield x, sigma
-        slope = _slope(sigmas, i)
-        target = torch.lerp(x0, x0_last, -slope) if slope else x0
-        x = _sde_step(x, target, sigma, sigma_next, eta, noise)
-        x0_last = x0
-    return x
+    slope = _slope(run.sigmas, run.step)
+    history = run.remember(x0, 2)
+    target = torch.lerp(x0, history[1], -slope) if slope else x0
+    return _sde_step(x, target, *run.ends, run.eta, noise)
 
 
-def dpmpp_3m_sde(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def dpmpp_3m_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """SDE-DPM-Solver++(3M) of k-diffusion: exponential integrator of third order in log sigma."""
-    history = []
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, x0 = yield x, sigma
-        h = (1 + eta) * _log_step(sigmas, i)
-        past = [x_past for x_past, length in history if math.isfinite(length)] if math.isfinite(h) else []
-        target = x0
-        if past:
-            phi_1 = -math.expm1(-h) / h
-            phi_2 = 1 - phi_1
-            phi_3 = phi_2 / h - 0.5
-            r_0 = (1 + eta) * history[0][1] / h
-            slope = (x0 - past[0]) / r_0
-            if len(past) > 1:
-                r_1 = (1 + eta) * history[1][1] / h
-                bend = (slope - (past[0] - past[1]) / r_1) / (r_0 + r_1)
-                slope = slope + r_0 * bend
-                target = torch.add(target, bend, alpha=-phi_3 / (h * phi_1))
-            target = torch.add(target, slope, alpha=phi_2 / (h * phi_1))
-        x = _sde_step(x, target, sigma, sigma_next, eta, noise)
-        history = [(x0, _log_step(sigmas, i)), *history[:1]]
-    return x
+    h, *lengths = ((1 + run.eta) * _log_step(run.sigmas, i) for i in range(run.step, max(run.step - 3, -1), -1))
+    target = x0
+    # a difference across infinity, where log sigma has no end, is none
+    past = [x0_past for x0_past, length in zip(run.history, lengths, strict=False) if math.isfinite(length)]
+    if past and math.isfinite(h):
+        phi_1 = -math.expm1(-h) / h
+        phi_2 = 1 - phi_1
+        phi_3 = phi_2 / h - 0.5
+        r_0 = lengths[0] / h
+        slope = (x0 - past[0]) / r_0
+        if len(past) > 1:
+            r_1 = lengths[1] / h
+            bend = (slope - (past[0] - past[1]) / r_1) / (r_0 + r_1)
+            slope = slope + r_0 * bend
+            target = torch.add(target, bend, alpha=-phi_3 / (h * phi_1))
+        target = torch.add(target, slope, alpha=phi_2 / (h * phi_1))
+    run.remember(x0, 2)
+    return _sde_step(x, target, *run.ends, run.eta, noise)
 
 
 def _sde_step(
@@ -339,7 +323,7 @@ def _sde_step(
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
+SOLVER_FUNCTIONS: dict[str, Solver] = {
     "spectral": spectral,
     "angle": _multistep(angle_weights),
     "euler": _multistep(euler_weights),
@@ -359,4 +343,9 @@ SOLVER_FUNCTIONS: dict[str, Callable[..., Evaluations]] = {
 }
 SOLVERS = tuple(SOLVER_FUNCTIONS)
 DEFAULT_SOLVER = "spectral"
-TWO_EVALUATION_SOLVERS = ("heun", "dpmpp_2s_ancestral", "dpmpp_sde")
+# Where solvers that evaluate twice a step look a second time: (start, end, eta) -> sigma.
+SECOND_LOOKS: dict[str, Callable[[float, float, float], float]] = {
+    "heun": lambda start, end, eta: end,
+    "dpmpp_2s_ancestral": _dpmpp_2s_middle,
+    "dpmpp_sde": lambda start, end, eta: _middle(start, end),
+}

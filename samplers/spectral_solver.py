@@ -12,7 +12,6 @@ All that the choice needs are inner products of the coarse part of each sample; 
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from .multistep import inverse_sigmas, noise_ratios
-from .protocol import Evaluations, Noise, Sigmas
+from .protocol import Noise, Run, Sigmas
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
 
 KEPT = MEMORY + 1  # values of x0 that a step looks at: a prediction's, and the one that its correction goes back to
@@ -34,31 +33,30 @@ TRUSTED = 0.25  # disagreement, as a share of the step, that is usual for a samp
 LEAST_USUAL = 0.02  # and for one that is
 
 
-def spectral(x: torch.Tensor, sigmas: Sigmas, eta: float, noise: Noise) -> Evaluations:
+def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Predictor-corrector in the span of Gaussian modes (``spectral``), with a secant step where x0 turns back."""
-    history, run = [], _Run(x)
-    predicted = x.new_zeros(len(x), KEPT)  # weights of the last prediction, in terms of today's history
-    for step in _steps(sigmas, x.dtype, x.device):
-        x, x0 = yield x, step.sigma
-        history = [x0, *history[: KEPT - 1]]
-        run.see(x, x0, step.alpha)
-        bold, turn = run.boldness(step), run.turn
-        # Corrector of the last step, folded into this one: it takes back what was predicted.
-        correction = (1 - turn / 2) * (torch.lerp(step.correct_cautious, step.correct_bold, bold) - predicted)
-        # Predictor: between extrapolating, and holding x0 but for its change along d_0.
-        prediction = (1 - turn) * torch.lerp(step.cautious, step.bold, bold)
-        can_tell = run.slope is not None and step.sigma_ratio > 0
-        beyond = run.secant(step, correction, prediction) if can_tell else 0.0
-        prediction[:, :1] += turn * (step.held + beyond)
-        prediction[:, 1:2] -= turn * beyond
-        predicted = torch.nn.functional.pad(prediction[:, :-1], (1, 0))
-        x = step.ratio * x
-        for weight, past in zip((step.ratio * correction + prediction).unbind(1), history, strict=False):
-            x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
+    if run.index == 0:
+        run.kept = _Seen(x, run.sigmas)
+    seen, history = run.kept, run.remember(x0, KEPT)
+    step = seen.step(run.step)
+    seen.see(x, x0, step.alpha)
+    bold, turn = seen.boldness(step), seen.turn
+    # Corrector of the last step, folded into this one: it takes back what was predicted.
+    correction = (1 - turn / 2) * (torch.lerp(step.correct_cautious, step.correct_bold, bold) - seen.predicted)
+    # Predictor: between extrapolating, and holding x0 but for its change along d_0.
+    prediction = (1 - turn) * torch.lerp(step.cautious, step.bold, bold)
+    can_tell = seen.slope is not None and step.sigma_ratio > 0
+    beyond = seen.secant(step, correction, prediction) if can_tell else 0.0
+    prediction[:, :1] += turn * (step.held + beyond)
+    prediction[:, 1:2] -= turn * beyond
+    seen.predicted = torch.nn.functional.pad(prediction[:, :-1], (1, 0))
+    x = step.ratio * x
+    for weight, past in zip((step.ratio * correction + prediction).unbind(1), history, strict=False):
+        x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
     return x
 
 
-class _Run:
+class _Seen:
     """What a run has seen, in inner products: the changes of x0, and of X = x / alpha, the state without its scale.
 
     In X the flow is dX / dlog u = x0 - X.  d_0, d_1, ... are the changes of x0 from one question to the next, newest
@@ -71,13 +69,21 @@ class _Run:
         distance: <X - x0, d_0> / <d_0, d_0>.
         turn: 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
         wary: 0 while x0 has not bent by more than 73 degrees, 1 once it bent by 100.
+        predicted: (B, KEPT) weights of the last prediction, in terms of today's history.
     """
 
-    def __init__(self, x: torch.Tensor):
+    def __init__(self, x: torch.Tensor, sigmas: Sigmas):
         self.known, self.slope = -1, None
+        self.predicted = x.new_zeros(len(x), KEPT)
+        self._floats, tables = _tables(sigmas)
+        self._weights = torch.from_numpy(tables).to(x.dtype).to(x.device, non_blocking=True)
         self.turn = self.wary = x.new_zeros(len(x), 1)
         self._answers: tuple[torch.Tensor, ...] = ()
         self._state: torch.Tensor | None = None
+
+    def step(self, number: int) -> "_Step":
+        """One of the run's steps."""
+        return _Step(*self._floats[number], *self._weights[number].unbind(0))
 
     def see(self, x: torch.Tensor, x0: torch.Tensor, alpha: float) -> None:
         """The state that the network was asked about, its answer, and alpha of the noise level."""
@@ -157,7 +163,6 @@ def _coarse(x: torch.Tensor) -> torch.Tensor:
 class _Step:
     """Floats, and weights of x0 (KEPT,) on the device, newest first."""
 
-    sigma: float
     ratio: float  # s_next / s
     sigma_ratio: float  # sigma_next / sigma
     alpha: float
@@ -169,12 +174,6 @@ class _Step:
     correct_bold: torch.Tensor  # of the last step
     correct_cautious: torch.Tensor
     disagreement: torch.Tensor  # bold - cautious, as weights of the changes of x0
-
-
-def _steps(sigmas: Sigmas, dtype: torch.dtype, device: torch.device) -> Iterator[_Step]:
-    floats, tables = _tables(sigmas)
-    on_device = torch.from_numpy(tables).to(dtype).to(device, non_blocking=True)
-    return (_Step(*numbers, *rows) for numbers, rows in zip(floats, on_device.unbind(0), strict=True))
 
 
 @lru_cache(maxsize=64)
@@ -197,8 +196,7 @@ def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], np.ndarray]:
     held = bold.sum(1)
     usual = np.maximum(_usual_disagreement(u, disagreement), LEAST_USUAL * held)
     columns = (ratios, sigma_ratios, alphas[:-1], alphas[1:], held, usual)
-    floats = zip(sigmas, *(np.asarray(column).tolist() for column in columns), strict=False)
-    return list(floats), tables
+    return list(zip(*(np.asarray(column).tolist() for column in columns), strict=True)), tables
 
 
 def _usual_disagreement(u: np.ndarray, disagreement: np.ndarray) -> np.ndarray:

@@ -169,16 +169,23 @@ def step_schedule(
             raise ValueError(f"spacing {spacing!r} chooses timesteps and takes no sigma_start")
         timesteps = torch.from_numpy(_TIMESTEP_SPACINGS[spacing](schedule.last_timestep, whole))
         sigmas = schedule.sigma(timesteps).numpy()
-        if schedule.zero_terminal_snr and denoise == 1 and not math.isinf(sigmas[0]):
-            warnings.warn(
-                f"spacing {spacing!r} starts at t = {timesteps[0]:.0f} and never runs t = {schedule.last_timestep}, "
-                "the only step that a zero-terminal model learned to start from: expect greyish pictures; use trailing",
-                ZTSNRWarning,
-                stacklevel=2,
-            )
+        if denoise == 1:
+            warn_of_finite_start(schedule, sigmas[0], f"spacing {spacing!r}")
     else:
         sigmas = _sigmas_of_range(schedule, whole, spacing, latent_size, sigma_start, rho, guidance)
     return torch.from_numpy(np.concatenate([sigmas, [0.0]])[-(steps + 1) :])
+
+
+def warn_of_finite_start(schedule: NoiseSchedule, sigma: float, chooser: str) -> None:
+    """Warn of a run that begins below infinity though the model has learned to begin there."""
+    if schedule.zero_terminal_snr and math.isfinite(sigma):
+        warnings.warn(
+            f"{chooser} starts at t = {schedule.timestep(sigma):.0f} (sigma {sigma:.4g}) and never runs "
+            f"t = {schedule.last_timestep}, the only step that a zero-terminal model learned to start from: expect "
+            "greyish pictures; use spacing trailing, or let sigmas begin with inf",
+            ZTSNRWarning,
+            stacklevel=3,
+        )
 
 
 def _sigmas_of_range(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .protocol import Evaluations, Noise, Sigmas
+from .protocol import Noise, Run
 
 
 class Step(NamedTuple):
@@ -27,16 +27,11 @@ class Step(NamedTuple):
     fresh: float
 
 
-def take_steps(x: torch.Tensor, sigmas: Sigmas, steps: Sequence[Step], noise: Noise) -> Evaluations:
-    """A solver that takes these steps; it draws noise only where a step has some."""
-    memory = max(len(step.weights) for step in steps)
-    history = []
-    for sigma, step in zip(sigmas, steps, strict=False):
-        x, x0 = yield x, sigma
-        history = [x0, *history[: memory - 1]]
-        x = step.keep * x
-        for weight, past in zip(step.weights, history, strict=False):
-            x.add_(past, alpha=weight)
-        if step.fresh > 0:
-            x.add_(noise(), alpha=step.fresh)
-    return x
+def take_step(run: Run, x: torch.Tensor, x0: torch.Tensor, steps: Sequence[Step], noise: Noise) -> torch.Tensor:
+    """The present one of a run's steps; it draws noise only where the step has some."""
+    step = steps[run.step]
+    history = run.remember(x0, max(len(step.weights) for step in steps))
+    x = step.keep * x
+    for weight, past in zip(step.weights, history, strict=False):
+        x.add_(past, alpha=weight)
+    return x.add_(noise(), alpha=step.fresh) if step.fresh > 0 else x

@@ -8,9 +8,9 @@ import torch
 
 from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import SOLVERS, NoiseSchedule, sample, step_schedule
-from ztsnr.samplers.cfg_pp import cfg_pp_state, with_cfg_pp
+from ztsnr.samplers.cfg_pp import cfg_pp_state
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.sampling import drive, start_solver
+from ztsnr.samplers.sampling import drive, randn_like, start_run
 
 SIGMAS = (math.inf, 30.0, 5.0, 1.0, 0.2, 0.0)
 # Modes of a 128 x 128 canvas, from its texture to its brightness; the prompt narrows them, or does not.
@@ -110,7 +110,7 @@ def test_every_solver_is_stable_and_closer_than_euler_to_exact_flow_between_edit
         return uncond + scale * (cond - uncond), uncond
 
     def picture(solver):
-        return drive(with_cfg_pp(start_solver(solver, noise, sigmas, eta=0.0)), pair)
+        return drive(start_run(solver, sigmas, eta=0.0), noise, pair)
 
     exact = edits_and_exact_flow(noise, sigmas, pair, 0.0 if solver == "deis" else scale)
     error, euler = ((picture(name) - exact).abs().max() for name in (solver, "euler"))
@@ -132,7 +132,7 @@ def test_fresh_noise_leaves_the_spread_of_pictures_as_it_is(solver):
         return uncond + 0.1 * (cond - uncond), uncond
 
     def run(eta):
-        return drive(with_cfg_pp(start_solver(solver, noise, sigmas, eta, generator)), denoise)
+        return drive(start_run(solver, sigmas, eta), noise, denoise, lambda: randn_like(noise, generator))
 
     picture = run(1.0)
     assert picture.std().item() == pytest.approx(a, rel=0.025)

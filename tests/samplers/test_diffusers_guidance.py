@@ -25,6 +25,7 @@ from diffusers import (
 from ztsnr.samplers import (
     DEFAULT_SOLVER,
     ExposureTrueGuidance,
+    NoiseSchedule,
     ZTSNRScheduler,
     attach,
     exposure_true,
@@ -33,10 +34,9 @@ from ztsnr.samplers import (
     sample,
     to_denoised,
 )
-from ztsnr.samplers.cfg_pp import with_cfg_pp
 from ztsnr.samplers.diffusers_guidance import _Hook
 from ztsnr.samplers.prediction import alpha_s, from_denoised
-from ztsnr.samplers.sampling import drive, start_solver
+from ztsnr.samplers.sampling import drive, start_run
 
 from . import test_diffusers_pipelines as pipelines
 from .test_diffusers_pipelines import LATENT, SIZE, prompt, random_latents
@@ -57,7 +57,7 @@ def two_pictures(pipe, words=None):
     """pictures(x, sigma) -> (with the prompt, without it): x0 as the pipeline's own network sees it."""
     is_sdxl = not isinstance(pipe, StableDiffusionPipeline)
     scheduler, words = pipe.scheduler, words or prompt(type(pipe))
-    schedule = ZTSNRScheduler.from_config(scheduler.config).schedule
+    schedule = NoiseSchedule.from_config(scheduler.config)
 
     @torch.no_grad()
     def pictures(x, sigma):
@@ -470,8 +470,7 @@ def test_cfg_pp_of_other_solvers(pipeline, solver):
         true = exposure_true(cond - uncond, cond)
         return cond + 0.6 * true, cond - true
 
-    start = start_solver(solver, random_latents(5), pipe.scheduler.sigmas.tolist())
-    assert_same(latents, drive(with_cfg_pp(start), answer))
+    assert_same(latents, drive(start_run(solver, pipe.scheduler.sigmas.tolist()), random_latents(5), answer))
 
 
 def test_an_unconditional_prediction_is_used_once():

@@ -148,9 +148,15 @@ def test_text_to_image_is_sample(pipeline, kind, solver):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [StableDiffusionXLPipeline, StableDiffusionPipeline])
-def test_a_half_precision_pipeline_keeps_a_float32_state_and_decodes(pipeline, kind, dtype):
+def test_a_pipeline_of_any_precision_decodes_at_every_step(pipeline, kind, dtype):
     pipe = pipeline(kind, dtype)
     asked, states = [], []
+
+    def preview(pipe, i, t, kept):
+        states.append(kept["latents"].dtype)
+        assert pipe.vae.decode(kept["latents"]).sample.isfinite().all()
+        return {}
+
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: asked.append(args[0].dtype))
     try:
         images = pipe(
@@ -160,14 +166,36 @@ def test_a_half_precision_pipeline_keeps_a_float32_state_and_decodes(pipeline, k
             width=SIZE,
             output_type="np",
             generator=torch.Generator().manual_seed(0),
-            callback_on_step_end=lambda pipe, i, t, kept: states.append(kept["latents"].dtype) or {},
+            callback_on_step_end=preview,
         ).images
     finally:
         hook.remove()
     assert images.shape == (1, SIZE, SIZE, 3)
     assert not math.isnan(images.sum())
     assert asked == [dtype] * 3
-    assert states == [torch.float32, torch.float32, dtype]
+    assert states == [dtype] * 3
+
+
+@pytest.mark.parametrize("cut", [{"denoising_end": 0.5}, {"interrupt": True}], ids=["denoising_end", "interrupt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_run_that_is_cut_short_decodes_in_half_precision(pipeline, dtype, cut):
+    pipe = pipeline(StableDiffusionXLPipeline, dtype)
+
+    def stop(pipe, i, t, kept):
+        pipe._interrupt = "interrupt" in cut and i == 1
+        return {}
+
+    arguments = {key: value for key, value in cut.items() if key != "interrupt"}
+    images = pipe(
+        **prompt(dtype=dtype) | arguments,
+        num_inference_steps=4,
+        height=SIZE,
+        width=SIZE,
+        output_type="np",
+        callback_on_step_end=stop,
+    ).images
+    assert images.shape == (1, SIZE, SIZE, 3)
+    assert not math.isnan(images.sum())
 
 
 def test_steps_of_the_caller(pipeline):
@@ -255,7 +283,7 @@ def test_inpainting_in_half_precision_decodes(pipeline):
         callback_on_step_end=lambda pipe, i, t, kept: states.append(kept["latents"].dtype) or {},
     ).images
     assert images.shape == (1, SIZE, SIZE, 3)
-    assert states == [torch.float32, torch.float32, torch.bfloat16]
+    assert states == [torch.bfloat16] * 3
 
 
 def test_controlnet_pipeline(pipeline):
@@ -309,9 +337,9 @@ def test_a_multistep_solver_begins_its_history_anew_in_the_second_half(pipeline,
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpmpp_2s_ancestral", "dpmpp_sde"])
-def test_a_split_run_of_a_two_evaluation_solver_comes_to_its_end(pipeline, solver):
-    _, _, both = two_halves(pipeline, solver, 0.5)
-    assert both.isfinite().all()
+def test_a_two_evaluation_solver_does_not_split(pipeline, solver):
+    with pytest.raises(ValueError, match="cannot go on with another scheduler's run"):
+        two_halves(pipeline, solver, 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import sample
 from ztsnr.samplers.er_sde import er_sde, er_sde_steps
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.sampling import drive
+from ztsnr.samplers.sampling import drive, start_run
 
 SIGMAS = (math.inf, 60.0, 11.0, 4.0, 1.3, 0.4, 0.1, 0.0)
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
@@ -60,7 +60,9 @@ def test_it_is_the_algorithm_of_the_paper(sigmas, eta):
         return torch.tanh(2 * x)
 
     expected = by_the_paper(x, sigmas, eta, noise(draws[0]), denoise)
-    torch.testing.assert_close(drive(er_sde(x, sigmas, eta, noise(draws[1])), denoise), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        drive(start_run("er_sde", sigmas, eta), x, denoise, noise(draws[1])), expected, rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize(("order", "expected"), [(1, 1), (2, 2), (3, 2)])
@@ -71,7 +73,10 @@ def test_order_of_convergence(order, expected):
     errors = []
     for steps in (128, 256, 512):
         sigmas = tuple(np.geomspace(start, end, steps + 1).tolist())
-        x = drive(er_sde(torch.ones(1, 3, 1, 1, dtype=torch.float64), sigmas, 0.0, None, order), GAUSSIAN)
+        x, run = torch.ones(1, 3, 1, 1, dtype=torch.float64), start_run("er_sde", sigmas, eta=0.0)
+        while not run.done:
+            x = er_sde(run, x, GAUSSIAN(x, run.sigma), None, order)
+            run.index += 1
         errors.append((x / (std[1] / std[0]) - 1).abs().max().item())
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert min(orders) > expected - 0.2, errors
@@ -83,7 +88,7 @@ def test_distribution_from_infinity(eta):
     source = torch.Generator().manual_seed(6)
     sigmas = (math.inf, *np.geomspace(60, 0.02, 150).tolist(), 0.0)
     fresh = lambda: torch.randn(noise.shape, dtype=torch.float64, generator=source)  # noqa: E731
-    picture = drive(er_sde(noise, sigmas, eta, fresh), GAUSSIAN)
+    picture = drive(start_run("er_sde", sigmas, eta), noise, GAUSSIAN, fresh)
     assert torch.allclose(picture.std(0), STDS[0], rtol=0.02)  # 40 000 samples: 0.35 % by chance
     assert torch.allclose(picture.mean(0) / STDS[0], torch.zeros(3, 1, 1, dtype=torch.float64), atol=0.02)
 
@@ -99,7 +104,7 @@ def test_infinity_is_the_limit_of_large_sigmas(eta):
 
 
 def test_no_noise_is_drawn_without_eta():
-    drive(er_sde(torch.ones(1, 1, 1, 1), SIGMAS, 0.0, None), lambda x, sigma: x / 2)
+    drive(start_run("er_sde", SIGMAS, eta=0.0), torch.ones(1, 1, 1, 1), lambda x, sigma: x / 2)
 
 
 def test_bfloat16_answers():

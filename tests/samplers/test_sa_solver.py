@@ -10,8 +10,8 @@ import torch
 from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import NoiseSchedule, sample
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.sa_solver import NOISY, sa_solver, sa_solver_steps
-from ztsnr.samplers.sampling import drive
+from ztsnr.samplers.sa_solver import NOISY, sa_solver_steps
+from ztsnr.samplers.sampling import drive, start_run
 
 SIGMAS = (math.inf, 60.0, 11.0, 6.0, 4.0, 1.3, 0.7, 0.4, 0.1, 0.0)
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
@@ -67,7 +67,9 @@ def test_it_is_the_algorithm_of_the_paper(sigmas, eta):
         return torch.tanh(2 * x)
 
     expected = unfolded(x, sigmas, eta, noise(draws[0]), denoise)
-    torch.testing.assert_close(drive(sa_solver(x, sigmas, eta, noise(draws[1])), denoise), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        drive(start_run("sa_solver", sigmas, eta), x, denoise, noise(draws[1])), expected, rtol=0, atol=1e-7
+    )
 
 
 def test_order_of_convergence():
@@ -77,7 +79,7 @@ def test_order_of_convergence():
     errors = []
     for steps in (64, 128, 256):
         sigmas = tuple(np.geomspace(start, end, steps + 1).tolist())
-        x = drive(sa_solver(torch.ones(1, 3, 1, 1, dtype=torch.float64), sigmas, 0.0, None), GAUSSIAN)
+        x = drive(start_run("sa_solver", sigmas, eta=0.0), torch.ones(1, 3, 1, 1, dtype=torch.float64), GAUSSIAN)
         errors.append((x / (std[1] / std[0]) - 1).abs().max().item())
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert min(orders) > 3.8, errors
@@ -89,8 +91,8 @@ def test_distribution_from_infinity(eta):
     source = torch.Generator().manual_seed(6)
     sigmas = (math.inf, *np.geomspace(60, 0.02, 150).tolist(), 0.0)
     fresh = lambda: torch.randn(noise.shape, dtype=torch.float64, generator=source)  # noqa: E731
-    picture = drive(sa_solver(noise, sigmas, eta, fresh), GAUSSIAN)
-    assert not torch.allclose(picture, drive(sa_solver(noise, sigmas, 0.0, None), GAUSSIAN), atol=0.1)
+    picture = drive(start_run("sa_solver", sigmas, eta), noise, GAUSSIAN, fresh)
+    assert not torch.allclose(picture, drive(start_run("sa_solver", sigmas, eta=0.0), noise, GAUSSIAN), atol=0.1)
     assert torch.allclose(picture.std(0), STDS[0], rtol=0.015)  # 40 000 samples: 0.35 % by chance
     assert torch.allclose(picture.mean(0) / STDS[0], torch.zeros(3, 1, 1, dtype=torch.float64), atol=0.02)
 
@@ -132,7 +134,9 @@ def test_the_noisy_range_is_that_of_sdxl():
 def test_weights_leave_a_constant_as_it_is(steps, eta):
     sigmas = (math.inf, *np.geomspace(500, 0.03, steps).tolist(), 0.0)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    picture = drive(sa_solver(x, sigmas, eta, lambda: torch.zeros_like(x)), lambda x, sigma: torch.full_like(x, -2.4))
+    picture = drive(
+        start_run("sa_solver", sigmas, eta), x, lambda x, sigma: torch.full_like(x, -2.4), lambda: torch.zeros_like(x)
+    )
     assert picture.item() == pytest.approx(-2.4, abs=1e-9)
 
 

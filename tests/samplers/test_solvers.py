@@ -10,8 +10,8 @@ import torch
 from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import SOLVERS
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.sampling import drive, evaluation_sigmas, sample, start_solver
-from ztsnr.samplers.solvers import TWO_EVALUATION_SOLVERS
+from ztsnr.samplers.sampling import advance, drive, evaluation_sigmas, randn_like, sample, start_run
+from ztsnr.samplers.solvers import SECOND_LOOKS
 
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
 GAUSSIAN = GaussianModes(std=STDS)
@@ -23,7 +23,7 @@ FIRST_ORDER = ("euler", "euler_ancestral")
 
 def run(solver, x, sigmas, denoise, eta=0.0, generator=None):
     """``sample`` in the dtype of x: the float32 of the product would hide high orders."""
-    return drive(start_solver(solver, x, sigmas, eta, generator), denoise)
+    return drive(start_run(solver, sigmas, eta), x, denoise, lambda: randn_like(x, generator))
 
 
 def even_in_angle(steps, end):
@@ -133,19 +133,19 @@ def test_batch_equals_single_runs(solver):
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s not in ("lcm", "deis")])
 def test_an_edited_state_keeps_its_edit(solver):
     """Inpainting replaces part of the state between two steps: what it put there must be what the next step sees."""
-    solve = start_solver(solver, torch.randn(1, 1, 2, 2, dtype=torch.float64), (math.inf, 20.0, 4.0, 1.0, 0.0), eta=0.0)
-    x, sigma = next(solve)
+    x = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    run = start_run(solver, (math.inf, 20.0, 4.0, 1.0, 0.0), eta=0.0)
     known = torch.full_like(x, 0.25)
-    evaluations = 2 if solver in TWO_EVALUATION_SOLVERS else 1
+    evaluations = 2 if solver in SECOND_LOOKS else 1
     for _ in range(2 * evaluations):
-        x, sigma = solve.send((x, known))
-    assert sigma == 4.0
-    alpha, s = alpha_s(sigma)
+        x = advance(run, x, known)
+    assert run.sigma == 4.0
+    alpha, s = alpha_s(4.0)
     x = alpha * known + s * 7.0  # the known picture under a noise of 7
     for _ in range(evaluations):
-        x, sigma = solve.send((x, known))
-    alpha, s = alpha_s(sigma)
-    assert sigma == 1.0
+        x = advance(run, x, known)
+    assert run.sigma == 1.0
+    alpha, s = alpha_s(1.0)
     assert torch.allclose(x, alpha * known + s * 7.0, atol=1e-12)
 
 
@@ -153,7 +153,7 @@ def test_evaluation_sigmas():
     sigmas = [math.inf, 20.0, 4.0, 1.0, 0.0]
     for solver in SOLVERS:
         visited = evaluation_sigmas(solver, sigmas)
-        if solver in TWO_EVALUATION_SOLVERS:
+        if solver in SECOND_LOOKS:
             assert visited[::2] == sigmas[:-1]
             assert len(visited) == 2 * 4 - 1
         else:

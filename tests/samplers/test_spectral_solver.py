@@ -9,8 +9,8 @@ import torch
 from ztsnr.diagnostics import GaussianMixture, GaussianModes, reference_flow
 from ztsnr.samplers import NoiseSchedule, guide, sample, step_schedule
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.solvers import SOLVER_FUNCTIONS
-from ztsnr.samplers.spectral_solver import KEPT, _Run, _steps
+from ztsnr.samplers.sampling import advance, start_run
+from ztsnr.samplers.spectral_solver import KEPT, _Seen
 
 ZERO = NoiseSchedule.sdxl()
 
@@ -60,14 +60,13 @@ def test_guided_mode_is_a_solution_of_the_flow():
 def test_secant_step_is_exact_where_x0_is_linear_in_the_state(slope, corrected):
     """x0 = J X: the flow takes X to r^(1 - J) X, also from a state that a correction has moved."""
     sigmas = (40.0, 25.0, 16.0, 7.0, 0.0)
-    steps = list(_steps(sigmas, torch.float64, torch.device("cpu")))
     direction = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    run, answers = _Run(direction), []
-    for scale, step in zip((1.0, 0.55, 0.3), steps, strict=False):  # X is any multiple of the direction
+    run, answers = _Seen(direction, sigmas), []
+    for i, scale in enumerate((1.0, 0.55, 0.3)):  # X is any multiple of the direction
+        step = run.step(i)
         answers.insert(0, slope * scale * direction)
         run.see(scale * direction * step.alpha, answers[0], step.alpha)
     assert run.slope.item() == pytest.approx(slope, rel=1e-9)
-    step = steps[2]
     correction = corrected * torch.tensor([[1.0, -1.5, 0.5, 0, 0]], dtype=torch.float64)
     beyond = run.secant(step, correction, torch.zeros(1, KEPT, dtype=torch.float64)).item()
     state = 0.3 * direction * step.alpha + sum(w * x0 for w, x0 in zip(correction[0], answers, strict=False))
@@ -95,14 +94,14 @@ def test_a_stiff_mode_does_not_grow(w, monkeypatch):
 
 def always_bold(monkeypatch):
     """The linear solver of four values, whatever happens."""
-    see = _Run.see
+    see = _Seen.see
 
     def blind(run, *args):
         see(run, *args)
         run.turn = torch.zeros_like(run.turn)
 
-    monkeypatch.setattr(_Run, "see", blind)
-    monkeypatch.setattr(_Run, "boldness", lambda run, step: 1.0)
+    monkeypatch.setattr(_Seen, "see", blind)
+    monkeypatch.setattr(_Seen, "boldness", lambda run, step: 1.0)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (104, 152), (97, 131)])
@@ -173,11 +172,10 @@ def test_an_edited_state_keeps_its_edit():
     shift = 0.37
 
     def edited(amount):
-        solve = SOLVER_FUNCTIONS["spectral"](torch.zeros(1, 1, 4, 4), tuple(sigmas), 0.0, None)
-        x, _ = next(solve)
+        x, run = torch.zeros(1, 1, 4, 4), start_run("spectral", sigmas)
         for i in range(5):
             x0 = torch.full_like(x, 0.25)  # constant: nothing of it depends on the state
-            x, _ = solve.send((x + amount if i == 4 else x, x0))
+            x = advance(run, x + amount if i == 4 else x, x0)
         return x
 
     s, s_next = (sigma / math.hypot(1, sigma) for sigma in sigmas[4:6])
