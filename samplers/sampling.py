@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .cfg_pp import cfg_pp_state
+from .devices import send
 from .protocol import Noise, Run
 from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVER_FUNCTIONS, SOLVERS
 
@@ -124,7 +125,7 @@ def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         return torch.cat([randn_like(row, g) for row, g in zip(x.split(1), generator, strict=True)])
     device = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    return noise.to(x.device, non_blocking=True)
+    return send(noise, x.device)
 
 
 def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .devices import send
 from .multistep import inverse_sigmas, noise_ratios
 from .protocol import Noise, Run, Sigmas
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
@@ -76,7 +77,7 @@ class _Seen:
         self.known, self.slope = -1, None
         self.predicted = x.new_zeros(len(x), KEPT)
         self._floats, tables = _tables(sigmas)
-        self._weights = torch.from_numpy(tables).to(x.dtype).to(x.device, non_blocking=True)
+        self._weights = send(torch.from_numpy(tables).to(x.dtype), x.device)
         self.turn = self.wary = x.new_zeros(len(x), 1)
         self._answers: tuple[torch.Tensor, ...] = ()
         self._state: torch.Tensor | None = None
