@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    StableDiffusionPanoramaPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -25,6 +26,7 @@ from ztsnr.samplers import DEFAULT_SOLVER, ZTSNRScheduler, guide, rescale_guidan
 
 SIZE, LATENT = 32, (16, 16)  # pixels of a side; height and width of its latent, by the tiny VAE's factor of 2
 POOLED, TEXT = 16, 32  # widths of the pooled and the token embeddings
+SD = (StableDiffusionPipeline, StableDiffusionPanoramaPipeline)  # with one text encoder
 GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.7}
 TINY_UNET = {
     "block_out_channels": (8, 16),
@@ -75,7 +77,7 @@ def pipeline(networks):
     def make(kind, dtype=torch.float32, **config):
         scheduler = ZTSNRScheduler(**{"spacing": "trailing", "latent_size": LATENT} | config)
         parts = {"vae": networks["vae"], "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
-        if kind is StableDiffusionPipeline:
+        if kind in SD:
             parts |= {"unet": networks["sd"], "safety_checker": None, "feature_extractor": None}
             made = kind(**parts, requires_safety_checker=False)
         else:
@@ -96,7 +98,7 @@ def prompt(kind=StableDiffusionXLPipeline, dtype=torch.float32):
     embeddings = torch.randn(2, 7, TEXT, generator=torch.Generator().manual_seed(1)).to(dtype)
     pooled = torch.randn(2, POOLED, generator=torch.Generator().manual_seed(2)).to(dtype)
     arguments = {"prompt_embeds": embeddings[:1], "negative_prompt_embeds": embeddings[1:]}
-    if kind is not StableDiffusionPipeline:
+    if kind not in SD:
         arguments |= {"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]}
     return arguments
 
@@ -340,6 +342,29 @@ def test_a_multistep_solver_begins_its_history_anew_in_the_second_half(pipeline,
 def test_a_two_evaluation_solver_does_not_split(pipeline, solver):
     with pytest.raises(ValueError, match="cannot go on with another scheduler's run"):
         two_halves(pipeline, solver, 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Panoramas
+
+
+def test_views_of_a_panorama_are_runs_of_their_own(pipeline):
+    """With views that do not overlap, each is a picture of its own."""
+    pipe = pipeline(StableDiffusionPanoramaPipeline)
+    pipe.get_views = lambda height, width, **_: [(0, 16, 0, 16), (0, 16, 16, 32)]
+    noise = torch.cat([random_latents(5), random_latents(6)], dim=3)
+    wide = pipe(
+        **prompt(StableDiffusionPanoramaPipeline),
+        latents=noise,
+        height=SIZE,
+        width=2 * SIZE,
+        num_inference_steps=5,
+        output_type="latent",
+    ).images
+    single = pipeline(StableDiffusionPipeline)
+    for part, view in zip(wide.chunk(2, dim=3), noise.chunk(2, dim=3), strict=True):
+        expected = single(**prompt(StableDiffusionPipeline), latents=view, num_inference_steps=5, output_type="latent")
+        torch.testing.assert_close(part, expected.images, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
