@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,17 @@ DEMO = Path("ztsnr_demo")
 PATIENCE = 10  # seconds in which torchrun ends all processes after the first
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands whose output any pipe takes."""
+
+    def main(self, *args, **options):
+        """Escape what the output's encoding lacks: Windows pipes are in cp1252, and names of files in anything."""
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
+        return super().main(*args, **options)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ztsnr")
 def main() -> None:
     """Exact zero-terminal-SNR sampling for v-prediction diffusion models."""
@@ -255,7 +266,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
         report = inspect_checkpoint(path)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(report.to_dict(), indent=2))
         return
     click.echo(report)
     if report.programs:
