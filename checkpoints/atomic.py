@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +25,7 @@ except ImportError:  # Windows
 SUFFIX = ".unfinished"
 RANDOM = "[0-9a-f]{8}" + re.escape(SUFFIX)  # the end of a neighbour's name
 LONGEST_STEM = 50  # characters: with 4 bytes each and what is added, a name that every file system takes
+PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds; only where there are no locks
 ABANDONED = 3600  # seconds without a change; only where there are no locks
 
 
@@ -55,7 +56,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 if fcntl is not None:  # before the lock is lifted
                     os.replace(temporary, target)
             if fcntl is None:  # where open files cannot be renamed
-                os.replace(temporary, target)
+                _patiently(os.replace, temporary, target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -82,7 +83,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 yield temporary
                 _sync_tree(temporary)
                 check_new(target)  # the system would replace an empty folder
-                os.rename(temporary, target)
+                _patiently(os.rename, temporary, target)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -194,6 +195,16 @@ def _remove_if_abandoned(neighbour: Path) -> None:
         remove(neighbour)
     finally:
         os.close(descriptor)
+
+
+def _patiently(rename: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:
+    """Rename.  On Windows scanners and indexers hold a new file for a moment, so one refusal is not the last word."""
+    for seconds in PAUSES if fcntl is None else ():
+        try:
+            return rename(temporary, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return rename(temporary, target)
 
 
 def _take_over_permissions(temporary: Path, old: os.stat_result) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from ..samplers.noise_schedule import NoiseSchedule
 from ..samplers.prediction import alpha_s, to_denoised
@@ -211,8 +211,10 @@ def _run_comfyui(
         sent, received = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
         save_file({name: t.contiguous() for name, t in inputs.items()}, sent, {"settings": json.dumps(settings)})
         command = [_python_of(comfyui), INSIDE_COMFYUI, comfyui.resolve(), file.resolve(), sent, received]
+        said = {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # not the code page that Windows gives to a pipe
         try:
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder)
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, **said, cwd=folder, env=environment)
         except OSError as error:
             raise RuntimeError(f"ComfyUI does not start by {command[0]}: {error.strerror}.") from None
         if done.returncode:
@@ -223,7 +225,8 @@ def _run_comfyui(
             raise RuntimeError(f"The ComfyUI in {comfyui} could not run {file.name}: {reason}.")
         with safe_open(received, "pt") as opened:
             about = json.loads(opened.metadata()["about"])
-        return about, load_file(received)
+        # read and not mapped: Windows removes no file that is mapped
+        return about, load(received.read_bytes())
 
 
 def _table_difference(sigmas: torch.Tensor, schedule: NoiseSchedule) -> float:

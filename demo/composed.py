@@ -263,5 +263,5 @@ def write_pictures(folder: Path, count: int, composer: Composer, seed: int = 0) 
             caption = str(random.choice(asked.captions))
             (place / f"{name}.txt").write_text(caption, encoding="utf-8")
             table.writerow((f"{name}.png", asked.ground, asked.emoji, asked.long, caption))
-        (place / "answers.csv").write_text(answers.getvalue(), encoding="utf-8")
+        (place / "answers.csv").write_text(answers.getvalue(), encoding="utf-8", newline="")
     return folder

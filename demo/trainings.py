@@ -66,6 +66,11 @@ RECIPES = {
 QUICK = replace(RECIPES["cpu"], pictures=3000, steps=600)  # fine-tunes of the base that comes with the package
 
 
+def _cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Trainings:
     """The folder of the trainings, and what is in it.
 
@@ -126,7 +131,7 @@ class Trainings:
         one core busy, and not much more.
         """
         self.prepare()
-        cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        cores = 1 if torch.cuda.is_available() else _cores()
         first = [(BASE, seed)] if self.base is None else []
         rest = [(name, seed) for name in OBJECTIVES]
         return run_trainings(self, first, 1, cores) and run_trainings(self, rest, min(cores, len(rest)), cores)

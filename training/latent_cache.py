@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..canvas import Size
 from ..checkpoints.header import HASH, hash_data, open_data, read_header
+from .arrow_file import open_arrow
 from .keyed_random import CROP, POSTERIOR
 from .latent_stats import ChannelStatistics
 from .pictures import Color, MicroConditioning, PictureError
@@ -313,7 +314,7 @@ def _read_index(path: Path) -> pa.Table:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no cache of latents, or one that is not finished: it has no {INDEX}")
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = open_arrow(path)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if table.schema.names != [*PICTURES.names, *PLACES.names] or ABOUT.encode() not in (table.schema.metadata or {}):

@@ -38,7 +38,7 @@ def read_boxes(path: str | Path, index: PictureIndex) -> dict[int, np.ndarray]:
             line names a picture of the index.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     numbers = {key: number for number, key in enumerate(index.table["key"].to_pylist())}

@@ -41,7 +41,7 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
             value of another type or out of range.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a BOM
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -41,6 +41,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..checkpoints.atomic import atomic_write
+from .arrow_file import open_arrow
 from .pictures import SUFFIXES, PictureError, picture_size
 
 CAPTION_FIELDS = ("caption", "captions", "text")
@@ -102,13 +103,13 @@ class PictureIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> "PictureIndex":
-        """Open a saved index; it stays on disk, mapped into memory.
+        """Open a saved index; see ``open_arrow``.
 
         Raises:
             ValueError: the file cannot be read, or is none.
         """
         with _reading(path):
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = open_arrow(path)
         if table.schema != SCHEMA:
             raise ValueError(f"{path} is no index of pictures: build it again")
         index = cls(table)

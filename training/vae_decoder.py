@@ -252,7 +252,8 @@ def _load_state(training: DecoderTraining, path: Path, about: dict) -> None:
         raise ValueError(
             f"{path} is the state of a run with another {others[0]}: give what it was, or choose another folder"
         )
-    training.load_state(load_file(path), steps)
+    # copies, because Windows does not replace a file that is mapped, as those of load_file are
+    training.load_state({name: tensor.clone() for name, tensor in load_file(path).items()}, steps)
 
 
 @contextmanager
