@@ -42,6 +42,7 @@ BEST = 10  # rows of a table
 RESCALE = 0.7
 SCORES = ("error", "off", "brightness", "median")
 SCHEDULE = NoiseSchedule.sdxl()
+RANGES = ("karras", "exponential", "kl_optimal")  # spacings that both have and that start where they like
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,6 +214,27 @@ def best_table(rows: Sequence[Record], guidance: str) -> list[list[str]]:
     return table
 
 
+def against_stock(rows: Sequence[Record]) -> tuple[str, list[list[str]]]:
+    """Spacings of a range of sigmas from infinity, and the same sampler and scheduler in ComfyUI as it is.
+
+    Returns:
+        What was compared, and a table of where the start from infinity is behind.
+    """
+    keys = ("program", "solver", "spacing", "guidance", "steps")
+    errors = {tuple(row[key] for key in keys): row["error"] for row in rows}
+    counts, table = {}, [["spacing", "sampler", "guidance", "steps", "from infinity", "ComfyUI"]]
+    for (program, solver, spacing, guidance, steps), error in errors.items():
+        stock = errors.get(("ComfyUI", solver, spacing, guidance, steps))
+        if program == "ComfyUI" or spacing not in RANGES or stock is None:
+            continue
+        behind = error > stock
+        counts.setdefault(spacing, []).append(behind)
+        if behind:
+            table.append([spacing, solver, guidance, str(steps), f"{error:.4f}", f"{stock:.4f}"])
+    compared = ", ".join(f"`{spacing}` {len(found) - sum(found)} of {len(found)}" for spacing, found in counts.items())
+    return f"No worse from infinity than the same sampler and scheduler in ComfyUI: {compared} columns.  Behind:", table
+
+
 def name(row: Record) -> str:
     return f"{row['program']} {row['solver']} / {row['spacing']}"
 
@@ -307,6 +329,9 @@ def main(
     seconds = time.perf_counter() - began
     parts = [f"`{command}`, {datetime.date.today().isoformat()}, {seconds:.0f} s.\n{machine(comfyui)}."]
     parts += [describe(canvases, averages, comfyui), "### Where the default stands", markdown(standing_table(averages))]
+    if comfyui is not None:
+        compared, table = against_stock(averages)
+        parts += ["### Stock spacings from infinity", compared, markdown(table)]
     for guidance in map(str, cfg):
         parts += [f"### {guidance}", markdown(best_table(averages, guidance))]
     text = "\n\n".join(parts)
