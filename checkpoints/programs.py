@@ -9,7 +9,7 @@ WorkflowGeneratorModelSupport.cs), diffusers 0.42 (loaders/single_file_utils.py)
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .architecture import DIFFUSERS_FOLDER, DIFFUSERS_UNET, PREFIXED_UNET, SINGLE_FILE
@@ -270,7 +270,12 @@ def _diffusers_file(marked: Marked) -> Taken:
 
 
 def _diffusers_folder(marked: Marked) -> Taken:
-    return _by_scheduler_config(marked) if marked.is_folder else _not_loaded("files by from_pretrained")
+    if not marked.is_folder:
+        return _not_loaded("files by from_pretrained")
+    taken = _by_scheduler_config(marked)
+    if marked.scheduler_config.get("_class_name") == "ZTSNRScheduler":  # diffusers imports no libraries of strangers
+        return replace(taken, why=f"{taken.why}; loads after `from ztsnr.samplers import ZTSNRScheduler`")
+    return taken
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from ztsnr.checkpoints import SUPPORTED, inspect_checkpoint
+from ztsnr.samplers import ZTSNRScheduler
 
 from ..full_size import UNETS, unet_shapes
 
@@ -217,6 +218,19 @@ def test_a_real_scheduler_writes_what_is_read(tmp_path, write_checkpoint, sdxl_u
         scheduler.save_pretrained(folder / "scheduler")
         report = inspect_checkpoint(folder)
         assert (report.prediction_type, report.zero_terminal_snr) == (prediction_type, rescale)
+
+
+def test_a_pipeline_saved_with_our_scheduler_says_how_diffusers_loads_it(tmp_path, write_checkpoint, sdxl_unet):
+    folder = write_diffusers(tmp_path, write_checkpoint, sdxl_unet)
+    diffusers.EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+
+    def row():
+        return next(row for row in inspect_checkpoint(folder).programs if row.program == "diffusers, folder")
+
+    assert "import" not in str(row())
+    ZTSNRScheduler().save_pretrained(folder / "scheduler")
+    assert "from ztsnr.samplers import ZTSNRScheduler" in str(row())
+    assert (row().taken.prediction_type, row().taken.zero_terminal_snr) == ("v_prediction", True)
 
 
 def test_settings_beside_a_file(tmp_path, write_checkpoint, sdxl_unet):
