@@ -358,6 +358,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._step_index += 1
         given = x.to(sample.dtype)
         self._state = (x, given)
+        if run.done:
+            self._forget()
         if not return_dict:
             return given, x0
         return ZTSNRSchedulerOutput(prev_sample=given, pred_original_sample=x0)

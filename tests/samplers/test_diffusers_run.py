@@ -68,6 +68,16 @@ def test_a_copy_in_the_middle_of_a_run_goes_on_bit_for_bit(solver, copier):
     assert torch.equal(*pictures)
 
 
+def test_nothing_of_a_finished_run_is_kept():
+    scheduler = ZTSNRScheduler(latent_size=(8, 8))
+    scheduler.set_timesteps(3)
+    loop(scheduler, unit_noise(*SIZE).half(), None)
+    kept = [value for value in vars(scheduler).values() if isinstance(value, torch.Tensor)]
+    assert max(value.ndim for value in kept) == 1
+    assert scheduler._run is None
+    assert scheduler._state is None
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_tiles_of_one_scheduler_are_runs_of_their_own(solver):
     """A tiled loop puts the scheduler's state aside for each tile."""
