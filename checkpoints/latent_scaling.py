@@ -61,11 +61,13 @@ class LatentScaling:
         """Mean and standard deviation, (2, C, 1, 1)."""
         import torch
 
+        from ..samplers.devices import send
+
         dtype = torch.promote_types(like.dtype, torch.float32)
         columns = torch.tensor([self.mean, self.std], dtype=dtype)[..., None, None]
         if like.is_cuda:  # made there, or sent from other memory, it would wait for all that the device has to do
             columns = columns.pin_memory()
-        return columns.to(like.device, non_blocking=True)
+        return send(columns, like.device)
 
     @property
     def scaling_factor(self) -> float | None:

@@ -69,3 +69,19 @@ def write_checkpoint():
         return path
 
     return write
+
+
+@pytest.fixture
+def float32_device(monkeypatch):
+    """A stand-in for a device without float64, on which everything has to run that runs on a device."""
+    from . import float32_device
+
+    device = float32_device.make_device()
+    if device is None:
+        pytest.skip("this torch has an accelerator already, or makes none in Python")
+    monkeypatch.setattr(torch, "Generator", float32_device.Generator)
+    # a module that goes to a device keeps its parameters otherwise, and takes over numbers that are stored elsewhere
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield device
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
