@@ -110,8 +110,7 @@ def noise_level(model_sampling, timestep: torch.Tensor) -> tuple[torch.Tensor, t
     if isinstance(model_sampling, comfy.model_sampling.CONST):  # x = (1 - sigma) x0 + sigma noise
         noise = sigma * noise_scale(model_sampling)
         return noise / (1 - sigma), ((1 - sigma) ** 2 + noise**2).rsqrt()
-    infinite = sigma >= INFINITE_SIGMA
-    return sigma.masked_fill(infinite, math.inf), (sigma**2 + 1).rsqrt().masked_fill(infinite, 1)
+    return sigma.masked_fill(sigma >= INFINITE_SIGMA, math.inf), (sigma**2 + 1).rsqrt()
 
 
 def noise_scale(model_sampling) -> float:
