@@ -133,6 +133,13 @@ def stock(node_id, *arguments, **inputs):
     return getattr(node(), node.FUNCTION)(*arguments, **inputs)
 
 
+def wait(seconds):
+    """Nothing, for so long."""
+    import time
+
+    time.sleep(seconds)
+
+
 def has_node(node_id, inputs=()):
     """Whether this core has a node, with these inputs."""
     import nodes

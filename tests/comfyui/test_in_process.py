@@ -14,6 +14,8 @@ from ztsnr.diagnostics import GaussianCanvas, v_network
 from ztsnr.samplers import SOLVERS, SPACINGS, NoiseSchedule, ZTSNRScheduler, ZTSNRWarning, step_schedule
 from ztsnr.samplers.sampling import evaluation_sigmas
 
+from .worker import Inside
+
 pytestmark = pytest.mark.comfyui
 
 # every schedule that reaches t = T, stock and ours
@@ -83,6 +85,25 @@ print(took, sorted(loaded & {{'diffusers', 'matplotlib', 'skimage', 'transformer
     ]
     assert all(loaded.strip() == "[]" for _, loaded in outcomes)
     assert min(float(took) for took, _ in outcomes) < 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The process that these tests ask
+
+
+@pytest.mark.parametrize("broken", ["too slow", "dead"])
+def test_a_call_that_fails_leaves_a_process_for_the_next(comfyui_python, comfyui_path, tmp_path, broken):
+    inside = Inside(comfyui_python, comfyui_path, tmp_path / "log.txt")
+    try:
+        if broken == "dead":
+            inside.process.kill()
+            inside.process.wait()
+        else:
+            with pytest.raises(TimeoutError, match="still runs after"):
+                inside("wait", timeout=0.1, seconds=60)
+        assert inside("wait", seconds=0) is None
+    finally:
+        inside.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
