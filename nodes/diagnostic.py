@@ -27,7 +27,7 @@ from .guidance_shift import guidances_of, name_of_guidance, without_guidance
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
 from .model_patch import patch_model, trained_schedule
-from .model_sampling import INFINITE_SIGMA, ExactSchedule
+from .model_sampling import ExactSchedule
 from .probe import RunProbe, noise_level, noise_scale, unwatched, watch
 from .report import describe_first_guidance
 from .sampler import sample_ztsnr
@@ -311,9 +311,7 @@ def state_at(model_sampling, sigma: float) -> tuple[float, float]:
         scale = noise_scale(model_sampling)
         time = 1.0 if math.isinf(sigma) else sigma / (scale + sigma)
         return time, math.hypot(1 - time, scale * time)
-    if isinstance(model_sampling, ExactSchedule) and math.isinf(sigma):
-        return INFINITE_SIGMA, 1.0
-    sigma = min(sigma, float(model_sampling.sigma_max))  # ComfyUI's stand-in for infinity
+    sigma = min(sigma, float(model_sampling.sigma_max))  # the last of the table stands for infinity
     return sigma, math.hypot(1, sigma)
 
 

@@ -9,7 +9,7 @@ from ..samplers import exposure_true, rescale_contrast, rescale_guidance
 from ..samplers.guidance import CONTRAST, EXPOSURE
 from .messages import refused
 from .model_patch import schedule_of
-from .model_sampling import INFINITE_SIGMA
+from .model_sampling import INFINITE_FROM
 from .schema import schema
 
 RESCALES = {"keep the prompt's mean": rescale_contrast, "Lin et al. 2023": rescale_guidance}
@@ -155,7 +155,7 @@ def in_interval(args: dict, start: float, end: float) -> torch.Tensor:
     """
     height, width = args["input"].shape[-2:]
     sigma = args["sigma"].reshape(-1, *[1] * (args["input"].ndim - 1))
-    sigma = sigma.masked_fill(sigma >= INFINITE_SIGMA, math.inf) / math.sqrt(height * width)
+    sigma = sigma.masked_fill(sigma >= INFINITE_FROM, math.inf) / math.sqrt(height * width)
     return (sigma > end) & (sigma <= start)
 
 
@@ -166,5 +166,5 @@ def rescale_denoised(args: dict, phi: float, rescale=rescale_contrast) -> torch.
     sigma; at infinity the first term is 0 and v is -x0.
     """
     sigma = args["sigma"].reshape(-1, *[1] * (args["input"].ndim - 1))
-    clean = args["input"] / (sigma**2 + 1)
+    clean = args["input"] * (sigma**2 + 1).reciprocal().masked_fill_(sigma >= INFINITE_FROM, 0)
     return clean - rescale(clean - args["denoised"], clean - args["cond_denoised"], phi)

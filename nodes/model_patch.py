@@ -51,8 +51,8 @@ def patch_model(
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     said = patched.get_model_object("model_sampling")
-    if getattr(said, "made_by_ztsnr", False):
-        patched.object_patches.pop("model_sampling")
+    if getattr(said, "made_by_ztsnr", False) or _says_zero_snr_v(said):
+        patched.object_patches.pop("model_sampling", None)
     _check(patched)
     original = patched.get_model_object("model_sampling")
     said_v_prediction = isinstance(said, comfy.model_sampling.V_PREDICTION)
@@ -129,6 +129,13 @@ def unpatched_zero_snr(model_sampling) -> bool:
     return bool(getattr(model_sampling, "zsnr", False)) and not getattr(model_sampling, "made_by_ztsnr", False)
 
 
+def _says_zero_snr_v(model_sampling) -> bool:
+    """Whether it is what core ModelSamplingDiscrete makes of v_prediction and zsnr, as NoobAI-XL's authors advise."""
+    stable_diffusion = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    v_prediction = isinstance(model_sampling, comfy.model_sampling.V_PREDICTION)
+    return stable_diffusion and v_prediction and bool(getattr(model_sampling, "zsnr", False))
+
+
 def _check(model) -> None:
     base = model.model
     if isinstance(base, comfy.model_base.SDXLRefiner):
@@ -142,8 +149,8 @@ def _check(model) -> None:
         )
     if "model_sampling" in model.object_patches:
         raise ValueError(
-            "Another node (ModelSamplingDiscrete, for example) has already replaced this model's schedule: remove it, "
-            "or connect the loader here directly."
+            "Another node (ModelSamplingDiscrete, for example) has already replaced this model's schedule, and not by "
+            "v-prediction with zero SNR: remove it, or connect the loader here directly."
         )
 
 

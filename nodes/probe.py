@@ -14,7 +14,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..diagnostics import LatentMeanRecorder
-from .model_sampling import INFINITE_SIGMA
+from .model_sampling import INFINITE_SIGMA, ExactSchedule
 
 KEY = "ztsnr_latent_mean_probe"
 
@@ -110,8 +110,10 @@ def noise_level(model_sampling, timestep: torch.Tensor) -> tuple[torch.Tensor, t
     if isinstance(model_sampling, comfy.model_sampling.CONST):  # x = (1 - sigma) x0 + sigma noise
         noise = sigma * noise_scale(model_sampling)
         return noise / (1 - sigma), ((1 - sigma) ** 2 + noise**2).rsqrt()
-    infinite = sigma >= INFINITE_SIGMA
-    return sigma.masked_fill(infinite, math.inf), (sigma**2 + 1).rsqrt().masked_fill(infinite, 1)
+    scale = (sigma**2 + 1).rsqrt().masked_fill(sigma.isinf(), 1)
+    if isinstance(model_sampling, ExactSchedule):
+        sigma = sigma.masked_fill(sigma >= INFINITE_SIGMA, math.inf)
+    return sigma, scale
 
 
 def noise_scale(model_sampling) -> float:

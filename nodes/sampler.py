@@ -9,7 +9,8 @@ import torch
 from comfy_api.latest import io
 
 from ..samplers import DEFAULT_SOLVER, SOLVERS, sample
-from .model_sampling import INFINITE_SIGMA, ExactVPrediction
+from .first_step import without_noise
+from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactVPrediction
 from .schema import schema
 
 
@@ -69,23 +70,25 @@ def sample_ztsnr(model, x, sigmas, extra_args=None, callback=None, disable=None,
     """``samplers.sample`` with the signature of k-diffusion's samplers.
 
     Args:
-        model: ``model(x, sigma, **extra_args) -> x0`` in k-diffusion's scaling, x = x0 + sigma eps; the noise itself at
-            infinity (see ``model_sampling``).
+        model: ``model(x, sigma, **extra_args) -> x0`` in k-diffusion's scaling, x = x0 + sigma eps; for infinity see
+            ``model_sampling``.
         x: (B, C, H, W) the state at sigmas[0].
         sigmas: (steps + 1,)
         cfg_pp: guide by CFG++; without a negative prompt nothing changes.
     """
     _check(model.inner_model.inner_model.model_sampling, sigmas)
     extra_args = extra_args or {}
-    levels = [math.inf if sigma >= INFINITE_SIGMA else sigma for sigma in sigmas.tolist()]
+    levels = [math.inf if sigma >= INFINITE_FROM else sigma for sigma in sigmas.tolist()]
     one_each = x.new_ones(len(x))
     kept = {}
     if cfg_pp:
         extra_args = _keep_unconditional(extra_args, kept)
 
     def denoise(x_vp: torch.Tensor, sigma: float) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        x, sigma = _to_k_diffusion(x_vp, sigma)
-        x0 = model(x, sigma * one_each, **extra_args)
+        x, level = _to_k_diffusion(x_vp, sigma)
+        x0 = model(x, level * one_each, **extra_args)
+        if math.isinf(sigma):
+            x0 = without_noise(x0, x_vp)
         unconditional = kept.pop("x0", None)
         if not cfg_pp:
             return x0
@@ -124,11 +127,12 @@ def _keep_unconditional(extra_args: dict, kept: dict) -> dict:
 
 def _to_k_diffusion(x_vp: torch.Tensor, sigma: float) -> tuple[torch.Tensor, float]:
     """x and sigma as ComfyUI writes them."""
-    return (x_vp, INFINITE_SIGMA) if math.isinf(sigma) else (x_vp * math.hypot(1, sigma), sigma)
+    sigma = min(sigma, INFINITE_SIGMA)
+    return x_vp * math.hypot(1, sigma), sigma
 
 
 def _to_variance_preserving(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    return x if math.isinf(sigma) else x / math.hypot(1, sigma)
+    return x / math.hypot(1, min(sigma, INFINITE_SIGMA))
 
 
 def _check(model_sampling, sigmas: torch.Tensor) -> None:
@@ -137,7 +141,7 @@ def _check(model_sampling, sigmas: torch.Tensor) -> None:
             "The ZTSNR Sampler is for Stable Diffusion 1.x, 2.x and XL models, not for flow matching: take a sampler "
             "from KSamplerSelect."
         )
-    if sigmas[0] >= INFINITE_SIGMA and not isinstance(model_sampling, ExactVPrediction):
+    if sigmas[0] >= INFINITE_FROM and not isinstance(model_sampling, ExactVPrediction):
         raise ValueError(
             f"The sigmas begin at {float(sigmas[0]):g}, but this model's schedule ends at "
             f"{float(model_sampling.sigma_max):g}: put ZTSNR Model (v-prediction) before the sampler."

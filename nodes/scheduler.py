@@ -1,7 +1,6 @@
 """Step schedules: the ZTSNR Scheduler node, and what KSampler's own list of schedulers gains."""
 
 import logging
-import math
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from ..samplers import DEFAULT_SPACING, SPACINGS, ZTSNRWarning, step_schedule
 from ..samplers.step_schedules import DEFAULT_GUIDANCE, range_start
 from .messages import refused, show
 from .model_patch import UNPATCHED, canvas_length_of, schedule_of, unpatched_zero_snr
-from .model_sampling import ExactSchedule
+from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactSchedule
 from .schema import schema
 
 
@@ -63,7 +62,7 @@ class ZTSNRScheduler(io.ComfyNode):
                     "sigma_start",
                     default=0.0,
                     min=0.0,
-                    max=100000.0,
+                    max=INFINITE_FROM - 1,
                     step=0.01,
                     optional=True,
                     tooltip="First finite sigma of spectral, karras, exponential, polyexponential and kl_optimal; "
@@ -115,7 +114,7 @@ class ZTSNRScheduler(io.ComfyNode):
             show(" ".join(sentences), logging.WARNING)
         picture = schedule_picture(sigmas.tolist(), schedule.timestep(sigmas[:-1]).tolist())
         picture = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(sigmas.float(), ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(_as_comfyui_writes(sigmas), ui=ui.PreviewImage(picture, cls=cls))
 
 
 def _canvas(model, latent: dict | None) -> tuple[int, int]:
@@ -155,7 +154,12 @@ def _our_sigmas(model_sampling, steps: int, spacing: str) -> torch.Tensor:
     side = round(getattr(model_sampling, "canvas_length", 128))
     guidance = getattr(model_sampling, "guidance", DEFAULT_GUIDANCE)
     schedule = schedule_of(model_sampling)
-    return step_schedule(schedule, steps, spacing, latent_size=(side, side), guidance=guidance).float()
+    return _as_comfyui_writes(step_schedule(schedule, steps, spacing, latent_size=(side, side), guidance=guidance))
+
+
+def _as_comfyui_writes(sigmas: torch.Tensor) -> torch.Tensor:
+    """float32, with the number that stands for infinity."""
+    return sigmas.float().clamp(max=INFINITE_SIGMA)
 
 
 def _after_infinity(stock: SchedulerHandler, name: str, model_sampling, steps: int) -> torch.Tensor:
@@ -164,7 +168,7 @@ def _after_infinity(stock: SchedulerHandler, name: str, model_sampling, steps: i
     infinite = isinstance(model_sampling, ExactSchedule) and model_sampling.zsnr
     if not infinite:
         return _run(stock, model_sampling, steps)
-    first = torch.tensor([math.inf])
+    first = torch.tensor([INFINITE_SIGMA])
     if steps == 1:
         return torch.cat([first, torch.zeros(1)])
     start = torch.tensor(range_start(name, steps) * model_sampling.canvas_length)

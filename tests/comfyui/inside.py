@@ -133,6 +133,24 @@ def stock(node_id, *arguments, **inputs):
     return getattr(node(), node.FUNCTION)(*arguments, **inputs)
 
 
+def wait(seconds):
+    """Nothing, for so long."""
+    import time
+
+    time.sleep(seconds)
+
+
+def has_node(node_id, inputs=()):
+    """Whether this core has a node, with these inputs."""
+    import nodes
+
+    node = nodes.NODE_CLASS_MAPPINGS.get(node_id)
+    if node is None:
+        return False
+    known = node.INPUT_TYPES()
+    return set(inputs) <= {*known.get("required", {}), *known.get("optional", {})}
+
+
 def ksampler(model, latent, *, seed=7, steps=20, cfg=1.0, sampler="euler", scheduler="simple", denoise=1.0, **prompts):
     positive, negative = prompts.get("positive") or prompt(), prompts.get("negative") or prompt()
     (result,) = stock(
@@ -533,6 +551,11 @@ def guidance_functions(scale=5.0):
             "ours, by the paper": stock("ZTSNRGuidanceRescale", model=base, phi=0.7, method=PAPER)[0],
             "both rescales": stock("ZTSNRGuidanceRescale", model=core_rescale, phi=0.7, method=PAPER)[0],
         }
+        newer = {"CFGZeroStar": {}, "TCFG": {}, "CFGNorm": {"strength": 1.0, "pre_cfg": True}}
+        for name, inputs in newer.items():
+            if has_node(name, inputs):
+                patches[name] = stock(name, model=base, **inputs)[0]
+        patches["APG, projection"] = stock("APG", model=base, eta=0.0, norm_threshold=0.0, momentum=0.0)[0]
         for name, model in patches.items():
             first, picture = run(model)
             outcomes.setdefault(name, {})[start] = {
@@ -633,7 +656,7 @@ def refusals():
 
     kinds = comfy.model_base.ModelType
     plain = ideal_model(marks=())
-    (discrete,) = stock("ModelSamplingDiscrete", model=ideal_model(), sampling="v_prediction", zsnr=True)
+    (discrete,) = stock("ModelSamplingDiscrete", model=ideal_model(), sampling="lcm", zsnr=False)
     video = {"samples": torch.zeros(1, 4, 5, 8, 8)}
     return {
         "flow": said("ZTSNRModelSampling", model=other(kinds.FLOW), **defaults),
@@ -739,7 +762,7 @@ def tables():
         model_sampling = patched(**settings).get_model_object("model_sampling")
         import torch
 
-        sigmas = torch.tensor([0.0291672, 1.0, 57.87, 136.17, 2254.2, 4518.76, 16384.0, float("inf")])
+        sigmas = torch.tensor([0.0291672, 1.0, 57.87, 136.17, 2254.2, 4518.76, 8192.0, float("inf")])
         return {
             "sigmas": [str(sigma) for sigma in model_sampling.sigmas[[0, 500, 900, 998, 999]].tolist()],
             "timesteps": model_sampling.timestep(sigmas).tolist(),

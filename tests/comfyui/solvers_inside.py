@@ -34,7 +34,9 @@ def ours(solver, eta, cfg_pp=False):
 def with_our_noise(sampler):
     """A sampler of ComfyUI's that draws the fresh noise that ours draws."""
     generator = torch.Generator().manual_seed(SEED + 1)
-    sampler.extra_options["noise_sampler"] = lambda sigma, sigma_next: torch.randn(SHAPE, generator=generator)
+    # a new dictionary: the one that is there is the default of all samplers
+    fresh = {"noise_sampler": lambda sigma, sigma_next: torch.randn(SHAPE, generator=generator)}
+    sampler.extra_options = sampler.extra_options | fresh
     return sampler
 
 

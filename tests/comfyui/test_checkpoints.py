@@ -57,7 +57,7 @@ def test_architectures_are_what_comfyui_takes_them_for(unets, tmp_path, write_ch
 # The loader
 
 MARKS = {"v_pred": ("F32", 0), "ztsnr": ("F32", 0)}
-EXACT = ["v_prediction", True, "inf"]
+EXACT = ["v_prediction", True, "8192.0"]
 AS_TRAINED = ["v_prediction", False, "14.61"]
 EPSILON = ["epsilon", False, "14.61"]
 STOCK_ZERO_SNR = ["v_prediction", True, "4518.76"]
