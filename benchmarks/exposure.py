@@ -250,7 +250,7 @@ def draw(found: dict[tuple[str, float], Numbers], alone: Numbers) -> bytes:
     axes.set_ylabel("pictures that show the thing and the ground asked for, %")
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="lower center", fontsize=9)
     target = io.BytesIO()
     figure.savefig(target, format="jpeg", pil_kwargs={"quality": 88, "optimize": True})
     return target.getvalue()
