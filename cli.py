@@ -591,7 +591,7 @@ def _find_device(name: str) -> "torch.device":
 
     device = find_device(name, setting="--device", local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if name == "auto":
-        click.echo(f"Device: {describe_device(device)}")
+        click.echo(f"Device: {describe_device(device)}", err=True)  # standard output may be read by a program
     return device
 
 

@@ -474,7 +474,8 @@ def test_the_command(vae, tmp_path):
 
 def test_the_command_wants_the_vae_before_it_looks_at_millions_of_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(make_latent_cache, "build_index", lambda *_, **__: pytest.fail("looked at pictures"))
-    result = CliRunner().invoke(main, ["cache", str(tmp_path), "--vae", "none", "--out", str(tmp_path / "cache")])
+    arguments = ["cache", str(tmp_path), "--vae", "none", "--out", str(tmp_path / "cache"), "--device", "cpu"]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert result.output == "Error: there is no file or folder none to take the VAE from\n"
 
