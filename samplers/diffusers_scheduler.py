@@ -464,8 +464,8 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _told_by_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a v or zero-terminal model, or was ours once, when the user has been told."""
-    return config["rescale_betas_zero_snr"] or config["prediction_type"] == "v_prediction" or "solver" in config
+    """Whether a config is of any but a plain epsilon model, or was ours once, when the user has been told."""
+    return config["rescale_betas_zero_snr"] or config["prediction_type"] != "epsilon" or "solver" in config
 
 
 def _told_by_user(keywords: Mapping[str, Any]) -> bool:

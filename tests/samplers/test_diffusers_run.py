@@ -187,6 +187,11 @@ def test_a_strength_that_leaves_no_step_is_told():
         scheduler.add_noise(x, x, scheduler.timesteps[4:])
 
 
+def test_a_model_that_predicts_pictures_is_not_called_an_epsilon_one():
+    config = EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type="sample").config
+    assert ZTSNRScheduler.from_config(config).config.prediction_type == "sample"  # a warning would be an error here
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
