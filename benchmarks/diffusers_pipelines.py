@@ -11,6 +11,8 @@ import datetime
 import inspect
 import itertools
 import math
+import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -103,11 +105,11 @@ def run_pipeline(entry: Entry, scheduler: Any, dtype: torch.dtype) -> Tensor:
 
 
 def to_tensor(output: Any) -> Tensor:
-    """All that a pipeline shows, as one float64 vector."""
+    """What a pipeline shows, in float64.  Of LDM3D the colours: its depth is rounded to 16 bits."""
     if isinstance(output, torch.Tensor):
-        return output.double().flatten()
-    shown = [output[key] for key in ("images", "frames", "rgb", "depth", "prediction") if key in output]
-    return torch.cat([torch.from_numpy(np.asarray(values)).double().flatten() for values in shown])
+        return output.double()
+    (shown,) = (output[key] for key in ("images", "frames", "rgb", "prediction") if key in output)
+    return torch.from_numpy(np.asarray(shown)).double()
 
 
 Key = tuple[str, torch.dtype]  # a scheduler and a precision
@@ -193,26 +195,30 @@ def table(results: Sequence[Found]) -> str:
 
 def remarks(found: Found) -> str:
     """Who fails with which words, and why; empty if all run."""
+    if not found.failures:
+        return ""
     said: dict[str, list[str]] = {}
     for (scheduler, dtype), sentence in found.failures.items():
-        said.setdefault(sentence, []).append(f"{scheduler} in {str(dtype).removeprefix('torch.')}")
-    if not said:
-        return ""
-    words = "; ".join(f"{', '.join(who)}: `{sentence}`" for sentence, who in said.items())
+        both = all(found.failures.get((scheduler, other)) == sentence for other in DTYPES)
+        who = scheduler if both else f"{scheduler} in {str(dtype).removeprefix('torch.')}"
+        said.setdefault(sentence, []).append(who)
+    words = "; ".join(f"{', '.join(dict.fromkeys(who))}: `{sentence}`" for sentence, who in said.items())
     return f"- {found.entry.name}. {words}. {found.entry.note}".rstrip()
 
 
 def summary(results: Sequence[Found]) -> str:
-    """The largest numbers of the table in a sentence."""
+    """The table in a few sentences."""
     compared = [found for found in results if found.runs("euler") and found.runs("DDIM")]
     if not compared:
         return "In none of them both schedulers run."
     worst = max(found.from_ddim("euler") for found in compared)
     least = min(found.from_ddim("default") for found in compared)
-    closer = sum(found.rounding("euler") <= found.rounding("DDIM") for found in compared)
-    return (
-        f"In {len(compared)} of {len(results)} both run: the largest difference is {worst:.1e}, where the default "
-        f"solver's is {least:.1e} at least. In {closer} of them bfloat16 moves ours less than DDIM."
+    ratio = statistics.median(found.rounding("euler") / found.rounding("DDIM") for found in compared)
+    return textwrap.fill(
+        f"`euler` and DDIM both run in {len(compared)} of {len(results)}; they differ by {worst:.1e} at most, the "
+        f"default solver and DDIM by {least:.1e} at least. bfloat16 moves `euler` {ratio:.2f} times as far as DDIM "
+        "(median).",
+        width=120,
     )
 
 
@@ -231,12 +237,14 @@ def main(only: str, write: bool) -> None:
 {took:.0f} CPU seconds.
 {machine(None)}.
 
-`ZTSNRScheduler` in the pipelines of diffusers as they are, of tiny random networks ({SIZE} x {SIZE} pictures, {STEPS}
-steps, each pipeline's default guidance). `euler` on `trailing` steps is DDIM, so it must make the pictures that
+`ZTSNRScheduler` in the pipelines of diffusers as they are, made of tiny random networks ({SIZE} x {SIZE} pictures,
+{STEPS} steps, each pipeline's default guidance). `euler` on `trailing` steps is DDIM, so it must make the pictures that
 diffusers' own `DDIMScheduler` (zero terminal SNR, v-prediction, trailing) makes of the same weights, prompts and noise.
-*From DDIM*: rms difference of the pictures' values over their standard deviation. *Default*: {DEFAULT_SOLVER} on
+*From DDIM*: rms difference of the pictures over the standard deviation of their values. *Default*: {DEFAULT_SOLVER} on
 {DEFAULT_SPACING} steps, which shows how far apart two samplers are here. *bfloat16 from float32*: networks and latents
-of that dtype, from the same noise, rounded. *Runs*: in both dtypes, and every value is finite. {summary(results)}
+of that dtype, from the same noise, rounded. *Runs*: in both dtypes, and every value is finite.
+
+{summary(results)}
 
 ```
 {text}

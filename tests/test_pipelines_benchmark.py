@@ -53,7 +53,8 @@ def test_a_pipeline_that_refuses_says_so_in_the_table():
     assert row.split()[-2:] == ["yes", "no"]
     told = bench.remarks(found)
     assert "does not support using a scheduler of type ZTSNRScheduler" in told
-    assert "DDIM in float32" not in told
+    assert "euler, default: `ValueError" in told
+    assert "DDIM: " not in told
 
 
 def test_a_pipeline_that_takes_another_scheduler_does_not_count():
