@@ -113,9 +113,9 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
         return False
 
 
-# what makes a tensor by resizing another, and the copy by which torch.tensor misses the fallback
+# what makes a tensor by resizing another, and what torch.tensor calls past the fallback
 _DIRECT = ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm",
-           "randperm.generator", "copy_")  # fmt: skip
+           "randperm.generator", "copy_", "_local_scalar_dense")  # fmt: skip
 _kept = []  # registrations, which end with their objects
 
 
