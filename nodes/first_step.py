@@ -21,6 +21,10 @@ from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactSchedule, ExactV
 KEY = "ztsnr_first_step"
 CFG_PP_START = 2.0**20  # so large that (x - x0) / sigma, which CFG++ samplers take, is the noise itself
 SCALED = 100.0  # rms of a latent from which on it is noise that is multiplied by sigma; pictures have about 1
+REPLACED = (
+    "A node behind ZTSNR Model (ModelSamplingDiscrete, for example) has replaced its exact schedule, and the first "
+    "step is ComfyUI's. Remove that node: ZTSNR Model does the same and more."
+)
 
 
 def first_step_wrapper(
@@ -96,12 +100,6 @@ def first_step_wrapper(
     rest_args = extra_args if seed is None or redraws else extra_args | {"seed": seed + 1}
     # the noise with which the latent, at sigma1, is x
     return run(sigmas[1:].clone(), callback and later, (x - latent_image) / sigmas[1], rest_args)
-
-
-REPLACED = (
-    "A node behind ZTSNR Model (ModelSamplingDiscrete, for example) has replaced its exact schedule, and the first "
-    "step is ComfyUI's. Remove that node: ZTSNR Model does the same and more."
-)
 
 
 def without_noise(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
