@@ -291,8 +291,11 @@ def test_the_latent_cache(float32_device, place, tmp_path):
 def test_the_command_says_what_auto_took(machine, place, tmp_path):
     machine()
     options = ("--vae", place / "tiny", "--area", "32x32", "--step", 16, "--workers", 0)
-    said = command("cache", place / "pictures", *options, "--out", tmp_path)
-    assert said.splitlines()[0] == "Device: cpu"
+    arguments = ["cache", place / "pictures", *options, "--out", tmp_path]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "Device: cpu\n" in result.stderr  # standard output may be read by a program
+    assert "Device" not in result.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
