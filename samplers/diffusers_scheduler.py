@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 
 from .cfg_pp import cfg_pp_state
+from .devices import send
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
 from .protocol import Run
@@ -404,12 +405,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(_NO_STEP_LEFT)
         if len(timesteps) != len(like) and 1 not in (len(timesteps), len(like)):
             raise ValueError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
-        if timesteps.device.type == "mps":
-            timesteps = timesteps.cpu()  # Metal has no float64
         u = 1 / self.schedule.sigma(timesteps).reshape(-1, *[1] * (like.ndim - 1))  # exactly 0 at sigma = inf
         s = (1 + u**2).rsqrt()
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return tuple(c.to(dtype).to(like.device, non_blocking=True) for c in (u * s, s))
+        return tuple(send(c.to(dtype), like.device) for c in (u * s, s))
 
     # ------------------------------------------------------------------------------------------------------------------
 

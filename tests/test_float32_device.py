@@ -240,7 +240,6 @@ def test_a_pipeline_and_what_a_recorder_sees(float32_device, place, scheduler):
     assert seen.denoised_mean == pytest.approx(expected_seen.denoised_mean, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="the scheduler's _alpha_s does not wait for its copy to the device")
 def test_what_training_asks_of_the_scheduler(float32_device):
     scheduler = ZTSNRScheduler()
     x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
