@@ -136,7 +136,9 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
     if name == "ztsnr":
         from ..samplers import ZTSNRScheduler
 
-        chosen = {} if spacing is None else {"spacing": spacing}
+        # what the config leaves unsaid is epsilon; the test finds out whether that is so
+        chosen = {"prediction_type": config.get("prediction_type", "epsilon")}
+        chosen |= {} if spacing is None else {"spacing": spacing}
         pipe.scheduler = ZTSNRScheduler.from_config(config, latent_size=latent_size, **chosen)
         return f"ZTSNRScheduler ({pipe.scheduler.config.solver}, {pipe.scheduler.config.spacing})"
     if name != "model":

@@ -1,7 +1,10 @@
 """Everything that takes a tensor of a device, on one that has no float64; and which device auto takes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +27,19 @@ from .tiny_pipelines import make_tiny_sdxl
 from .training.tiny_run import losses, make_content, metrics, train, write_pictures
 
 pytestmark = pytest.mark.xdist_group("float32 device")
+OWN_PROCESS = "ZTSNR_TEST_OF_ITS_OWN"
+
+
+@pytest.fixture
+def own_process(request):
+    """Run the test in a process of its own: torch looks for devices once, before its first backward pass."""
+    if OWN_PROCESS in os.environ:
+        return
+    name = f"{request.path}::{request.node.name}"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", name]
+    done = subprocess.run(command, env=os.environ | {OWN_PROCESS: "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    pytest.skip("passed in a process of its own")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +82,7 @@ def test_the_stand_in_refuses(float32_device, refused):
         refused(torch.ones(3, device=float32_device))
 
 
-def test_the_stand_in_calculates(float32_device):
+def test_the_stand_in_calculates(own_process, float32_device):
     network = torch.nn.Conv2d(4, 2, 3)
     x = torch.randn(1, 4, 5, 5)
     expected = network(x)
@@ -301,7 +317,7 @@ def test_the_command_says_what_auto_took(machine, place, tmp_path):
 # Training
 
 
-def test_fine_tuning(float32_device, place, tmp_path):
+def test_fine_tuning(own_process, float32_device, place, tmp_path):
     """Steps, averages, validation, previews, states and the export; from pixels, whose VAE runs there too."""
     changes = {
         "steps": 3,

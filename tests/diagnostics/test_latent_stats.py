@@ -472,12 +472,12 @@ def test_every_kind_of_pipeline(pipeline, kind, scheduler):
     assert (found.noise_mean is None) == (kind is not StableDiffusionPipeline)
 
 
-def test_a_half_precision_pipeline_is_recorded_in_the_state_it_keeps(pipeline):
+def test_a_half_precision_pipeline_is_recorded_in_its_own_dtype(pipeline):
     pipe, recorder = pipeline(SCHEDULERS["ours"]()).to(torch.bfloat16), LatentMeanRecorder()
     plain = run(pipe, dtype=torch.bfloat16)
     latents, asked, samples, predictions = watch(pipe, recorder, dtype=torch.bfloat16)
     assert torch.equal(latents, plain)
-    assert (samples[1].dtype, asked[1].dtype) == (torch.float32, torch.bfloat16)
+    assert (samples[1].dtype, asked[1].dtype) == (torch.bfloat16, torch.bfloat16)
     found = recorder.read()
     close((found.state_mean, found.state_std), by_numpy(samples))
     close((found.denoised_mean, found.denoised_std), by_numpy(predictions), 1e-5)

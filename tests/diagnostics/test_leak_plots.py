@@ -44,7 +44,7 @@ def network(kind):
 
 
 def runner(denoise, steps=6, start=None):
-    sigmas = step_schedule(ZERO_SNR, steps, latent_size=(SIDE, SIDE))
+    sigmas = step_schedule(ZERO_SNR, steps, latent_size=(SIDE, SIDE), guidance=1.0)
     if start is not None:
         times = ZERO_SNR.timestep(start) * (1 - torch.arange(float(steps)) / steps)
         sigmas = torch.cat([ZERO_SNR.sigma(times), torch.zeros(1)])

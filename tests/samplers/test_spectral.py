@@ -13,7 +13,7 @@ from ztsnr.samplers.multistep import integral_weights, inverse_sigmas, noise_rat
 from ztsnr.samplers.prediction import alpha_s
 from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, euler_weights, unipc_weights
 from ztsnr.samplers.spectral import decision_table, finish_table, mode_errors, spectral_table, spectral_weights
-from ztsnr.samplers.spectral_solver import _Run
+from ztsnr.samplers.spectral_solver import _Seen
 
 ZERO = NoiseSchedule.sdxl()
 
@@ -39,14 +39,14 @@ def run_modes(steps, side, solver, modes):
 
 def always(monkeypatch, bold):
     """Make the default solver linear: of this boldness, and without secant steps."""
-    see = _Run.see
+    see = _Seen.see
 
     def blind(run, *args):
         see(run, *args)
         run.turn = torch.zeros_like(run.turn)
 
-    monkeypatch.setattr(_Run, "see", blind)
-    monkeypatch.setattr(_Run, "boldness", lambda run, step: bold)
+    monkeypatch.setattr(_Seen, "see", blind)
+    monkeypatch.setattr(_Seen, "boldness", lambda run, step: bold)
 
 
 @pytest.mark.parametrize(
