@@ -480,7 +480,8 @@ def test_a_half_precision_pipeline_is_recorded_in_its_own_dtype(pipeline):
     assert (samples[1].dtype, asked[1].dtype) == (torch.bfloat16, torch.bfloat16)
     found = recorder.read()
     close((found.state_mean, found.state_std), by_numpy(samples))
-    close((found.denoised_mean, found.denoised_std), by_numpy(predictions), 1e-5)
+    # the scheduler predicts from the state that it keeps, which is more exact than what the pipeline has
+    close((found.denoised_mean, found.denoised_std), by_numpy(predictions), 1e-3)
 
 
 def test_a_run_that_stock_euler_cannot_do_is_told_about(pipeline):
