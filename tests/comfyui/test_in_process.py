@@ -360,8 +360,8 @@ def test_guidance_nodes_see_finite_numbers_and_the_limit(guidance):
         if name != "Epsilon Scaling":  # has no limit: it adds noise in proportion to sigma
             # TCFG takes singular vectors of x - x0, in float32
             assert found["exact"]["first"] == pytest.approx(found["stock"]["first"], rel=5e-3), name
-            # of those that form x - x0, in float32, where x is 8192 times the noise
-            assert found["exact"]["noise in first"] < 0.02, name
+            # CFGNorm has some in its limit; rounding makes some where x - x0 is formed, of x 8192 times the noise
+            assert found["exact"]["noise in first"] == pytest.approx(found["stock"]["noise in first"], abs=0.02), name
 
 
 def test_rescale_at_infinity_is_the_papers(guidance):
