@@ -107,7 +107,11 @@ def test_every_deterministic_solver_keeps_the_mean():
 
 def test_default_beats_the_best_peer_on_mixtures(monkeypatch):
     monkeypatch.setattr(bench, "REFERENCE_STEPS", 100)
-    problems = {f"mixture {kind} 11": bench.mixture_problem([20], kind, 11, 60)[0] for kind in range(4)}
+    problems = {
+        f"mixture {kind} {seed}": bench.mixture_problem([20], kind, seed, 60)[0]
+        for kind in range(4)
+        for seed in (11, 12)
+    }
     default = bench.our_rows()[0].measure(problems)
     peers = [row.measure(problems) for row in bench.diffusers_rows() if row.name.startswith("diffusers UniPC / exp")]
     assert default.mean("mixture", "RMSE", 20) <= 0.5 * peers[0].mean("mixture", "RMSE", 20)
