@@ -10,6 +10,7 @@ benchmarks/RESULTS.md.  As a control, a network with random weights is asked the
 import datetime
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -54,6 +55,11 @@ def untrained(trainings: Trainings) -> Run:
     return found
 
 
+def answers_of(runs: Sequence[Run]) -> str:
+    """The answers to the claims, in one line."""
+    return ", ".join(f"{claim.number}: {claim.answer}" for claim in judge_claims(runs))
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), default=Path("ztsnr_reproduction"), show_default=True)
 @click.option("--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
@@ -72,8 +78,8 @@ def main(out: Path, size: str, seeds: int, write: bool, shipped_base: bool, quic
     sheet = write_sheet(trainings, 0, out / "sheet.png")
     recipe = trainings.recipe
     took = [minutes_of(trainings, name, seed) for seed in range(seeds) for name in OBJECTIVES if name in runs[seed]]
-    control = judge_claims([untrained(trainings)])
-    answers = ", ".join(f"{claim.number}: {claim.answer}" for claim in control)
+    control = answers_of([untrained(trainings)])
+    alone = "; ".join(f"seed {seed}: {answers_of([run])}" for seed, run in enumerate(runs))
     lines = re.sub("^ +", "    ", claims_text(claims), flags=re.MULTILINE)
     flags = " --shipped-base" * shipped_base + " --quick" * quick
     command = f"python benchmarks/{Path(__file__).name} --size {size}{flags} --seeds {seeds}"
@@ -88,7 +94,9 @@ training is the mean of {NOISES} noises or more; {STEPS} Euler steps.
 
 {lines}
 
-Control: the same network with random weights in the place of all four: {answers}.
+Each training by itself, with the interval over its noise alone. {alone}.
+
+Control: the same network with random weights in the place of all four: {control}.
 
 Mean and standard deviation over trainings, without guidance. Black ... light: mean brightness. CIEDE2000: from seven
 colours, of the pictures' means and of the first prediction's. Uneven ground: standard deviation along the frame of
