@@ -269,6 +269,7 @@ def test_what_training_asks_of_the_scheduler(float32_device):
 # Commands
 
 
+@pytest.mark.slow
 def test_leak(float32_device, place, tmp_path, monkeypatch):
     """Every number of the report is that of the CPU."""
     monkeypatch.setattr(leak_run, "SHEET_STEPS", 3)
@@ -345,7 +346,7 @@ def test_a_run_says_what_auto_took(machine, place, tmp_path):
     assert said[0] == "Device: cpu"
 
 
-def test_half_precision_training(float32_device, place, tmp_path):
+def test_half_precision_training(own_process, float32_device, place, tmp_path):
     changes = {"steps": 2, "model__dtype": "float16"}
     for device in (NAME, "cpu"):
         train(make_content(place, tmp_path / device, speed__device=device, **changes))
