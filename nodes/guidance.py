@@ -5,8 +5,8 @@ import math
 import torch
 from comfy_api.latest import io
 
-from ..samplers import exposure_true, rescale_contrast, rescale_guidance
-from ..samplers.guidance import CONTRAST, EXPOSURE
+from ..samplers import rescale_contrast, rescale_guidance
+from ..samplers.guidance import CONTRAST, EXPOSURE, exposure_true_prediction
 from .messages import refused
 from .model_patch import schedule_of
 from .model_sampling import INFINITE_FROM
@@ -85,7 +85,7 @@ class ZTSNRGuidance(io.ComfyNode):
                 # in place, because that is what a CFG++ sampler gets to see: it takes its noise from there, and would
                 # bring back at every step the brightness that is taken away here
                 uncond = args["uncond_denoised"]
-                uncond.copy_(torch.where(acts, cond - exposure_true(cond - uncond, cond, exposure, contrast), cond))
+                uncond.copy_(torch.where(acts, exposure_true_prediction(cond, uncond, cond, exposure, contrast), cond))
             return torch.where(acts, exposure_true_denoised(args, exposure, contrast), cond)
 
         patched = model.clone()
@@ -144,7 +144,7 @@ def exposure_true_denoised(args: dict, exposure: float, contrast: float) -> torc
     conditional x0 is the direction of guidance.
     """
     cond, denoised = args["cond_denoised"], args["denoised"]
-    return (cond + exposure_true(denoised - cond, cond, exposure, contrast)).to(denoised.dtype)
+    return exposure_true_prediction(cond, denoised, cond, exposure, contrast).to(denoised.dtype)
 
 
 def in_interval(args: dict, start: float, end: float) -> torch.Tensor:

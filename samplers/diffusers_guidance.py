@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .devices import send
 from .diffusers_scheduler import ZTSNRScheduler
-from .guidance import CONTRAST, EXPOSURE, check_scale, exposure_true, guide, rescale_contrast
+from .guidance import CONTRAST, EXPOSURE, check_scale, exposure_true, exposure_true_prediction, guide, rescale_contrast
 
 # Pipelines that double their batch in an order of their own.
 _OTHER_ORDER = (
@@ -106,7 +106,7 @@ class _Hook:
         picture = self.picture(pipe.scheduler, prediction, *_question(args, kwargs)).chunk(parts)[guided]
         for i, other in enumerate(chunks):
             if i != guided:
-                chunks[i] = _true_uncond(cond, other, picture, self.exposure, self.contrast)
+                chunks[i] = exposure_true_prediction(cond, other, picture, self.exposure, self.contrast)
         if self.cfg_pp and guided:
             _hand_over(pipe.scheduler, chunks[0])
         # in the network's dtype: stock schedulers make it the dtype of the next state
@@ -214,7 +214,7 @@ class ExposureTrueGuidance(BaseGuidance):
             raise ValueError("ExposureTrueGuidance needs the pipeline's scheduler: guider.scheduler = pipe.scheduler")
         picture = self._picture(self.scheduler, pred_cond, *self._question)
         self._question = None
-        uncond = _true_uncond(pred_cond, pred_uncond, picture, self.exposure, self.contrast)
+        uncond = exposure_true_prediction(pred_cond, pred_uncond, picture, self.exposure, self.contrast)
         pred = guide(pred_cond.float(), uncond, self.guidance_scale)
         if self.guidance_rescale > 0:
             pred = rescale_contrast(pred, pred_cond.float(), self.guidance_rescale)
@@ -283,14 +283,6 @@ class _Picture:
         if self.prediction_type == "epsilon":
             return x - angle.cos() * prediction  # alpha x0: finite wherever alpha is 0
         return angle.sin() * x - angle.cos() * prediction
-
-
-def _true_uncond(
-    cond: torch.Tensor, uncond: torch.Tensor, picture: torch.Tensor, exposure: float, contrast: float
-) -> torch.Tensor:
-    """uncond' = cond - T(cond - uncond), (B, C, H, W) float32."""
-    cond = cond.float()
-    return cond - exposure_true(cond - uncond.float(), picture, exposure, contrast)
 
 
 def _question(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | float]:

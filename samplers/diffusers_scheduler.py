@@ -420,13 +420,13 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
         self._step_index: int | None = None
         self._adds_noise = False  # whether the run begins with a noised picture
+        self.unconditional_output: torch.Tensor | None = None  # consumed by the next step, which is one of CFG++
         self._forget()
 
     def _forget(self) -> None:
         self._run: Run | None = None  # from its first evaluation on
         self._run_begin = 0  # index in ``timesteps`` of that evaluation
         self._state: tuple[torch.Tensor, torch.Tensor] | None = None  # in float32, and as it was given out
-        self.unconditional_output: torch.Tensor | None = None  # consumed by the next step, which is one of CFG++
 
     def _run_at(self, timestep: float | torch.Tensor) -> Run:
         """The run, at the evaluation that ``_step_index`` names; a new one where that is not the next of the last."""
@@ -435,9 +435,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
         if self._run is not None and self._run_begin + self._run.index == self._step_index:
             return self._run
-        unconditional = self.unconditional_output
         self._forget()
-        self.unconditional_output = unconditional
         step, middle = divmod(self._step_index, self.order)
         if middle or not 0 <= step < self.num_inference_steps:
             raise ValueError(

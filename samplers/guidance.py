@@ -91,6 +91,22 @@ def exposure_true(
     return d - exposure * m - contrast * k * p
 
 
+def exposure_true_prediction(
+    cond: torch.Tensor, other: torch.Tensor, picture: torch.Tensor, exposure: float, contrast: float
+) -> torch.Tensor:
+    """cond - T(cond - other): another prediction, unconditional or guided, with the prompt's brightness and contrast.
+
+    Args:
+        cond, other: (B, C, H, W) predictions of v, x0 or eps.
+        picture, exposure, contrast: see ``exposure_true``.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    cond = cond.float()
+    return cond - exposure_true(cond - other.float(), picture, exposure, contrast)
+
+
 def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7) -> torch.Tensor:
     """Bring the standard deviation of a guided prediction back toward that of the conditional one.
 
