@@ -28,26 +28,15 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.tiny_pipelines import make_tokenizer
+from tests.tiny_pipelines import BLOCKS, SDXL_EMBEDDINGS, make_tokenizer
+from tests.tiny_pipelines import POOLED as POOLED
 
 SIZE, LATENT = 32, 16  # sides in pixels and of their latents
-TEXT, POOLED = 32, 16  # widths of the token embeddings and of SDXL's pooled ones
+TEXT = 32  # width of the token embeddings
 FRAMES = 2
 
-_UNET = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-    "cross_attention_dim": TEXT,
-}
+_UNET = {**BLOCKS, "cross_attention_dim": TEXT}
 _FLAT = {**_UNET, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-_SDXL = {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
-}
 # With the attention in the outer block, as T2I adapters add to blocks with attention in front of the downsampling.
 OUTER_ATTENTION = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -174,13 +163,15 @@ def sd(**changes: Any) -> dict[str, Any]:
 def sdxl(unet_changes: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """The parts of an SDXL pipeline, with the size embeddings of the base model."""
     absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    networks = {"vae": vae(), "unet": unet(**_SDXL, **(unet_changes or {}))}
+    networks = {"vae": vae(), "unet": unet(**SDXL_EMBEDDINGS, **(unet_changes or {}))}
     return {**networks, **absent, "requires_aesthetics_score": False, **changes}
 
 
 def sdxl_controlnet() -> Module:
-    return controlnet(**_SDXL)
+    return controlnet(**SDXL_EMBEDDINGS)
 
 
 def union_controlnet() -> Module:
-    return controlnet(ControlNetUnionModel, **_SDXL, num_trans_channel=8, num_proj_channel=8, num_trans_head=2)
+    return controlnet(
+        ControlNetUnionModel, **SDXL_EMBEDDINGS, num_trans_channel=8, num_proj_channel=8, num_trans_head=2
+    )

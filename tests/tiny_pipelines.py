@@ -14,6 +14,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 WIDTHS = (16, 24)  # of the two text encoders; single files are read by their difference
 POOLED = 16
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+SDXL_EMBEDDINGS = {
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
+}
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -42,18 +49,12 @@ def make_tiny_sdxl(folder: Path, *, prediction_type: str = "v_prediction", zero_
 
 def _networks() -> dict[str, torch.nn.Module]:
     unet = UNet2DConditionModel(
+        **BLOCKS,
+        **SDXL_EMBEDDINGS,
         sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
         cross_attention_dim=sum(WIDTHS),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + POOLED,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16),

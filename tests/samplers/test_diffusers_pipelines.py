@@ -24,24 +24,17 @@ from diffusers import (
 
 from ztsnr.samplers import DEFAULT_SOLVER, ZTSNRScheduler, guide, rescale_guidance, sample, to_denoised
 
+from ..tiny_pipelines import BLOCKS, POOLED, SDXL_EMBEDDINGS
+
 SIZE, LATENT = 32, (16, 16)  # pixels of a side; height and width of its latent, by the tiny VAE's factor of 2
-POOLED, TEXT = 16, 32  # widths of the pooled and the token embeddings
+TEXT = 32  # width of the token embeddings
 SD = (StableDiffusionPipeline, StableDiffusionPanoramaPipeline)  # with one text encoder
 GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.7}
-TINY_UNET = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
+TINY_UNET = BLOCKS | {
     "cross_attention_dim": TEXT,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
 }
-TINY_SDXL = TINY_UNET | {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
-}
+TINY_SDXL = TINY_UNET | SDXL_EMBEDDINGS
 
 
 @pytest.fixture(scope="module")
