@@ -12,8 +12,8 @@ All that the choice needs are inner products of the coarse part of each sample; 
 
 import itertools
 import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ SMALL = 1e-30  # where x0 does not change at all
 BOLD_UP_TO, CAUTIOUS_FROM, CAUTIOUS_FROM_WHEN_WARY = 2.0, 6.0, 3.0
 TRUSTED = 0.25  # disagreement, as a share of the step, that is usual for a sample that is not wary,
 LEAST_USUAL = 0.02  # and for one that is
+# A full turn takes back half of the correction and all of the prediction, in the shape of their weights.
+SHARE_OF_TURN = torch.tensor([0.5, 1.0]).view(2, 1, 1)
+# Of the cosine between two changes of x0, clamped to [0, 1]: the turn -2 cos, and the trust 0.4 + 2 cos.
+COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, 0.4]).view(2, 1), torch.tensor([-2.0, 2.0]).view(2, 1)
 
 
 def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -41,19 +45,21 @@ def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch
     seen, history = run.kept, run.remember(x0, KEPT)
     step = seen.step(run.step)
     seen.see(x, x0, step.alpha)
-    bold, turn = seen.boldness(step), seen.turn
-    # Corrector of the last step, folded into this one: it takes back what was predicted.
-    correction = (1 - turn / 2) * (torch.lerp(step.correct_cautious, step.correct_bold, bold) - seen.predicted)
-    # Predictor: between extrapolating, and holding x0 but for its change along d_0.
-    prediction = (1 - turn) * torch.lerp(step.cautious, step.bold, bold)
-    can_tell = seen.slope is not None and step.sigma_ratio > 0
-    beyond = seen.secant(step, correction, prediction) if can_tell else 0.0
-    prediction[:, :1] += turn * (step.held + beyond)
-    prediction[:, 1:2] -= turn * beyond
-    seen.predicted = torch.nn.functional.pad(prediction[:, :-1], (1, 0))
+    # Two rows of weights: the corrector of the last step, folded into this one, and the predictor of this step.
+    weights = torch.lerp(step.cautious, step.bold, seen.boldness(step))
+    correction, prediction = weights[0], weights[1]
+    correction[1:].sub_(seen.predicted[:-1])  # takes back what was predicted when the newest x0 was not known
+    # Where x0 turns back, half of the correction, and x0 is held but for its change along d_0.
+    weights.lerp_(step.turned_back, seen.turn * seen.share_of_turn)
+    if seen.power is not None and step.sigma_ratio > 0:
+        beyond = seen.turn * seen.secant(step, weights)
+        prediction[0].add_(beyond)
+        prediction[1].sub_(beyond)
+    seen.predicted = prediction
+    weights = torch.add(prediction, correction, alpha=step.ratio)
     x = step.ratio * x
-    for weight, past in zip((step.ratio * correction + prediction).unbind(1), history, strict=False):
-        x.addcmul_(past, weight.reshape(-1, *[1] * (x.ndim - 1)))
+    for weight, past in zip(weights.view(KEPT, -1, *[1] * (x.ndim - 1)).unbind(0), history, strict=False):
+        x.addcmul_(past, weight)
     return x
 
 
@@ -61,85 +67,92 @@ class _Seen:
     """What a run has seen, in inner products: the changes of x0, and of X = x / alpha, the state without its scale.
 
     In X the flow is dX / dlog u = x0 - X.  d_0, d_1, ... are the changes of x0 from one question to the next, newest
-    first; everything is (B, 1) or (B, ...), each sample by itself.
+    first.  Each sample is judged by itself: the last axis of everything below but ``changes`` is the batch.
 
     Attributes:
-        known: number of changes, k, up to MEMORY.
-        changes: (B, k, k) <d_i, d_j>.
-        slope: J, if x0 = J X + const along d_0; None before it can be measured.
-        distance: <X - x0, d_0> / <d_0, d_0>.
-        turn: 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
-        wary: 0 while x0 has not bent by more than 73 degrees, 1 once it bent by 100.
-        predicted: (B, KEPT) weights of the last prediction, in terms of today's history.
+        changes: (k, B, values) d_0, ..., d_{k-1}, MEMORY of them at most; None before the second question.
+        size: (B,) |d_0|.
+        fallen: (k, B) <x0_0 - x0_j, d_0> / <d_0, d_0> for j = 1, ..., k.
+        power: (B,) 1 - J, if x0 = J X + const along d_0; None before it can be measured.
+        distance: (B,) <X - x0, d_0> / <d_0, d_0>.
+        turn: (B,) 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
+        trust: (B,) 1 while x0 has not bent by more than 73 degrees, 0 once it bent by 100.
+        predicted: (KEPT, B) weights of the last prediction, the x0 first that was the newest then.
+        share_of_turn: (2, 1, 1) SHARE_OF_TURN on the device.
     """
 
     def __init__(self, x: torch.Tensor, sigmas: Sigmas):
-        self.known, self.slope = -1, None
-        self.predicted = x.new_zeros(len(x), KEPT)
         self._floats, tables = _tables(sigmas)
-        self._weights = send(torch.from_numpy(tables).to(x.dtype), x.device)
-        self.turn = self.wary = x.new_zeros(len(x), 1)
-        self._answers: tuple[torch.Tensor, ...] = ()
-        self._state: torch.Tensor | None = None
+        self._tables = [send(torch.from_numpy(table).to(x.dtype), x.device).unbind(0) for table in tables]
+        constants = (SHARE_OF_TURN, COSINE_OFFSET, COSINE_FACTOR)
+        self.share_of_turn, *self._of_cosine = (send(constant.to(x.dtype), x.device) for constant in constants)
+        self.predicted = x.new_zeros(KEPT, len(x))
+        self.turn, self.trust, self._bold = x.new_zeros(len(x)), x.new_ones(len(x)), x.new_ones(len(x))
+        self._rows: list[torch.Tensor] = []
+        self._x0 = self._state = self.size = self.changes = self.power = None
 
     def step(self, number: int) -> "_Step":
         """One of the run's steps."""
-        return _Step(*self._floats[number], *self._weights[number].unbind(0))
+        return _Step(*self._floats[number], *(table[number] for table in self._tables))
 
     def see(self, x: torch.Tensor, x0: torch.Tensor, alpha: float) -> None:
         """The state that the network was asked about, its answer, and alpha of the noise level."""
-        self._answers = (_coarse(x0), *self._answers[:MEMORY])
-        before, self._state = self._state, _coarse(x) / alpha if alpha > 0 else None  # at infinity X has no value
-        rows = [new - old for new, old in itertools.pairwise(self._answers)]
-        self.known = len(rows)
-        if self.known == 0:
+        x0_before, self._x0 = self._x0, _coarse(x0)
+        state_before, self._state = self._state, _coarse(x) / alpha if alpha > 0 else None  # X has no value at infinity
+        if x0_before is None:
             return
-        if before is not None:
-            rows += [self._state - before, self._state - self._answers[0]]
-        rows = torch.stack(rows, dim=1)
-        products = rows @ rows.mT
-        self.changes = products[:, : self.known, : self.known]
-        self._length = products[:, 0, :1].clamp(min=SMALL)
-        if self.known > 1:
-            lengths = (self._length * products[:, 1, 1:2]).sqrt_().clamp_(min=SMALL)
-            bend = -2 * products[:, 0, 1:2] / lengths
-            self.turn = bend.clamp(0, 1)
-            self.wary = torch.maximum(self.wary, bend.add_(0.6).clamp_(0, 1))
-        if before is not None:
-            # J = <d, d> / <dX, d>; the quotient <dX, d> / <dX, dX> would drown in the noise of all other directions
-            moved, self.distance = (products[:, 0, -2:] / self._length).split(1, dim=1)
-            # J > 0 is the slope of a decision, and counts as 0
-            self.slope = torch.where(moved < 0, moved.clamp(max=-1 / STIFFEST).reciprocal_(), 0.0)
+        newest = self._x0 - x0_before
+        rows = self._rows = [newest, *self._rows[: MEMORY - 1]]
+        known = len(rows)
+        if state_before is not None:
+            rows = [*rows, state_before - self._state, self._state - self._x0]
+        rows = torch.cat(rows).view(len(rows), *newest.shape)
+        self.changes = rows[:known]
+        products = (rows * newest).sum(-1)
+        length = products[0].clamp(min=SMALL)
+        along = products / length
+        self.fallen = along[:known].cumsum(0)
+        size_before, self.size = self.size, length.sqrt()
+        if known > 1:
+            cosine = along[1] * (self.size / size_before)
+            offset, factor = self._of_cosine
+            self.turn, straight = torch.addcmul(offset, cosine, factor).clamp_(0, 1).unbind(0)
+            self.trust = torch.minimum(self.trust, straight)
+        if state_before is not None:
+            # J = <d, d> / <dX, d>; the quotient <dX, d> / <dX, dX> would drown in the noise of all other directions.
+            # J > 0 is the slope of a decision, and counts as 0.
+            moved_back, self.distance = along[known:].unbind(0)
+            moved_back = torch.threshold(moved_back, 0, torch.inf)
+            self.power = moved_back.clamp_(min=1 / STIFFEST).reciprocal_().add_(1)
 
-    def boldness(self, step: "_Step") -> torch.Tensor | float:
+    def boldness(self, step: "_Step") -> torch.Tensor:
         """1 while the bold and the cautious step differ no more than in a plain Gaussian latent, 0 far beyond."""
-        if self.known < 2:
-            return 1.0
-        weights = step.disagreement[: self.known]
-        apart = ((weights @ self.changes) @ weights / self._length[:, 0]).clamp_(min=0).sqrt_()[:, None]
-        usual = ((1 - self.wary) * (TRUSTED * step.held)).clamp_(min=step.usual_disagreement)
-        cautious_from = CAUTIOUS_FROM - (CAUTIOUS_FROM - CAUTIOUS_FROM_WHEN_WARY) * self.wary
-        return ((cautious_from - apart / usual) / (cautious_from - BOLD_UP_TO)).clamp_(0, 1)
+        if self.changes is None or len(self.changes) < 2:
+            return self._bold
+        apart = torch.linalg.vector_norm((self.changes * step.disagreement[: len(self.changes)]).sum(0), dim=-1)
+        usual, cautious_from, width = (step.trusted * self.trust + step.wary).unbind(0)
+        usual = usual.clamp(min=step.usual_disagreement).mul_(self.size)
+        return ((cautious_from - apart / usual) / width).clamp_(0, 1)
 
-    def secant(self, step: "_Step", correction: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """What to add to the weight of the newest x0, and take from the last, so that the step along d_0 is exact.
+    def secant(self, step: "_Step", weights: torch.Tensor) -> torch.Tensor:
+        """(B,) what to add to a prediction's weight of the newest x0, and take from the last: an exact step along d_0.
 
         With x0 = J X + const along d_0 the flow goes, in a step of sigma by the ratio r, from X to
 
             X + f (x0 - X),   f = (1 - r^(1 - J)) / (1 - J)
 
         and the correction e of the state moves x0 by J e: a Newton step without a second network call.
-        """
-        held, power = 1 - step.sigma_ratio, 1 - self.slope  # held is f for J = 0
-        decayed = 1 - step.sigma_ratio**power  # f (1 - J)
-        corrected = self._along(correction) / step.alpha
-        wanted = (held - decayed / power) * self.distance + (held - decayed) * corrected
-        return step.alpha_next * wanted - self._along(prediction)
 
-    def _along(self, weights: torch.Tensor) -> torch.Tensor:
-        """<weights . x0, d_0> / <d_0, d_0> for weights (B, KEPT), beyond what their sum times the newest x0 gives."""
-        older = weights.sum(1, keepdim=True) - weights.cumsum(1)[:, : self.known]  # x0_j = x0_0 - d_0 - ... - d_{j-1}
-        return -(older * self.changes[:, 0]).sum(1, keepdim=True) / self._length
+        Args:
+            weights: (2, KEPT, B) of the correction and the prediction.
+        """
+        # <weights . x0, -d_0> / <d_0, d_0>, beyond what the sum of the weights times the newest x0 gives
+        corrected, predicted = (weights[:, 1 : len(self.fallen) + 1] * self.fallen).sum(1).unbind(0)
+        held = 1 - step.sigma_ratio  # f for J = 0
+        decayed = torch.expm1(self.power * math.log(step.sigma_ratio))  # -f (1 - J)
+        wanted = (decayed / self.power).add_(held).mul_(self.distance)
+        wanted.addcmul_(decayed.add_(held), corrected, value=-1 / step.alpha)
+        return torch.add(predicted, wanted, alpha=step.alpha_next)
 
 
 def _coarse(x: torch.Tensor) -> torch.Tensor:
@@ -149,20 +162,17 @@ def _coarse(x: torch.Tensor) -> torch.Tensor:
     it would drown: X is mostly noise, and x0 mostly fine texture.
     """
     block = min(x.shape[-2:]) // BLOCKS if x.ndim > 2 else 1
-    if block < 2:
-        return x.flatten(1)
-    height, width = (side // block * block for side in x.shape[-2:])
-    rows = x[..., :height, :].unflatten(-2, (-1, block)).sum(-2)
-    return rows[..., :width].unflatten(-1, (-1, block)).sum(-1).flatten(1)
+    if block > 1:
+        x = x.unfold(-2, block, block).sum(-1).unfold(-1, block, block).sum(-1)
+    return x.flatten(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What depends on the sigmas alone: computed once, in float64.
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Floats, and weights of x0 (KEPT,) on the device, newest first."""
+class _Step(NamedTuple):
+    """Floats, and weights of x0 on the device, newest first: (2, KEPT, 1) of a corrector and a predictor."""
 
     ratio: float  # s_next / s
     sigma_ratio: float  # sigma_next / sigma
@@ -170,16 +180,17 @@ class _Step:
     alpha_next: float
     held: float  # sum of a prediction's weights
     usual_disagreement: float  # of the bold and the cautious step in a plain Gaussian latent, over the change of x0
-    bold: torch.Tensor
     cautious: torch.Tensor
-    correct_bold: torch.Tensor  # of the last step
-    correct_cautious: torch.Tensor
-    disagreement: torch.Tensor  # bold - cautious, as weights of the changes of x0
+    bold: torch.Tensor
+    turned_back: torch.Tensor  # no correction, and x0 held
+    disagreement: torch.Tensor  # (MEMORY, 1, 1) bold - cautious prediction, as weights of the changes of x0
+    wary: torch.Tensor  # (3, 1) of a wary sample: usual disagreement, where it is cautious, and from bold to there;
+    trusted: torch.Tensor  # what to add for one that is not wary
 
 
 @lru_cache(maxsize=64)
-def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], np.ndarray]:
-    """Of each step the floats of ``_Step``, and its five rows of weights (N, 5, KEPT)."""
+def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
+    """Of each step the floats of ``_Step``, and its weights: (N, ...) of each kind."""
     u, ratios = inverse_sigmas(sigmas), noise_ratios(sigmas)
     modes_only, correct_bold = spectral_table(sigmas)
     cautious, correct_cautious = decision_table(sigmas)
@@ -191,10 +202,17 @@ def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], np.ndarray]:
     )
     # sum_j w_j D_j = sum_j (w_0 + ... + w_j) (D_j - D_{j+1}) where the w add up to 0
     disagreement = np.cumsum(modes_only - cautious, axis=1)
-    tables = np.stack([bold, cautious, correct_bold, correct_cautious, disagreement], axis=1)
     alphas = np.append(u[:-1] / np.hypot(1, u[:-1]), 1.0 if np.isinf(u[-1]) else u[-1] / math.hypot(1, u[-1]))
     sigma_ratios = [0.0 if math.isinf(start) else end / start for start, end in itertools.pairwise(sigmas)]
     held = bold.sum(1)
+    hold = np.zeros_like(bold)
+    hold[:, 0] = held
+    wary = np.broadcast_to([0.0, CAUTIOUS_FROM_WHEN_WARY, CAUTIOUS_FROM_WHEN_WARY - BOLD_UP_TO], (len(held), 3))
+    trusted = np.repeat([[TRUSTED, *[CAUTIOUS_FROM - CAUTIOUS_FROM_WHEN_WARY] * 2]], len(held), axis=0)
+    trusted[:, 0] *= held
+    pairs = [(correct_cautious, cautious), (correct_bold, bold), (np.zeros_like(hold), hold)]
+    tables = [np.stack(pair, axis=1)[..., None] for pair in pairs]
+    tables += [disagreement[:, :MEMORY, None, None], wary[..., None].copy(), trusted[..., None]]
     usual = np.maximum(_usual_disagreement(u, disagreement), LEAST_USUAL * held)
     columns = (ratios, sigma_ratios, alphas[:-1], alphas[1:], held, usual)
     return list(zip(*(np.asarray(column).tolist() for column in columns), strict=True)), tables

@@ -84,6 +84,19 @@ def test_the_loop_never_reads_a_tensor_on_the_host(solver, no_host_reads):
         NOISE.sum().item()  # the guard can fail
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_autocast_around_a_pipeline_does_not_round_the_solver(solver):
+    """People call pipelines under autocast, which would take a matrix product of the solver's to half precision."""
+
+    def run():
+        return sample(denoise, NOISE, SIGMAS, solver, generator=torch.Generator().manual_seed(1))
+
+    exact = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), exact)
+        assert (NOISE[0, 0] @ NOISE[0, 0].mT).dtype == torch.bfloat16  # it does that
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -46,7 +46,7 @@ def always(monkeypatch, bold):
         run.turn = torch.zeros_like(run.turn)
 
     monkeypatch.setattr(_Seen, "see", blind)
-    monkeypatch.setattr(_Seen, "boldness", lambda run, step: bold)
+    monkeypatch.setattr(_Seen, "boldness", lambda run, step: torch.full_like(run.trust, bold))
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,11 @@ def test_secant_step_is_exact_where_x0_is_linear_in_the_state(slope, corrected):
         step = run.step(i)
         answers.insert(0, slope * scale * direction)
         run.see(scale * direction * step.alpha, answers[0], step.alpha)
-    assert run.slope.item() == pytest.approx(slope, rel=1e-9)
-    correction = corrected * torch.tensor([[1.0, -1.5, 0.5, 0, 0]], dtype=torch.float64)
-    beyond = run.secant(step, correction, torch.zeros(1, KEPT, dtype=torch.float64)).item()
-    state = 0.3 * direction * step.alpha + sum(w * x0 for w, x0 in zip(correction[0], answers, strict=False))
+    assert 1 - run.power.item() == pytest.approx(slope, rel=1e-9)
+    correction = corrected * torch.tensor([1.0, -1.5, 0.5, 0, 0], dtype=torch.float64)
+    weights = torch.stack((correction, torch.zeros(KEPT, dtype=torch.float64)))[..., None]
+    beyond = run.secant(step, weights).item()
+    state = 0.3 * direction * step.alpha + sum(w * x0 for w, x0 in zip(correction, answers, strict=False))
     found = step.ratio * state + step.held * answers[0] + beyond * (answers[0] - answers[1])
     exact = state / step.alpha * step.sigma_ratio ** (1 - slope) * step.alpha_next
     assert torch.allclose(found, exact, rtol=1e-9)
@@ -101,7 +102,7 @@ def always_bold(monkeypatch):
         run.turn = torch.zeros_like(run.turn)
 
     monkeypatch.setattr(_Seen, "see", blind)
-    monkeypatch.setattr(_Seen, "boldness", lambda run, step: 1.0)
+    monkeypatch.setattr(_Seen, "boldness", lambda run, step: torch.ones_like(run.trust))
 
 
 @pytest.mark.parametrize("size", [(128, 128), (104, 152), (97, 131)])
