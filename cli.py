@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import __version__
+from .extras import explain
 
 if TYPE_CHECKING:
     import torch
@@ -664,13 +665,18 @@ def _say_who_misreads_it(report: "CheckpointReport") -> None:
 def mistakes_in_one_sentence() -> Iterator[None]:
     """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does.
 
+    So does a library of an extra that is not installed, or a torchvision that does not fit torch.
+
     Of several processes the first one says what all of them meet, and with it torchrun ends the others.  What another
     one meets alone, such as too many broken pictures among its own, that one says, if it is still there after a while.
     """
     try:
         yield
-    except ValueError as error:
-        sentence = str(error)
+    except Exception as error:
+        if isinstance(error, ValueError):
+            sentence = str(error)
+        elif (sentence := explain(click.get_current_context().command_path, error)) is None:
+            raise
         if rank := int(os.environ.get("RANK", 0)):
             time.sleep(PATIENCE)
             sentence = f"process {rank}: {sentence}"

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from ..extras import extras_named
 from .architecture import SUPPORTED
 from .inspect import CheckpointReport, inspect_checkpoint
 from .mark import mark_checkpoint
@@ -30,5 +31,7 @@ _NEED_MORE = {  # diffusers, torch
 def __getattr__(name: str):
     # loaded on first use: reading a header needs neither
     if name in _NEED_MORE:
-        return getattr(import_module(f".{_NEED_MORE[name]}", __name__), name)
+        with extras_named(name):
+            module = import_module(f".{_NEED_MORE[name]}", __name__)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

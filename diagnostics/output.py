@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..extras import how_to_install
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -57,7 +59,7 @@ def png(figure: "Figure") -> bytes:
 def no_matplotlib() -> str | None:
     """What to tell where there is no matplotlib, or None where there is."""
     if find_spec("matplotlib") is None:
-        return 'No pictures without matplotlib: pip install "comfyui-ztsnr[plot]", or pip install matplotlib.'
+        return f"No pictures without matplotlib: {how_to_install('matplotlib')}."
     return None
 
 

@@ -20,6 +20,7 @@ from ..diagnostics.latent_stats import LatentStatistics
 from ..diagnostics.leak import LeakReport, mean_leak
 from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
+from ..extras import needs
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
 from ..samplers.devices import to_float64
 from ..samplers.sampling import Denoise
@@ -212,7 +213,7 @@ def colour_of(name: str, has_rgb: bool) -> tuple[tuple[int, int, int] | None, li
     if not has_rgb:
         return None, ["The colour was not compared: connect a VAE, this model's latents have no linear way to RGB."]
     if find_spec("skimage") is None:
-        return None, ["The colour was not compared: CIEDE2000 needs scikit-image (pip install scikit-image)."]
+        return None, [f"The colour was not compared: {needs('CIEDE2000', 'skimage')}."]
     return COLOURS[name], []
 
 

@@ -1,5 +1,6 @@
 """The mathematics: noise schedules, step schedules, solvers, guidance, and the diffusers scheduler."""
 
+from ..extras import extras_named
 from .guidance import exposure_true, exposure_true_guidance, guide, rescale_contrast, rescale_guidance
 from .noise_schedule import NoiseSchedule, make_betas, min_snr_weight, rescale_zero_terminal_snr
 from .prediction import PREDICTION_TYPES, from_denoised, to_denoised
@@ -36,11 +37,13 @@ __all__ = [
 def __getattr__(name: str):
     # the names that need diffusers: loaded on first use, so that ComfyUI can do without it
     if name == "ZTSNRScheduler":
-        from .diffusers_scheduler import ZTSNRScheduler
+        with extras_named(name):
+            from .diffusers_scheduler import ZTSNRScheduler
 
         return ZTSNRScheduler
     if name in ("ExposureTrueGuidance", "attach"):
-        from . import diffusers_guidance
+        with extras_named(name):
+            from . import diffusers_guidance
 
         return getattr(diffusers_guidance, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,10 +35,10 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("**/*.py"))
 ]
 
 
-def imports_of(path):
-    """Absolute dotted names of everything a file imports, relative imports resolved to ztsnr...."""
+def imports_of(path, tree=None):
+    """Absolute dotted names of everything a file (or a tree of it) imports, relative imports resolved to ztsnr...."""
     package = ["ztsnr", *path.relative_to(ROOT).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree or ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from PIL import Image
 
 import ztsnr
@@ -149,14 +152,49 @@ def test_workflows():
     test, publish = (
         yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("test", "publish")
     )
-    assert any(step.get("run") == ".ci/run" for step in test["jobs"]["test"]["steps"])
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    for job, script in (("test", ".ci/run"), ("lowest", ".ci/lowest")):
+        assert any(step.get("run") == script for step in test["jobs"][job]["steps"])
+        assert os.access(ROOT / script, os.X_OK)
     on = publish[True]  # which YAML takes "on" for
     assert on == {"push": {"tags": ["v*"]}}
     for job in ("build", "comfy-registry"):  # both show README and pyproject.toml
         assert any(".ci/release.py" in step.get("run", "") for step in publish["jobs"][job]["steps"])
     for job in ("pypi", "comfy-registry"):
         assert set(publish["jobs"][job]["needs"]) == {"test", "build"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lower bounds
+
+
+def test_lowest_versions_are_the_lower_bounds():
+    """Of every extra but the one for tests inside ComfyUI, which is pinned."""
+    groups = settings()["project"]["optional-dependencies"]
+    requirements = [Requirement(text) for name, group in groups.items() if name != "comfyui" for text in group]
+    bounds = {}
+    for requirement in requirements:
+        if requirement.name != settings()["project"]["name"]:
+            (bound,) = requirement.specifier
+            assert bound.operator == ">=", requirement
+            assert bounds.setdefault(requirement.name, Version(bound.version)) == Version(bound.version)
+    lines = (ROOT / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in lowest.items()} == bounds
+
+
+def test_tested_versions_are_within_the_bounds():
+    """constraints.txt has a version for everything in lowest.txt, and none is lower."""
+    lowest, tested = (
+        {
+            canonicalize_name(name): Version(version)
+            for line in (ROOT / f"{file}.txt").read_text(encoding="utf-8").splitlines()
+            if not line.startswith("#")
+            for name, version in [line.split("==")]
+        }
+        for file in ("lowest", "constraints")
+    )
+    assert lowest.keys() - tested.keys() <= {"lpips", "torchvision"}  # which this torch has no build of
+    assert all(tested[name] >= lowest[name] for name in lowest.keys() & tested.keys())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

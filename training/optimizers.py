@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from ..extras import needs
+
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "bnb_adamw8bit")
 LOW_BIT = ("adamw8bit", "adamw4bit")  # torchao's
 SCHEDULES = ("constant", "cosine", "rsqrt")
@@ -99,7 +101,7 @@ def _low_bit_class(name: str) -> type[Optimizer]:
     try:
         from torchao import optim
     except ImportError:
-        raise ValueError(f'{name} needs torchao: pip install "comfyui-ztsnr[lowbit]", or pip install torchao') from None
+        raise ValueError(needs(name, "torchao")) from None
     return optim.AdamW8bit if name == "adamw8bit" else optim.AdamW4bit
 
 
@@ -107,7 +109,7 @@ def _bitsandbytes_class() -> type[Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise ValueError("bnb_adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
+        raise ValueError(needs("bnb_adamw8bit", "bitsandbytes")) from None
     return AdamW8bit
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..checkpoints.header import read_header
 from ..checkpoints.pipeline import HUB_TIMEOUT
+from ..extras import needs
 
 VGG16 = "timm/vgg16.tv_in1k"  # on the Hugging Face hub: torchvision's weights, as safetensors
 MOST_ADAPTIVE = 1e4  # as VQGAN limits it
@@ -44,9 +45,8 @@ def load_lpips(backbone: str | Path | None = None) -> nn.Module:
     try:
         import lpips
     except ImportError as error:
-        raise ValueError(
-            f"LPIPS needs the packages lpips and torchvision ({error}): install them, or set lpips_weight to 0"
-        ) from None
+        missing = (error.name or "lpips").split(".")[0]
+        raise ValueError(f"{needs('LPIPS', missing)}, or set lpips_weight to 0") from None
     path = _vgg16() if backbone is None else Path(backbone)
     header = read_header(path)  # refuses pickles
     with warnings.catch_warnings():

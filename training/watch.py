@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints.atomic import atomic_write
+from ..extras import needs
 from ..samplers.devices import widest_float
 from .config import WatchSettings
 from .parallel import World
@@ -33,14 +34,12 @@ def check_installed(settings: WatchSettings) -> None:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
-            raise ValueError(
-                'watch.tensorboard needs tensorboard: pip install "comfyui-ztsnr[train]", or turn it off'
-            ) from None
+            raise ValueError(f"{needs('watch.tensorboard', 'tensorboard')}, or turn it off") from None
     if settings.wandb:
         try:
             import wandb  # noqa: F401
         except ImportError:
-            raise ValueError("watch.wandb needs wandb: pip install wandb, or leave it out") from None
+            raise ValueError(f"{needs('watch.wandb', 'wandb')}, or leave it out") from None
 
 
 class Watch:

@@ -1,0 +1,94 @@
+"""The libraries that ComfyUI lacks: which extra of the package installs each, and what to say where one is missing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from traceback import walk_tb
+
+# the module that is imported: the extra that installs it
+EXTRAS = {
+    "accelerate": "diffusers",
+    "diffusers": "diffusers",
+    "huggingface_hub": "diffusers",
+    "safetensors": "diffusers",
+    "transformers": "diffusers",
+    "click": "cli",
+    "jinja2": "cli",
+    "skimage": "cli",
+    "tabulate": "cli",
+    "tqdm": "cli",
+    "matplotlib": "plot",
+    "peft": "train",
+    "pyarrow": "train",
+    "pydantic": "train",
+    "tensorboard": "train",
+    "tomli_w": "train",
+    "tyro": "train",
+    "torchao": "lowbit",
+    "lpips": "vae",
+    "torchvision": "vae",
+}
+PROJECTS = {"skimage": "scikit-image", "tomli_w": "tomli-w"}  # named otherwise than their module
+
+
+class MissingLibraryError(ImportError):
+    """A library of an extra is missing or broken; the message says in one sentence what to install."""
+
+
+def how_to_install(module: str) -> str:
+    """The commands that install a library, for the end of a sentence."""
+    project = PROJECTS.get(module, module)
+    plainly = f"pip install {project}"
+    return f'pip install "comfyui-ztsnr[{EXTRAS[module]}]", or {plainly}' if module in EXTRAS else plainly
+
+
+def needs(what: str, module: str) -> str:
+    """The sentence for what cannot go on without a library."""
+    return f"{what} needs {PROJECTS.get(module, module)}: {how_to_install(module)}"
+
+
+def explain(what: str, error: BaseException) -> str | None:
+    """The sentence for an import that failed by a library of an extra; None for every other error.
+
+    diffusers and transformers import on first use and raise errors of their own, so causes are searched as well.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and (module := (cause.name or "").split(".")[0]) in EXTRAS:
+            return needs(what, module)
+        if _ended_import_of("torchvision", cause):
+            return (
+                f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({cause}), and "
+                f"{what} imports transformers, which imports it: pip uninstall torchvision, or install the one that "
+                "was built for this torch"
+            )
+        cause = cause.__cause__
+    return None
+
+
+@contextmanager
+def extras_named(what: str) -> Iterator[None]:
+    """Say what to install where an import fails by a library of an extra.
+
+    Raises:
+        MissingLibraryError: In place of that error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if sentence := explain(what, error):
+            raise MissingLibraryError(sentence) from error
+        raise
+
+
+def _ended_import_of(package: str, error: BaseException) -> bool:
+    """True if the error ended the import of a package; what its functions raise later is not meant."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(f.f_code.co_name == "<module>" and f.f_globals["__name__"].split(".")[0] == package for f in frames)
+
+
+def _version(project: str) -> str:
+    try:
+        return version(project)
+    except PackageNotFoundError:
+        return "(of unknown version)"
