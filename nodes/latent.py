@@ -8,7 +8,7 @@ from comfy_api.latest import io
 import nodes as core
 
 from ..canvas import area_buckets, nearest_bucket, novelai_buckets
-from .schema import schema
+from .schema import schema, used_for
 
 BUCKETS = {"SDXL": area_buckets((1024, 1024)), "NovelAI 2022": novelai_buckets()}
 
@@ -49,6 +49,7 @@ class ZTSNRBucketLatent(io.ComfyNode):
                     min=1,
                     max=core.MAX_RESOLUTION,
                     tooltip="First number of the ratio width : height, such as 2 of 2:3; a size in pixels will do.",
+                    extra_dict=used_for(size=NEAREST, unless="image"),
                 ),
                 io.Int.Input(
                     "ratio_height",
@@ -56,6 +57,7 @@ class ZTSNRBucketLatent(io.ComfyNode):
                     min=1,
                     max=core.MAX_RESOLUTION,
                     tooltip="Second number of the ratio width : height, such as 3 of 2:3; a size in pixels will do.",
+                    extra_dict=used_for(size=NEAREST, unless="image"),
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, tooltip="The number of latents, one for each picture."

@@ -11,7 +11,10 @@ from comfy_api.latest import io
 from ..samplers import DEFAULT_SOLVER, SOLVERS, sample
 from .first_step import without_noise
 from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactVPrediction
-from .schema import schema
+from .schema import schema, used_for
+
+ETA = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver")
+FRESH_NOISE = (*ETA, "lcm")
 
 
 class ZTSNRSampler(io.ComfyNode):
@@ -40,6 +43,7 @@ class ZTSNRSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="Share of fresh noise of sa_solver and of the ancestral and sde solvers; 0 makes them "
                     "deterministic. The others do not use it.",
+                    extra_dict=used_for(solver=ETA),
                 ),
                 io.Float.Input(
                     "s_noise",
@@ -48,6 +52,7 @@ class ZTSNRSampler(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     tooltip="Strength of the fresh noise, that of lcm included; 1 by the theory.",
+                    extra_dict=used_for(solver=FRESH_NOISE),
                 ),
                 io.Boolean.Input(
                     "cfg_pp",

@@ -16,7 +16,9 @@ from ..samplers.step_schedules import DEFAULT_GUIDANCE, range_start
 from .messages import refused, show
 from .model_patch import UNPATCHED, canvas_length_of, schedule_of, unpatched_zero_snr
 from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactSchedule
-from .schema import schema
+from .schema import schema, used_for
+
+RANGE_SPACINGS = ("spectral", "karras", "exponential", "polyexponential", "kl_optimal")  # those that take sigma_start
 
 
 class ZTSNRScheduler(io.ComfyNode):
@@ -57,6 +59,7 @@ class ZTSNRScheduler(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     tooltip="CFG of the sampling; spectral places its steps for it. 1 without guidance.",
+                    extra_dict=used_for(spacing=["spectral"]),
                 ),
                 io.Float.Input(
                     "sigma_start",
@@ -66,7 +69,8 @@ class ZTSNRScheduler(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="First finite sigma of spectral, karras, exponential, polyexponential and kl_optimal; "
-                    "0 is automatic.",
+                    "0 is automatic. The others do not use it.",
+                    extra_dict=used_for(spacing=RANGE_SPACINGS),
                 ),
                 io.Latent.Input(
                     "latent",
@@ -101,7 +105,7 @@ class ZTSNRScheduler(io.ComfyNode):
                     steps,
                     spacing,
                     latent_size=_canvas(model, latent),
-                    sigma_start=sigma_start or None,
+                    sigma_start=(sigma_start or None) if spacing in RANGE_SPACINGS else None,  # else hidden
                     denoise=denoise,
                     guidance=cfg,
                 )

@@ -672,7 +672,7 @@ def refusals():
         "flow schedule": said("ZTSNRScheduler", model=other(kinds.FLOW), steps=5, spacing="trailing", denoise=1.0),
         "flow guidance": said("ZTSNRGuidanceRescale", model=other(kinds.FLOW), phi=0.7),
         "steps": said("ZTSNRScheduler", model=patched(), steps=0, spacing="trailing", denoise=1.0),
-        "start": said("ZTSNRScheduler", model=patched(), steps=5, spacing="beta", denoise=1.0, sigma_start=99.0),
+        "start": said("ZTSNRScheduler", model=patched(), steps=5, spacing="karras", denoise=1.0, sigma_start=0.01),
     }
 
 

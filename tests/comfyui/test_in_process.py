@@ -436,7 +436,7 @@ def test_save_checkpoint_marks_the_file(inside, tmp_path, settings, marks):
         ("flow schedule", "no table of noise levels"),
         ("flow guidance", "no table of noise levels"),
         ("steps", "steps must be a whole number of at least 1, not 0"),
-        ("start", "spacing 'beta' chooses timesteps and takes no sigma_start"),
+        ("start", "sigma_start must be finite and in (0.02917, inf], not 0.01"),
     ],
 )
 def test_bad_input_blocks_its_branch_with_a_sentence(inside, case, words):
