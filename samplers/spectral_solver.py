@@ -28,14 +28,16 @@ BLOCKS = 12  # along the shorter side of the latent: what is coarser decides how
 STIFFEST = 5.0  # largest -J that is believed
 SMALL = 1e-30  # where x0 does not change at all
 # Disagreement of the bold and the cautious step, over what a plain Gaussian latent shows: up to the first number a step
-# is bold, from the second on cautious.  A sample whose x0 has bent once is wary, and trusts less from then on.
-BOLD_UP_TO, CAUTIOUS_FROM, CAUTIOUS_FROM_WHEN_WARY = 2.0, 6.0, 3.0
+# is bold, from the second on cautious.  A sample whose x0 has bent in the first half of the steps is wary: that early
+# guidance bends it, or a decision.  Later texture bends it too, which is no reason.
+BOLD_UP_TO, CAUTIOUS_FROM = 2.0, 6.0
+BOLD_UP_TO_WHEN_WARY, CAUTIOUS_FROM_WHEN_WARY = 0.0, 0.5
 TRUSTED = 0.25  # disagreement, as a share of the step, that is usual for a sample that is not wary,
 LEAST_USUAL = 0.02  # and for one that is
 # A full turn takes back half of the correction and all of the prediction, in the shape of their weights.
 SHARE_OF_TURN = torch.tensor([0.5, 1.0]).view(2, 1, 1)
-# Of the cosine between two changes of x0, clamped to [0, 1]: the turn -2 cos, and the trust 0.4 + 2 cos.
-COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, 0.4]).view(2, 1), torch.tensor([-2.0, 2.0]).view(2, 1)
+# Of the cosine between two changes of x0, clamped to [0, 1]: the turn -2 cos, and the trust 2 cos - 0.2.
+COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, -0.2]).view(2, 1), torch.tensor([-2.0, 2.0]).view(2, 1)
 
 
 def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -44,7 +46,7 @@ def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch
         run.kept = _Seen(x, run.sigmas)
     seen, history = run.kept, run.remember(x0, KEPT)
     step = seen.step(run.step)
-    seen.see(x, x0, step.alpha)
+    seen.see(x, x0, step)
     # Two rows of weights: the corrector of the last step, folded into this one, and the predictor of this step.
     weights = torch.lerp(step.cautious, step.bold, seen.boldness(step))
     correction, prediction = weights[0], weights[1]
@@ -76,7 +78,7 @@ class _Seen:
         power: (B,) 1 - J, if x0 = J X + const along d_0; None before it can be measured.
         distance: (B,) <X - x0, d_0> / <d_0, d_0>.
         turn: (B,) 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
-        trust: (B,) 1 while x0 has not bent by more than 73 degrees, 0 once it bent by 100.
+        trust: (B,) 1 while x0 has not bent by more than 53 degrees early on, 0 once it bent by 84.
         predicted: (KEPT, B) weights of the last prediction, the x0 first that was the newest then.
         share_of_turn: (2, 1, 1) SHARE_OF_TURN on the device.
     """
@@ -95,10 +97,12 @@ class _Seen:
         """One of the run's steps."""
         return _Step(*self._floats[number], *(table[number] for table in self._tables))
 
-    def see(self, x: torch.Tensor, x0: torch.Tensor, alpha: float) -> None:
-        """The state that the network was asked about, its answer, and alpha of the noise level."""
+    def see(self, x: torch.Tensor, x0: torch.Tensor, step: "_Step") -> None:
+        """The state that the network was asked about, and its answer."""
         x0_before, self._x0 = self._x0, _coarse(x0)
-        state_before, self._state = self._state, _coarse(x) / alpha if alpha > 0 else None  # X has no value at infinity
+        state_before, self._state = self._state, None
+        if step.alpha > 0:  # X has no value at infinity
+            self._state = _coarse(x) / step.alpha
         if x0_before is None:
             return
         newest = self._x0 - x0_before
@@ -117,7 +121,8 @@ class _Seen:
             cosine = along[1] * (self.size / size_before)
             offset, factor = self._of_cosine
             self.turn, straight = torch.addcmul(offset, cosine, factor).clamp_(0, 1).unbind(0)
-            self.trust = torch.minimum(self.trust, straight)
+            if step.early:
+                self.trust = torch.minimum(self.trust, straight)
         if state_before is not None:
             # J = <d, d> / <dX, d>; the quotient <dX, d> / <dX, dX> would drown in the noise of all other directions.
             # J > 0 is the slope of a decision, and counts as 0.
@@ -176,6 +181,7 @@ class _Step(NamedTuple):
 
     ratio: float  # s_next / s
     sigma_ratio: float  # sigma_next / sigma
+    early: bool  # whether it is one of the first half
     alpha: float
     alpha_next: float
     held: float  # sum of a prediction's weights
@@ -207,14 +213,16 @@ def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
     held = bold.sum(1)
     hold = np.zeros_like(bold)
     hold[:, 0] = held
-    wary = np.broadcast_to([0.0, CAUTIOUS_FROM_WHEN_WARY, CAUTIOUS_FROM_WHEN_WARY - BOLD_UP_TO], (len(held), 3))
-    trusted = np.repeat([[TRUSTED, *[CAUTIOUS_FROM - CAUTIOUS_FROM_WHEN_WARY] * 2]], len(held), axis=0)
+    wary = np.array([0.0, CAUTIOUS_FROM_WHEN_WARY, CAUTIOUS_FROM_WHEN_WARY - BOLD_UP_TO_WHEN_WARY])
+    trusted = np.array([TRUSTED, CAUTIOUS_FROM, CAUTIOUS_FROM - BOLD_UP_TO]) - wary
+    wary, trusted = np.tile(wary, (len(held), 1)), np.tile(trusted, (len(held), 1))
     trusted[:, 0] *= held
     pairs = [(correct_cautious, cautious), (correct_bold, bold), (np.zeros_like(hold), hold)]
     tables = [np.stack(pair, axis=1)[..., None] for pair in pairs]
-    tables += [disagreement[:, :MEMORY, None, None], wary[..., None].copy(), trusted[..., None]]
+    tables += [disagreement[:, :MEMORY, None, None], wary[..., None], trusted[..., None]]
     usual = np.maximum(_usual_disagreement(u, disagreement), LEAST_USUAL * held)
-    columns = (ratios, sigma_ratios, alphas[:-1], alphas[1:], held, usual)
+    early = np.arange(len(held)) <= len(held) / 2
+    columns = (ratios, sigma_ratios, early, alphas[:-1], alphas[1:], held, usual)
     return list(zip(*(np.asarray(column).tolist() for column in columns), strict=True)), tables
 
 

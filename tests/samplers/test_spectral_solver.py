@@ -65,7 +65,7 @@ def test_secant_step_is_exact_where_x0_is_linear_in_the_state(slope, corrected):
     for i, scale in enumerate((1.0, 0.55, 0.3)):  # X is any multiple of the direction
         step = run.step(i)
         answers.insert(0, slope * scale * direction)
-        run.see(scale * direction * step.alpha, answers[0], step.alpha)
+        run.see(scale * direction * step.alpha, answers[0], step)
     assert 1 - run.power.item() == pytest.approx(slope, rel=1e-9)
     correction = corrected * torch.tensor([1.0, -1.5, 0.5, 0, 0], dtype=torch.float64)
     weights = torch.stack((correction, torch.zeros(KEPT, dtype=torch.float64)))[..., None]
@@ -74,6 +74,18 @@ def test_secant_step_is_exact_where_x0_is_linear_in_the_state(slope, corrected):
     found = step.ratio * state + step.held * answers[0] + beyond * (answers[0] - answers[1])
     exact = state / step.alpha * step.sigma_ratio ** (1 - slope) * step.alpha_next
     assert torch.allclose(found, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("step", "trust"), [(3, 0.0), (5, 0.0), (6, 1.0), (8, 1.0)])
+def test_what_bends_early_is_trusted_less_and_what_bends_late_is_texture(step, trust):
+    """x0 goes on along one direction, and once by 90 degrees: in the first five of ten steps that makes it wary."""
+    sigmas = tuple(step_schedule(ZERO, 10, latent_size=(128, 128)).tolist())
+    ahead, aside = torch.eye(2, dtype=torch.float64)[:, None]
+    run, x0 = _Seen(ahead, sigmas), torch.zeros(1, 2, dtype=torch.float64)
+    for i in range(10):
+        run.see(ahead, x0, run.step(i))
+        x0 = x0 + (aside if i == step - 1 else ahead)  # bent when the question of ``step`` is answered
+    assert run.trust.item() == trust
 
 
 @pytest.mark.parametrize("w", [3.0, 5.0, 7.5])
