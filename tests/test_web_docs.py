@@ -181,6 +181,49 @@ def test_translations_are_complete(node):
         assert not re.search(r"[{}@|]", sentence)  # which the frontend's translator takes for its own syntax
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Templates
+
+WORKFLOWS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))
+}
+NOTES = {
+    node["title"]: node["widgets_values"][0]
+    for workflow in WORKFLOWS.values()
+    for node in workflow["nodes"]
+    if node["type"] == "MarkdownNote"
+}
+TEMPLATE_TEXTS = json.loads((ROOT / "web" / "templates" / "zh.json").read_text(encoding="utf-8"))
+
+
+def test_templates_are_translated_and_nothing_else():
+    titles = {
+        item["title"]
+        for workflow in WORKFLOWS.values()
+        for item in workflow["nodes"] + workflow["groups"]
+        if "title" in item
+    }
+    assert set(TEMPLATE_TEXTS["titles"]) == titles
+    assert set(TEMPLATE_TEXTS["notes"]) == set(NOTES)
+
+
+def test_templates_say_that_they_are():
+    """The page translates these alone, and takes the mark off, so that what a user saves stays as it is."""
+    assert all(workflow["extra"]["ztsnr_template"] is True for workflow in WORKFLOWS.values())
+
+
+@pytest.mark.parametrize("title", NOTES)
+def test_translated_notes_say_the_same(title):
+    """As many paragraphs, the same numbers, links and names in code."""
+    english, chinese = NOTES[title], TEMPLATE_TEXTS["notes"][title]
+    assert len(CHINESE.findall(chinese)) > 50
+    for pattern in (r"\n\n", r"\d+(?:\.\d+)?", r"https?://[^)]+", r"`[a-z0-9]+_[a-z0-9_]+`"):
+        first, second = (sorted(re.findall(pattern, note)) for note in (english, chinese))
+        if pattern.startswith("`"):  # names of widgets are translated, as the node shows them
+            first = [name for name in first if name not in ("`canvas_shift`",)]
+        assert first == second
+
+
 def test_the_chinese_readme_has_the_numbers_of_the_english_one():
     english, chinese = (
         [

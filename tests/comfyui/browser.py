@@ -22,10 +22,43 @@ SETTINGS = {
     # Text however small; older pages know the first name, newer ones the second
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    # samplers show what they do, as for most users
+    "Comfy.Execution.PreviewMethod": "latent2rgb",
 }
 READY = "() => window.app?.extensionManager && app.graph && app.canvas && !app.extensionManager.spinner"
 SEEN = """() => app.graph.nodes.every(node => !app.nodeOutputs[node.id]?.images
     || node.imgs?.length && node.imgs.every(image => image.naturalWidth > 0))"""
+# The server's messages of a run, in short: each sampler draws, nodes that show pictures have some, ours say something
+MESSAGES = """async sentence => {
+    const canvas = new OffscreenCanvas(416, 608);
+    canvas.getContext('2d').fillRect(0, 0, 416, 608);
+    const blob = await canvas.convertToBlob();
+    const images = [{filename: 'example.png', subfolder: '', type: 'input'}];
+    for (const {id, type} of app.graph.nodes) {
+        const send = (name, detail) => app.api.dispatchCustomEvent(name, detail);
+        const node = String(id);
+        if (/^(KSampler|SamplerCustom)/.test(type)) send('b_preview_with_metadata', {blob, displayNodeId: node});
+        if (/^(SaveImage|ZTSNRScheduler|LatentMean(Diagnostic|Report))/.test(type))
+            send('executed', {node, display_node: node, output: {images}});
+        if (type === 'ZTSNRModelSampling') send('progress_text', {nodeId: node, text: sentence});
+    }
+}"""
+# Of two nodes that lie over one another the titles; by their real sizes, which in Nodes 2.0 the page alone knows
+OVERLAPPING = """() => {
+    const place = node => {
+        const element = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+        const title = LiteGraph.NODE_TITLE_HEIGHT;
+        const [width, height] = element
+            ? [element.width / app.canvas.ds.scale, element.height / app.canvas.ds.scale]
+            : [node.size[0], node.size[1] + title];
+        const [left, top] = [node.pos[0], node.pos[1] - title];
+        return {left, top, right: left + width, bottom: top + height, title: node.title};
+    };
+    const meet = (a, b) => a.left < b.right && a.top < b.bottom;
+    const nodes = app.graph.nodes.filter(node => !node.flags?.collapsed).map(place);
+    const pairs = nodes.flatMap((a, i) => nodes.slice(i + 1).map(b => [a, b]));
+    return pairs.filter(([a, b]) => meet(a, b) && meet(b, a)).map(pair => pair.map(node => node.title));
+}"""
 
 
 class Frontend:
@@ -51,9 +84,10 @@ class Frontend:
         if response.status >= 400 and self._pack in response.url and not response.url.endswith("/en.md"):
             self.problems.append(f"status {response.status}: {response.url}")
 
-    def open(self, locale: str = "en") -> None:
-        """Open the page anew, in a language."""
-        answer = self.page.request.post(f"{self._url}/api/settings", data={**SETTINGS, "Comfy.Locale": locale})
+    def open(self, locale: str = "en", nodes_2: bool = False) -> None:
+        """Open the page anew, in a language, and with nodes drawn on the canvas or, as Nodes 2.0, by the page."""
+        settings = {**SETTINGS, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": nodes_2}
+        answer = self.page.request.post(f"{self._url}/api/settings", data=settings)
         assert answer.ok, answer.text()
         self.page.goto(self._url)
         self.page.wait_for_function(READY)
@@ -102,6 +136,18 @@ class Frontend:
             values,
         )
 
+    def connect(self, source: str, output: str, target: str, slot: str) -> None:
+        """Add a node and connect one of its outputs to the first node of another type."""
+        self.page.evaluate(
+            """([source, output, target, slot]) => {
+                const node = LiteGraph.createNode(source);
+                app.graph.add(node);
+                node.pos = [-600, 0];
+                node.connect(output, app.graph.nodes.find(node => node.type === target), slot);
+            }""",
+            [source, output, target, slot],
+        )
+
     def run(self) -> str:
         """Press Run; the id that the server gave the prompt.  RuntimeError if it or the page refuses."""
         try:
@@ -127,16 +173,34 @@ class Frontend:
         """Whether a sentence is to be read somewhere in the page."""
         return any(found.is_visible() for found in self.page.get_by_text(sentence).all())
 
+    def wait_for_sentence(self, sentence: str) -> None:
+        self.page.get_by_text(sentence).first.wait_for()
+
     def overlapping(self) -> list[list[str]]:
         """Pairs of node titles that lie over one another, now that nodes have grown by their pictures."""
+        return self.page.evaluate(OVERLAPPING)
+
+    def show_a_run(self, sentence: str) -> None:
+        """Show what a run shows at its largest, by the server's messages alone: previews, pictures and a sentence."""
+        self.page.evaluate(MESSAGES, sentence)
+        self.page.wait_for_timeout(500)
+        self.fit_view()  # what is outside the window is not drawn, and does not grow
+        self.page.wait_for_timeout(500)
+
+    def visible_widgets(self, node: str) -> list[str]:
+        """Names of the widgets that a node of this type shows, the first of its type."""
+        self.page.wait_for_timeout(200)
         return self.page.evaluate(
-            """() => {
-                const nodes = app.graph.nodes.filter(node => !node.flags?.collapsed);
-                const title = LiteGraph.NODE_TITLE_HEIGHT;
-                const meet = (a, b) => a.pos[0] < b.pos[0] + b.size[0] && a.pos[1] - title < b.pos[1] + b.size[1];
-                const pairs = nodes.flatMap((a, i) => nodes.slice(i + 1).map(b => [a, b]));
-                return pairs.filter(([a, b]) => meet(a, b) && meet(b, a)).map(pair => pair.map(node => node.title));
-            }"""
+            """type => {
+                const node = app.graph.nodes.find(node => node.type === type);
+                const element = document.querySelector(`[data-node-id="${node.id}"]`);
+                const rows = [...element?.querySelectorAll('[data-testid=node-widget]') ?? []];
+                const shown = widget => element
+                    ? rows.some(row => row.textContent.trim().startsWith(widget.name))
+                    : node.isWidgetVisible(widget);
+                return node.widgets.filter(shown).map(widget => widget.name);
+            }""",
+            node,
         )
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _frontend(server):
             pytest.skip(f"Chromium does not start; CHROMIUM says where it is ({str(error).splitlines()[0]})")
         with chromium:
             context = chromium.new_context(viewport={"width": 1920, "height": 1080})
-            context.set_default_timeout(60_000)
+            context.set_default_timeout(240_000)  # milliseconds; the machine may be busy
             yield Frontend(context, server.url, "comfyui-ztsnr")
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def start(comfyui: str) -> None:
         path = Path(comfyui, "comfy_extras", f"nodes_{name}.py")
         if path.exists():  # newer cores have more of them
             asyncio.run(nodes.load_custom_node(str(path), module_parent="comfy_extras"))
+    global load_seconds
+    start = time.process_time()
     assert asyncio.run(nodes.load_custom_node(str(ROOT))), "the pack does not load"
+    load_seconds = time.process_time() - start
 
 
 def room(name: str):
@@ -183,6 +187,7 @@ def about():
 
     return {
         "version": comfyui_version.__version__,
+        "load_seconds": load_seconds,
         "samplers": comfy.samplers.SAMPLER_NAMES,
         "schedulers": comfy.samplers.SCHEDULER_NAMES,
         "nodes": sorted(name for name in nodes.NODE_CLASS_MAPPINGS if "ZTSNR" in name or "LatentMean" in name),

@@ -61,7 +61,7 @@ class Server:
         if self._process.poll() is not None:
             raise RuntimeError(f"ComfyUI ended with status {self._process.returncode}:\n{self.log()[-4000:]}")
 
-    def wait_until_ready(self, seconds: float = 120) -> None:
+    def wait_until_ready(self, seconds: float = 600) -> None:
         """Until it answers; RuntimeError with the end of its log if it never does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -94,7 +94,7 @@ class Server:
         """The definition of one node, or of all by their id."""
         return self.get("/object_info") if node is None else self.get(f"/object_info/{node}")[node]
 
-    def queue(self, prompt: dict, seconds: float = 300) -> dict[str, dict]:
+    def queue(self, prompt: dict, seconds: float = 600) -> dict[str, dict]:
         """Run a graph in the API's form; what its nodes show, by node id.
 
         Raises RuntimeError with ComfyUI's words if the graph is refused or a node fails.
@@ -105,7 +105,7 @@ class Server:
             raise RuntimeError(f"ComfyUI refuses the graph: {refusal.read().decode()}") from None
         return self.wait_for(prompt_id, seconds)
 
-    def wait_for(self, prompt_id: str, seconds: float = 300) -> dict[str, dict]:
+    def wait_for(self, prompt_id: str, seconds: float = 600) -> dict[str, dict]:
         """What the nodes of a queued graph show once it has run, as ``queue`` does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
