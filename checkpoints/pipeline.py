@@ -7,6 +7,7 @@ every single file for epsilon.
 
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import hf_hub_download, model_info, snapshot_download
+from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
 
 from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
@@ -30,6 +31,14 @@ from .settings import read_settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_TIMEOUT = 10  # seconds
+# The client's own, and with them that of its HTTP library, whichever that is; ValueError for an answer that is no JSON,
+# RuntimeError from the downloader of the hub's new storage.
+HUB_ERRORS = (
+    *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    OSError,
+    ValueError,
+    RuntimeError,
+)
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 # What a single file lacks, its settings and tokenizers, is the same for all models of a kind.  (Stability AI withdrew
@@ -150,12 +159,12 @@ def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> 
     trouble = None
     try:
         model_info(name, timeout=HUB_TIMEOUT)
-    except Exception as error:  # those of whichever HTTP library the hub's client is built on
+    except HUB_ERRORS as error:
         trouble = error
     try:
         # asked without need, the client would try again for minutes
         return Path(fetch(name, local_files_only=trouble is not None, **options))
-    except Exception as error:
+    except HUB_ERRORS as error:
         reason = _first_line(trouble or error.__cause__ or error)
         raise ValueError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
 
@@ -355,14 +364,26 @@ def _variant(folder: Path) -> str | None:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Make one sentence of whatever goes wrong in the block."""
+    """Make one sentence of what libraries raise in the block for files that are damaged or do not fit together.
+
+    For settings that make no sense they raise anything: TypeError, AttributeError, ZeroDivisionError, and the
+    tokenizers library Exception itself.  So what counts is whose line raised it: what one of this package raises is a
+    bug, and passes, unless it is a sentence already.
+    """
     try:
         with warnings.catch_warnings():
             # the name that every diffusers until 1.0 understands
             warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
-    except Exception as error:  # of diffusers, transformers and safetensors, which agree on none
+    except Exception as error:
+        if _raised_by_this_package(error) and not isinstance(error, (OSError, ValueError)):
+            raise
         raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _raised_by_this_package(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith(__package__.removesuffix("checkpoints"))
 
 
 def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:
