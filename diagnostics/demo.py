@@ -21,6 +21,7 @@ on which seeds were drawn.
 
 import json
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,6 +45,19 @@ EXPOSURE = 0.15
 LEVEL = 2 / 255  # one step of an 8-bit channel on the scale [-1, 1]
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "hubble_deep_field.jpg")
 MOST_PICTURES = 64
+# What Pillow raises for a picture that is damaged, or of a kind that it reads only in part.
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 COLORS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1), (-1, 1, 1), (1, -1, 1))
 KNOWN_SEEDS, PHOTOGRAPH_SEEDS = 8, 64
 VISIBLE = 5  # levels from which on the contact sheet marks an error
@@ -101,15 +115,28 @@ def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
 
 def open_picture(path: Path, size: int) -> torch.Tensor:
     """A picture file, turned as its EXIF says, transparent parts on white, as (3, size, size) in [-1, 1]."""
+    return to_tensor(to_rgb(decode(path, size)), size)
+
+
+def decode(path: Path, size: int) -> Image.Image:
+    """A picture file, turned as its EXIF says, with at least 2 * size pixels a side if it has them.
+
+    Raises:
+        One of ``DAMAGED``: it cannot be read.
+    """
     with Image.open(path) as image:
         image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no more than is needed
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return to_tensor(image.convert("RGB"), size)
+        return ImageOps.exif_transpose(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, transparent parts on white."""
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.Tensor:
@@ -127,9 +154,11 @@ def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.
     pictures = []
     for file in files[:MOST_PICTURES]:
         try:
-            pictures.append(open_picture(file, size))
-        except Exception as error:  # Pillow raises a dozen kinds for damaged files
+            image = decode(file, size)
+        except DAMAGED as error:
             say(f"Skipped {file.name}: {' '.join(str(error).split()) or type(error).__name__}.")
+        else:  # outside, so that a bug of ours is not taken for damage
+            pictures.append(to_tensor(to_rgb(image), size))
     if not pictures:
         raise UserError(f"{folder} holds no picture that can be read; put JPEG, PNG or WebP files directly into it.")
     return torch.stack(pictures)

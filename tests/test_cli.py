@@ -235,6 +235,41 @@ def test_own_pictures_and_a_bad_one(tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["photographs"] == 3
 
 
+DAMAGES = {
+    "a JPEG without its end": ("JPEG", lambda data: data[: len(data) // 2]),
+    "a PNG without its end": ("PNG", lambda data: data[: len(data) // 2]),
+    "a PNG of another checksum": ("PNG", lambda data: data[:29] + b"\0\0\0\0" + data[33:]),
+    "a GIF of 4 thousand million pixels": ("GIF", lambda data: data[:6] + b"\xff" * 4 + data[10:]),
+    "a DDS without pixels": ("DDS", lambda data: data[:128]),
+    "a DDS of an unknown form": ("DDS", lambda data: data[:80] + b"\0\x18\0\0" + data[84:]),
+    "a TIFF without its end": ("TIFF", lambda data: data[: len(data) // 2]),
+    "nothing": ("PNG", lambda data: b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_pictures_are_passed_over(tmp_path, damage):
+    kind, harm = DAMAGES[damage]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    picture.save(tmp_path / "sound.png")
+    path = tmp_path / f"damaged.{kind.lower()}"
+    picture.save(path, kind)
+    path.write_bytes(harm(path.read_bytes()))
+    said = []
+    assert len(demo.load_pictures(tmp_path, 16, said.append)) == 1
+    (sentence,) = said
+    assert sentence.startswith(f"Skipped {path.name}: ")
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("step", ["to_rgb", "to_tensor"])
+def test_a_bug_is_not_taken_for_a_damaged_picture(tmp_path, monkeypatch, step):
+    save(tmp_path / "sound.png", np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(demo, step, None)
+    with pytest.raises(TypeError, match="not callable"):
+        demo.load_pictures(tmp_path, 16, print)
+
+
 def test_one_own_picture_has_a_known_brightness(tmp_path):
     save(tmp_path / "one.png", np.full((20, 20, 3), 60, np.uint8))
     code, _ = ztsnr_command("demo", "--images", tmp_path, "--out", tmp_path / "out", "--size", 16, "--steps", 1)
