@@ -217,11 +217,8 @@ def test_translated_notes_say_the_same(title):
     """As many paragraphs, the same numbers, links and names in code."""
     english, chinese = NOTES[title], TEMPLATE_TEXTS["notes"][title]
     assert len(CHINESE.findall(chinese)) > 50
-    for pattern in (r"\n\n", r"\d+(?:\.\d+)?", r"https?://[^)]+", r"`[a-z0-9]+_[a-z0-9_]+`"):
-        first, second = (sorted(re.findall(pattern, note)) for note in (english, chinese))
-        if pattern.startswith("`"):  # names of widgets are translated, as the node shows them
-            first = [name for name in first if name not in ("`canvas_shift`",)]
-        assert first == second
+    for pattern in (r"\n\n", r"\d+(?:\.\d+)?", r"https?://[^)]+", r"`(?:ztsnr_\w+|dpmpp_2m|euler|simple)`"):
+        assert sorted(re.findall(pattern, chinese)) == sorted(re.findall(pattern, english))
 
 
 def test_the_chinese_readme_has_the_numbers_of_the_english_one():
