@@ -182,18 +182,25 @@ def once_a_step(column: Iterable[Record]) -> list[Record]:
     return [row for row in column if row["calls"] <= row["steps"] + 1]
 
 
+def no_more_calls(row: Record, rows: Iterable[Record]) -> list[Record]:
+    """Runs under the same guidance, of any number of steps, that call the network no more often, the best first."""
+    rivals = [other for other in rows if other["guidance"] == row["guidance"] and other["calls"] <= row["steps"] + 1]
+    return sorted(rivals, key=lambda rival: rival["error"])
+
+
 def standing_table(rows: Sequence[Record]) -> list[list[str]]:
-    """The default against the best of all others, and of those that call the network once a step."""
-    columns, table = columns_of(rows), [["guidance", "steps", "default", "error", "rank", "rank at one call a step",
-                                         "best other pair", "error", "best at one call a step", "error"]]  # fmt: skip
+    """The default against the best of all others at as many steps, and at no more network calls."""
+    columns, table = columns_of(rows), [["guidance", "steps", "default", "error", "rank", "rank at no more calls",
+                                         "best other pair", "error", "best at no more calls", "error"]]  # fmt: skip
     for guidance, steps in dict.fromkeys((row["guidance"], row["steps"]) for row in rows):
         column = columns[guidance, steps]
         for row in filter(is_default, column):
-            others = [[one for one in rivals if not is_default(one)][:1] for rivals in (column, once_a_step(column))]
+            fair = no_more_calls(row, rows)
+            others = [[one for one in rivals if not is_default(one)][:1] for rivals in (column, fair)]
             table.append(
                 [guidance, str(steps), row["spacing"], f"{row['error']:.4f}"]
-                + [f"{rank(row, rivals)} of {len(rivals)}" for rivals in (column, once_a_step(column))]
-                + [cell for one in others for cell in ((name(*one), f"{one[0]['error']:.4f}") if one else ("none", ""))]
+                + [f"{rank(row, rivals)} of {len(rivals)}" for rivals in (column, fair)]
+                + [cell for one in others for cell in ((at(*one), f"{one[0]['error']:.4f}") if one else ("none", ""))]
             )
     return table
 
@@ -239,6 +246,10 @@ def name(row: Record) -> str:
     return f"{row['program']} {row['solver']} / {row['spacing']}"
 
 
+def at(row: Record) -> str:
+    return f"{name(row)}, {row['calls']} calls"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The report.
 
@@ -247,7 +258,8 @@ EXPLANATION = """\
 flow is RK4 in the angle in {reference_steps} steps. `error`: mean of min(error, 1), where an error is a picture's
 distance from the exact one over the rms norm of the exact ones; `off`: share of pictures off by more than 10 %;
 `brightness`: rms error in levels of 255; `median`: error of a typical picture; all of them means over the problems.
-`calls`: network calls a run; `at one call`: rank among the pairs that make one a step. ztsnr's pairs and those "from
+`calls`: network calls a run; `at one call`: rank among the pairs that make one a step; `at no more calls`: among runs of
+any number of steps with no more calls than the default's. ztsnr's pairs and those "from
 infinity" begin with the exact first step, ComfyUI's own at sigma 4518.76. Samplers that add noise or that guide
 otherwise (CFG++) follow another flow and are left out, as are diffusers' schedulers without `rescale_betas_zero_snr`.
 {pairs} pairs. {res4lyf}"""

@@ -211,7 +211,19 @@ def test_ranks():
     told, untold = bench.standing_table(rows)[1:]
     assert told[3:6] == ["0.1000", "2 of 4", "1 of 3"]
     assert untold[3:6] == ["0.2000", "2 of 4", "1 of 3"]
-    assert told[6:] == ["ztsnr heun / karras", "0.0500", "ztsnr euler / karras", "0.3000"]
+    assert told[6:] == ["ztsnr heun / karras, 19 calls", "0.0500", "ztsnr euler / karras, 10 calls", "0.3000"]
+
+
+def test_a_pair_that_calls_twice_a_step_is_compared_at_half_the_steps():
+    def run(solver, spacing, steps, calls, error):
+        return {"program": "ztsnr", "solver": solver, "spacing": spacing, "guidance": "CFG 5", "steps": steps,
+                "problem": "x", "calls": calls, "error": error, "off": 0.0, "brightness": 0.0, "median": 0.0}  # fmt: skip
+
+    default = run(bench.DEFAULT_SOLVER, bench.DEFAULT_SPACING, 20, 20, 0.02)
+    rows = [default, run("heun", "karras", 20, 39, 0.01), run("heun", "karras", 10, 19, 0.05)]
+    assert bench.standing_table(rows)[1][4:] == [
+        "2 of 2", "1 of 2", "ztsnr heun / karras, 39 calls", "0.0100", "ztsnr heun / karras, 19 calls", "0.0500"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
