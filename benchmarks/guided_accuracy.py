@@ -258,8 +258,8 @@ EXPLANATION = """\
 flow is RK4 in the angle in {reference_steps} steps. `error`: mean of min(error, 1), where an error is a picture's
 distance from the exact one over the rms norm of the exact ones; `off`: share of pictures off by more than 10 %;
 `brightness`: rms error in levels of 255; `median`: error of a typical picture; all of them means over the problems.
-`calls`: network calls a run; `at one call`: rank among the pairs that make one a step; `at no more calls`: among runs of
-any number of steps with no more calls than the default's. ztsnr's pairs and those "from
+`calls`: network calls a run; `at one call`: rank among the pairs that make one a step; `at no more calls`: among runs
+of any number of steps with no more calls than the default's. ztsnr's pairs and those "from
 infinity" begin with the exact first step, ComfyUI's own at sigma 4518.76. Samplers that add noise or that guide
 otherwise (CFG++) follow another flow and are left out, as are diffusers' schedulers without `rescale_betas_zero_snr`.
 {pairs} pairs. {res4lyf}"""

@@ -216,8 +216,9 @@ def test_ranks():
 
 def test_a_pair_that_calls_twice_a_step_is_compared_at_half_the_steps():
     def run(solver, spacing, steps, calls, error):
-        return {"program": "ztsnr", "solver": solver, "spacing": spacing, "guidance": "CFG 5", "steps": steps,
-                "problem": "x", "calls": calls, "error": error, "off": 0.0, "brightness": 0.0, "median": 0.0}  # fmt: skip
+        pair = {"program": "ztsnr", "solver": solver, "spacing": spacing, "guidance": "CFG 5", "steps": steps}
+        scores = {"error": error, "off": 0.0, "brightness": 0.0, "median": 0.0}
+        return {**pair, "problem": "x", "calls": calls, **scores}
 
     default = run(bench.DEFAULT_SOLVER, bench.DEFAULT_SPACING, 20, 20, 0.02)
     rows = [default, run("heun", "karras", 20, 39, 0.01), run("heun", "karras", 10, 19, 0.05)]
