@@ -205,7 +205,7 @@ def test_adapters_change_nothing_at_first_and_are_all_that_is_trained(trained, k
     assert all(parameter.grad is None for parameter in rest)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "lokr"])
 def test_with_an_adapter_the_unet_is_one_graph_and_draws_nothing(trained, kind):
     """peft's LoKr would draw a random number in each layer, at which torch.compile ends a graph."""
     networks = load_networks(trained)

@@ -1,13 +1,7 @@
-"""Optimizers against their papers in float64; their state through files, and on two ranks.
-
-Under torchrun this file is each of two processes that train one sharded model.
-"""
+"""Optimizers against their papers in float64; their state through files, and on two ranks that train one model."""
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +23,8 @@ from ztsnr.training.optimizers import (
     optimizer_tensors,
     set_lr,
 )
+
+from .forked_ranks import run_ranks
 
 LIBRARIES = {"adamw8bit": "torchao", "adamw4bit": "torchao", "bnb_adamw8bit": "bitsandbytes"}
 SHAPES = {"linear.weight": (64, 80), "conv.weight": (32, 16, 3, 3), "norm.bias": (32,), "scale": ()}
@@ -391,10 +387,7 @@ def train_as_a_rank(place, names):
 )
 def test_two_ranks_train_as_one(names, tmp_path):
     pytest.importorskip("torchao")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path), *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_ranks(train_as_a_rank, tmp_path, names, log=tmp_path / "said.log")
     assert len(list(tmp_path.glob("*.safetensors"))) == len(names)
 
 
@@ -448,9 +441,3 @@ def test_state_of_another_optimizer_ends_in_a_sentence():
     adamw_ = make_optimizer("adamw", [{"params": list(named.values())}], lr=1e-3)
     with pytest.raises(ValueError, match=r"the saved scale.exp_avg is \(2,\)"):
         load_optimizer_tensors(adamw_, named, state)
-
-
-if __name__ == "__main__":
-    train_as_a_rank(Path(sys.argv[1]), sys.argv[2:])
-    # without Python's own end, in which a thread of torch's has been seen to abort the process, with all done
-    os._exit(0)

@@ -1,4 +1,7 @@
-"""Real processes, started by torchrun and joined by gloo, train what one process trains at the same global batch."""
+"""Real processes, joined by gloo, train what one process trains at the same global batch.
+
+The slow tests have torchrun start them; the others save the time of its imports (``forked_ranks``).
+"""
 
 import re
 import shutil
@@ -10,6 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from ztsnr.training.parallel import start_world
 
+from .forked_ranks import in_processes
 from .tiny_run import difference, make_content, metrics, states, train, under_torchrun
 
 CLOSE = 1e-6  # relative, of every step's loss in float32
@@ -91,14 +95,16 @@ def halfway(run, out):
     shutil.rmtree(out / "states" / f"step-{STEPS:08d}")
 
 
-@pytest.mark.parametrize("changed", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_two_processes(place, tmp_path, parts, changed):
+@pytest.mark.parametrize(
+    ("changed", "start"), [("fsdp", in_processes), pytest.param("ddp", under_torchrun, marks=pytest.mark.slow)]
+)
+def test_two_processes(place, tmp_path, parts, changed, start):
     """With accumulation; and a run goes from one process to two, and from two to one."""
     jobs = jobs_of(place, tmp_path, ["ddp", "fsdp"], **PARTS)
     to_two, to_one = tmp_path / "to two", tmp_path / "to one"
     halfway(parts, to_two)
     content = make_content(place, to_two, steps=STEPS, speed__strategy=changed, **PARTS)
-    under_torchrun([*jobs, {"content": content, "resume": True}], 2, tmp_path)
+    start([*jobs, {"content": content, "resume": True}], 2, tmp_path)
     halfway(tmp_path / changed, to_one)
     train(make_content(place, to_one, steps=STEPS, **PARTS), resume=True)
     for run in (tmp_path / "ddp", tmp_path / "fsdp", to_two, to_one):
@@ -167,7 +173,7 @@ def test_what_one_process_knows_ends_both(place, tmp_path):
     """The one that waits for it too; and the run after it is a run as any other."""
     broken, plain = (make_content(place, tmp_path / name, steps=2) for name in ("broken", "plain"))
     first = {"content": broken, "broken": 1, "raises": "^what one process alone knows$"}
-    under_torchrun([first, {"content": plain}], 2, tmp_path)
+    in_processes([first, {"content": plain}], 2, tmp_path)
     assert states(tmp_path / "plain") == [2]
 
 
@@ -177,7 +183,7 @@ def test_no_room_for_a_snapshot_of_shares(place, tmp_path):
         place, tmp_path / "run", steps=4, save_every=100, speed__strategy="fsdp", average__snapshots=2
     )
     job = {"content": content, "small_files": 2, "raises": "^the state at step 4 could not be written"}
-    said = under_torchrun([job], 2, tmp_path)
+    said = in_processes([job], 2, tmp_path)
     assert re.search(r"a snapshot of step 4 could not be written: .*File too large; training goes on without it", said)
     (path,) = (tmp_path / "run" / "snapshots").iterdir()
     assert path.name == "power_0.05-step-00000002.safetensors"

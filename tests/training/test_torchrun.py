@@ -1,4 +1,4 @@
-"""Real ranks: this file is the test, and under torchrun it is each of two processes that load batches together."""
+"""Real ranks, which load batches together: under torchrun, where this file is each of them, and as it starts them."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def load_as_a_rank(place, max_unusable):
     dist.destroy_process_group()
 
 
-def run_ranks(place, max_unusable):
+def run_under_torchrun(place, max_unusable):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, place, max_unusable]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def test_two_ranks(place):
     names = [f"pictures/{picture:03}.png" for picture in broken.tolist()]
     for name in names:
         (place / name).write_bytes(b"nothing")
-    done = run_ranks(place, max_unusable=0.2)
+    done = run_under_torchrun(place, max_unusable=0.2)
     assert done.returncode == 0, done.stderr
     rows = torch.from_numpy(np.load(place / "rows.npy"))
     where, (planned, pictures, prints) = rows[..., :7], rows[..., 7:].unflatten(2, (3, 2)).movedim(2, 0)
@@ -104,12 +104,12 @@ def test_two_ranks(place):
 
 
 def test_too_many_broken_pictures_end_both_ranks(place):
+    from . import forked_ranks
+
     for picture in range(0, 40, 4):
         np.zeros(4).tofile(place / "pictures" / f"{picture:03}.png")
-    done = run_ranks(place, max_unusable=0.05)
-    assert done.returncode != 0
-    assert "pictures seen so far" in done.stderr
-    assert "and 5.00% are allowed" in done.stderr
+    with pytest.raises(AssertionError, match=r"pictures seen so far[^\n]* and 5\.00% are allowed"):
+        forked_ranks.run_ranks(load_as_a_rank, place, 0.05, log=place / "said.log")
     assert not (place / "rows.npy").exists()
 
 
