@@ -26,7 +26,7 @@ from ztsnr.training.validation import Validation
 
 pytestmark = pytest.mark.xdist_group("main job")  # one worker trains for all tests here
 
-STEPS = 160
+STEPS = 200
 COLOURS = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
