@@ -422,7 +422,8 @@ def test_memory(large, tmp_path):
     folder, file = large(10_000_000)
     program = (
         "import sys\n"
-        "from ztsnr.checkpoints import to_folder\n"
+        "from ztsnr.checkpoints import settings, to_folder\n"
+        "settings.LARGEST_VOCABULARY = 10_000_000\n"  # here many words stand for many bytes
         "def peak(): return next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "before = peak()\n"
         "to_folder(sys.argv[1], sys.argv[2], config=sys.argv[3])\n"
