@@ -787,16 +787,15 @@ def random_model(rng):
 
 
 @each_kind
-@pytest.mark.parametrize("models", [100, pytest.param(400, marks=pytest.mark.slow)])
-def test_at_most_one_verdict_in_a_hundred_is_false(kind, models):
+def test_at_most_one_verdict_in_a_hundred_is_false(kind):
     stated, _, _, verdict = KINDS[kind]
     rng, found = random.Random(kind), []
-    for _ in range(models):
+    for _ in range(200):
         model, shape = random_model(rng)
         denoise, seeds = network_of(kind, model), rng.sample(range(10**6), 8)
         found.append(mean_leak(denoise, None, shape, schedule=stated, seeds=seeds).checkpoint.verdict)
-    assert sum(v not in (verdict, "cannot tell") for v in found) <= models / 100
-    assert found.count("cannot tell") <= models / 50
+    assert sum(v not in (verdict, "cannot tell") for v in found) <= 2
+    assert found.count("cannot tell") <= 4
 
 
 @pytest.mark.parametrize(("start", "verdict"), [(math.inf, "exact"), (14.6, "biased")])
