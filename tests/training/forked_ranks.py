@@ -1,4 +1,7 @@
-"""Ranks as torchrun starts them, but as copies of this process: real processes, which need not import torch again."""
+"""Ranks as torchrun starts them, but as copies of a process that has imported torch: real ones, and at once.
+
+They are not copies of the test's own process: once that has run a backward pass, no copy of it can.
+"""
 
 import json
 import os
@@ -11,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from .tiny_run import main
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def run_ranks(function: Callable, *arguments, log: Path, processes: int = 2) -> None:
@@ -28,10 +33,12 @@ def run_ranks(function: Callable, *arguments, log: Path, processes: int = 2) -> 
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["ztsnr.training.trainer"])
+    if str(TESTS.parent) not in sys.path:
+        sys.path.append(str(TESTS.parent))  # where a rank finds the modules of the tests
     ranks = [
-        get_context("fork").Process(
-            target=_be, args=({**world, "RANK": rank, "LOCAL_RANK": rank}, log, function, arguments)
-        )
+        context.Process(target=_be, args=({**world, "RANK": rank, "LOCAL_RANK": rank}, log, function, arguments))
         for rank in map(str, range(processes))
     ]
     try:
@@ -57,7 +64,7 @@ def _be(environment: dict[str, str], log: Path, function: Callable, arguments: t
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     sys.stdout = sys.stderr = said
-    torch.set_num_threads(1)  # the threads of the parent are not in a copy of it
+    torch.set_num_threads(1)
     function(*arguments)
 
 
