@@ -28,8 +28,8 @@ BLOCKS = 12  # along the shorter side of the latent: what is coarser decides how
 STIFFEST = 5.0  # largest -J that is believed
 SMALL = 1e-30  # where x0 does not change at all
 # Disagreement of the bold and the cautious step, over what a plain Gaussian latent shows: up to the first number a step
-# is bold, from the second on cautious.  A sample whose x0 has bent in the first half of the steps is wary: that early
-# guidance bends it, or a decision.  Later texture bends it too, which is no reason.
+# is bold, from the second on cautious.  A sample whose x0 has bent in the first half of the steps is wary, because so
+# early it is guidance or a decision that bends it.  Late bends do not count: texture makes them as well.
 BOLD_UP_TO, CAUTIOUS_FROM = 2.0, 6.0
 BOLD_UP_TO_WHEN_WARY, CAUTIOUS_FROM_WHEN_WARY = 0.0, 0.5
 TRUSTED = 0.25  # disagreement, as a share of the step, that is usual for a sample that is not wary,
