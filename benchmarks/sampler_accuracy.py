@@ -616,11 +616,12 @@ two modes. The exact flow is RK4 in the angle; halving its number of steps moves
 Worst |bias| in levels of our deterministic solvers with the default spacing, over {steps} steps, τ = {taus}, latents
 {widths} wide.""",
     "cost": """\
-Outside the network, float32 latent (4, 4, 128, 128), 20 steps, the samplers taking turns. A step of the default is 60
-operations: six passes over the latent for the weighted sum, two for x0, two reductions to coarse blocks, and small ones on
-inner products. What was tried to make it cheaper: batch-last inner products with the constants in the tables (110
-operations before; a fifth less time), one matrix product over a ring buffer instead of the passes (no faster, and autocast
-would round it), and the blocks by pooling, convolution, matrix products or strided sums (all slower than two sums).""",
+Outside the network, float32 latent (4, 4, 128, 128), 20 steps, the samplers taking turns. A step of the default is
+60 operations: six passes over the latent for the weighted sum, two for x0, two reductions to coarse blocks, and
+small ones on inner products. What was tried to make it cheaper: batch-last inner products with the constants in the
+tables (110 operations before; a fifth less time), one matrix product over a ring buffer instead of the passes (no
+faster, and autocast would round it), and the blocks by pooling, convolution, matrix products or strided sums (all
+slower than two sums).""",
 }
 
 
