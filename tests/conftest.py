@@ -29,6 +29,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def one_thread():
+    """Whatever ran before, a test of small tensors computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def mount_disk(tmp_path):
     """``mount_disk("64k")`` makes a file system of its own, of that size, and gives its folder."""
     mounted = []

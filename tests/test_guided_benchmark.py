@@ -25,15 +25,10 @@ import guided_peer
 import guided_problems
 from guided_problems import ClassMixture, ClassSet, Guidance, GuidedProblem
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # in diffusers
+]
 
 
 def gaussians(stds: torch.Tensor, means: torch.Tensor, asked: torch.Tensor) -> ClassMixture:
