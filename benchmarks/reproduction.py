@@ -56,7 +56,7 @@ def keep(folder: Path, seed: int, trainings: Trainings, run: Run) -> None:
         if "/pictures" not in key
     }
     took = [minutes_of(trainings, name, seed) for name in OBJECTIVES]
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"seed-{seed}.npz") as file:
         np.savez_compressed(file, **numbers, **{ABOUT: recipe_of(trainings), MINUTES: took})
 
@@ -112,14 +112,15 @@ def answers_of(runs: Sequence[Run]) -> str:
 def main(out: Path, size: str, seeds: int, first_seed: int, write: bool, shipped_base: bool, quick: bool) -> None:
     trainings = open_trainings(out, size, quick, click.echo, shipped_base)
     asked, runs = range(first_seed, first_seed + seeds), []
+    folder = KEPT / f"{size}{'-shipped-base' * shipped_base}{'-quick' * quick}"  # no recipe writes over another's
     for seed in asked:
         if not trainings.run(seed):
             raise SystemExit(1)
         runs.append(measure(trainings, seed))
-        keep(KEPT, seed, trainings, runs[-1])
+        keep(folder, seed, trainings, runs[-1])
     write_report(out, trainings.recipe, runs, asked)
     sheet = write_sheet(trainings, first_seed, out / "sheet.png")
-    recipe, found = trainings.recipe, kept(KEPT, trainings)
+    recipe, found = trainings.recipe, kept(folder, trainings)
     runs, took = [run for run, _ in found.values()], [minutes for _, every in found.values() for minutes in every]
     claims = judge_claims(runs)
     control = answers_of([untrained(trainings)])
