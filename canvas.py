@@ -11,6 +11,8 @@ from numbers import Integral
 
 import numpy as np
 
+from .errors import UserError
+
 Size = tuple[int, int]
 
 LONGEST_RATIO = 4  # NovelAI's buckets of 2022 end at 256 x 1024, SDXL's at 512 x 2048
@@ -51,15 +53,15 @@ def area_buckets(size: Size, step: int = 64, limit: int = 2048) -> list[Size]:
         (width, height) of each, from the narrowest to the widest; with each bucket also the bucket on its side.
 
     Raises:
-        ValueError: a number that is not whole or not positive, a size off the step or beyond the limit.
+        UserError: a number that is not whole or not positive, a size off the step or beyond the limit.
     """
     width, height = _whole_sides(size, "size")
     if not _is_whole(step) or step < 1:
-        raise ValueError(f"step must be a whole number of at least 1, not {step!r}")
+        raise UserError(f"step must be a whole number of at least 1, not {step!r}")
     if width % step or height % step:
-        raise ValueError(f"size must be a multiple of step = {step} on both sides, not {width} x {height}")
+        raise UserError(f"size must be a multiple of step = {step} on both sides, not {width} x {height}")
     if not _is_whole(limit) or limit < max(width, height):
-        raise ValueError(f"limit must be a whole number, at least the longer side of {width} x {height}, not {limit!r}")
+        raise UserError(f"limit must be a whole number, at least the longer side of {width} x {height}, not {limit!r}")
     square = math.isqrt(width * height) // step * step
     return _narrowest_first(_largest_rectangles(width * height, step, limit) | {(square, square)})
 
@@ -105,11 +107,11 @@ def assign_buckets(
         (N,) int64 indices into buckets; -1 for a picture that is left out.
 
     Raises:
-        ValueError: no buckets, a bucket listed twice, sizes that are not positive, a negative max_aspect_error.
+        UserError: no buckets, a bucket listed twice, sizes that are not positive, a negative max_aspect_error.
     """
     buckets = _checked_buckets(buckets)
     if not max_aspect_error >= 0:
-        raise ValueError(f"max_aspect_error must be at least 0, not {max_aspect_error!r}")
+        raise UserError(f"max_aspect_error must be at least 0, not {max_aspect_error!r}")
     log_widths, log_heights = np.log(_positive_sides(sizes).T, dtype=np.float64)
 
     same_ratio: dict[Fraction, list[int]] = {}
@@ -145,7 +147,7 @@ def nearest_bucket(width: float, height: float, buckets: Sequence[Size]) -> Size
         (width, height) of the bucket.
 
     Raises:
-        ValueError: a width or height that is not positive, no buckets, a bucket listed twice.
+        UserError: a width or height that is not positive, no buckets, a bucket listed twice.
     """
     bucket_width, bucket_height = buckets[assign_buckets([(width, height)], buckets)[0]]
     return int(bucket_width), int(bucket_height)
@@ -158,7 +160,7 @@ def length_ratio(width: float, height: float, trained: tuple[float, float] = (10
     twice the sigma_max (NovelAI Diffusion V3, arXiv 2409.15997): this number is the factor.
 
     Raises:
-        ValueError: a side that is not a positive number.
+        UserError: a side that is not a positive number.
     """
     for size in ((width, height), trained):
         _positive_sides([size])
@@ -180,17 +182,17 @@ def _whole_sides(size: object, name: str) -> Size:
     except (TypeError, ValueError):
         width = height = None
     if not (_is_whole(width) and _is_whole(height) and width >= 1 and height >= 1):
-        raise ValueError(f"{name} must be (width, height) in whole pixels, at least 1 x 1, not {size!r}")
+        raise UserError(f"{name} must be (width, height) in whole pixels, at least 1 x 1, not {size!r}")
     return int(width), int(height)
 
 
 def _checked_buckets(buckets: Sequence[Size]) -> list[Size]:
     checked = [_whole_sides(bucket, "a bucket") for bucket in buckets]
     if not checked:
-        raise ValueError("there are no buckets to choose from; give at least one (width, height)")
+        raise UserError("there are no buckets to choose from; give at least one (width, height)")
     if len(set(checked)) < len(checked):
         width, height = max(checked, key=checked.count)
-        raise ValueError(f"bucket {width} x {height} is listed twice; give each bucket once")
+        raise UserError(f"bucket {width} x {height} is listed twice; give each bucket once")
     return checked
 
 
@@ -200,10 +202,10 @@ def _positive_sides(sizes: np.ndarray | Sequence[tuple[float, float]]) -> np.nda
     if sizes.size == 0:
         return np.empty((0, 2))
     if sizes.ndim != 2 or sizes.shape[1] != 2 or sizes.dtype.kind not in "iuf":
-        raise ValueError(f"sizes must be numbers of shape (N, 2), not {sizes.dtype} of shape {sizes.shape}")
+        raise UserError(f"sizes must be numbers of shape (N, 2), not {sizes.dtype} of shape {sizes.shape}")
     good = (sizes > 0) & np.isfinite(sizes)
     if not good.all():
         index = good.all(axis=1).argmin()
         which = f" (picture {index})" if len(sizes) > 1 else ""
-        raise ValueError(f"width and height must be positive numbers, not {sizes[index, 0]} x {sizes[index, 1]}{which}")
+        raise UserError(f"width and height must be positive numbers, not {sizes[index, 0]} x {sizes[index, 1]}{which}")
     return sizes

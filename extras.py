@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from traceback import walk_tb
 
 # the module that is imported: the extra that installs it
@@ -28,7 +29,14 @@ EXTRAS = {
     "lpips": "vae",
     "torchvision": "vae",
 }
-PROJECTS = {"skimage": "scikit-image", "tomli_w": "tomli-w"}  # named otherwise than their module
+# What an import raises that fails by a missing or broken library: diffusers and transformers import on first use and
+# raise RuntimeError, torchvision fails in C++.
+IMPORT_ERRORS = (ImportError, RuntimeError, AttributeError, OSError)
+PROJECTS = {
+    "huggingface_hub": "huggingface-hub",
+    "skimage": "scikit-image",
+    "tomli_w": "tomli-w",
+}  # named otherwise than their module
 
 
 class MissingLibraryError(ImportError):
@@ -45,6 +53,13 @@ def how_to_install(module: str) -> str:
 def needs(what: str, module: str) -> str:
     """The sentence for what cannot go on without a library."""
     return f"{what} needs {PROJECTS.get(module, module)}: {how_to_install(module)}"
+
+
+def no_matplotlib() -> str | None:
+    """The sentence to show in place of pictures, or None if matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        return f"No pictures without matplotlib: {how_to_install('matplotlib')}."
+    return None
 
 
 def explain(what: str, error: BaseException) -> str | None:
@@ -75,7 +90,7 @@ def extras_named(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except IMPORT_ERRORS as error:
         if sentence := explain(what, error):
             raise MissingLibraryError(sentence) from error
         raise

@@ -14,7 +14,7 @@ import click
 import torch
 from PIL import Image
 
-from ztsnr.diagnostics.demo import EXPOSURE, LEVEL, VISIBLE, PictureSet, signed, solid
+from ztsnr.demo.exact_models import EXPOSURE, LEVEL, VISIBLE, PictureSet, signed, solid
 from ztsnr.samplers import NoiseSchedule, sample, step_schedule
 
 PICTURE = Path(__file__).resolve().parent.parent / "workflows" / "completely_black.jpg"

@@ -24,8 +24,8 @@ import click
 import numpy as np
 
 from ztsnr.canvas import area_buckets, novelai_buckets
-from ztsnr.training.bucketing import bucket_pictures
-from ztsnr.training.epoch_plan import EpochPlan
+from ztsnr.data.bucketing import bucket_pictures
+from ztsnr.data.epoch_plan import EpochPlan
 
 MB = 1e6
 # what the project asked for

@@ -36,7 +36,7 @@ from ztsnr.demo.objectives import OURS
 from ztsnr.demo.shipped import load_shipped
 from ztsnr.diagnostics.estimates import CONFIDENCE, Estimate
 from ztsnr.diagnostics.leak_probes import LUMA
-from ztsnr.diagnostics.plots import COLORS, FAINT, INK, MARKERS
+from ztsnr.figures.palette import COLORS, FAINT, INK, MARKERS
 from ztsnr.samplers import (
     DEFAULT_SOLVER,
     exposure_true_guidance,

@@ -20,12 +20,12 @@ from PIL import Image
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
-from ztsnr.training.dataset import Load, PictureDataset, load_picture, loader
-from ztsnr.training.epoch_plan import EpochPlan
-from ztsnr.training.latent_cache import LatentCache, load_latents
-from ztsnr.training.make_latent_cache import cache_latents
-from ztsnr.training.quarantine import Quarantine
-from ztsnr.training.sources import PictureIndex, Source, build_index
+from ztsnr.data.dataset import Load, PictureDataset, load_picture, loader
+from ztsnr.data.epoch_plan import EpochPlan
+from ztsnr.data.latent_cache import LatentCache, load_latents
+from ztsnr.data.make_latent_cache import cache_latents
+from ztsnr.data.quarantine import Quarantine
+from ztsnr.data.sources import PictureIndex, Source, build_index
 
 BUCKET = (1024, 1024)
 BATCH = 16

@@ -22,7 +22,6 @@ import torch
 from sampler_accuracy import RESULTS, machine, write_section
 from tabulate import tabulate
 
-from ztsnr.checkpoints.atomic import atomic_write
 from ztsnr.checkpoints.diffusers_folder import set_scheduler
 from ztsnr.checkpoints.schedule_shift import set_shift
 from ztsnr.demo.claims import Run, judge_claims
@@ -32,6 +31,7 @@ from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, shift_of
 from ztsnr.demo.report import BOUND_HEADERS, bound_rows, claims_text, summary_table, write_report
 from ztsnr.demo.reproduction import measure, open_trainings, write_sheet
 from ztsnr.demo.trainings import Trainings
+from ztsnr.files import atomic_write
 
 HEADING = "Reproduction: what zero terminal SNR does"
 KEPT = Path(__file__).with_name("reproduction")

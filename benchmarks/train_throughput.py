@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from sampler_accuracy import RESULTS, machine, markdown, write_section
 from torch.nn.attention import sdpa_kernel
 
+from ztsnr.data.prefetch import sent
 from ztsnr.training.checkpointing import apply_checkpointing
 from ztsnr.training.flops import mfu, peak_flops, unet_flops
 from ztsnr.training.guard import StepGuard
@@ -31,10 +32,9 @@ from ztsnr.training.memory_plan import device_memory, plan
 from ztsnr.training.networks import predict
 from ztsnr.training.objective import Objective, ObjectiveSettings
 from ztsnr.training.optimizers import clip_grad_norm, make_optimizer
-from ztsnr.training.parallel import World
 from ztsnr.training.precision import MixedPrecision
-from ztsnr.training.prefetch import sent
 from ztsnr.training.speed import choose_attention
+from ztsnr.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 77

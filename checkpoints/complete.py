@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from ..errors import UserError
 from .architecture import BARE_UNET, DIFFUSERS_FOLDER, DIFFUSERS_UNET, LORA, SUPPORTED
 from .folder import read_weights
 from .header import read_header, shorten
@@ -45,7 +46,7 @@ def find_missing(report: CheckpointReport) -> tuple[list[str], list[str]]:
         a sentence for each network that is not whole, and for each thing to note.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     if report.format == LORA:  # of any layers
         return [], []
@@ -56,7 +57,7 @@ def find_missing(report: CheckpointReport) -> tuple[list[str], list[str]]:
     elif known:
         try:
             shapes = _shapes_of_file(report.path, report.format)
-        except ValueError as error:
+        except UserError as error:
             shapes, broken = {}, {UNET: f"{error}."}
     problems, remarks = list(broken.values()), []
     if known:
@@ -147,7 +148,7 @@ def _lay_out_folder(folder: Path, model: str) -> tuple[Shapes, dict[str, str]]:
         try:
             there = {name: tensor.shape for name, tensor in read_weights(folder / part).items()}
             laid_out = _lay_out(there, _LAYOUTS.get(network, unet_layout))
-        except ValueError as error:
+        except UserError as error:
             broken[prefix] = f"{part}: {error}."
         else:
             shapes |= {prefix + name: shape for name, shape in laid_out.items()}
@@ -162,7 +163,7 @@ def _shape(recipe: Recipe, shapes: Shapes) -> tuple[int, ...]:
     shape, *others = (shapes[name] for name in recipe.sources)
     if others:
         if not shape or any(other[1:] != shape[1:] or not other for other in others):
-            raise ValueError(f"{list_names(recipe.sources)} do not fit together")
+            raise UserError(f"{list_names(recipe.sources)} do not fit together")
         shape = (sum(rows for rows, *_ in (shape, *others)), *shape[1:])
     if recipe.transposed:
         return shape[::-1]

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ..errors import UserError
 from ..samplers.diffusers_scheduler import ZTSNRScheduler
 from .header import shorten
 from .settings import check_sizes, read_settings
@@ -45,7 +46,7 @@ def check_classes(folder: Path, index: dict[str, Any], left_out: Collection[str]
         left_out: parts that are never loaded, whose names do not matter.
 
     Raises:
-        ValueError: which part is which class.
+        UserError: which part is which class.
     """
     for part, named in index.items():
         # the index also holds switches, and those of the pipeline itself begin with an underscore
@@ -53,7 +54,7 @@ def check_classes(folder: Path, index: dict[str, Any], left_out: Collection[str]
             continue
         if named != [None, None] and not _is_known(part, named):
             said = " ".join(map(str, named)) if isinstance(named, list) else str(named)
-            raise ValueError(f"{folder} names {shorten(said)} for its part {shorten(part)}, and {_allowed(part)}")
+            raise UserError(f"{folder} names {shorten(said)} for its part {shorten(part)}, and {_allowed(part)}")
 
 
 def _is_known(part: str, named: Any) -> bool:
@@ -83,7 +84,7 @@ def check_networks(folder: Path) -> None:
     """Refuse a folder whose networks' settings, or its scheduler's, ask for sizes that no model has.
 
     Raises:
-        ValueError: see ``check_sizes``; or settings that cannot be read.
+        UserError: see ``check_sizes``; or settings that cannot be read.
     """
     for part in NETWORKS:
         check_network(folder / part, NETWORKS[part])

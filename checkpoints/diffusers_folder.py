@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
-from .atomic import atomic_folder, check_new
+from ..errors import UserError
+from ..files import atomic_folder, check_new
 from .components import NETWORKS
 from .folder import weights_file
 from .header import Header, read_header
@@ -79,7 +80,7 @@ def to_folder(
         prediction_type, zero_terminal_snr: instead of what the file says.
 
     Raises:
-        ValueError: no whole model of a supported kind, or a damaged file; it lacks a tensor, or has one of another
+        UserError: no whole model of a supported kind, or a damaged file; it lacks a tensor, or has one of another
             shape than the settings ask for; a contradiction in what it is said to be; settings that cannot be had; a
             number is too large for the dtype; ``out`` is there or cannot be written.
     """
@@ -87,7 +88,7 @@ def to_folder(
     check_new(out)
     wanted = dtype_name(dtype)
     if file.is_dir():
-        raise ValueError(f"{file} is a folder already")
+        raise UserError(f"{file} is a folder already")
     report = inspect_file(file)
     said = settle(report, prediction_type, zero_terminal_snr)
     scaling, shift = LatentScaling.from_metadata(report.metadata), shift_of_metadata(report.metadata)
@@ -193,10 +194,10 @@ def _folder_tensors(
         shapes = {name: tuple(tensor.shape) for name, tensor in networks[part].state_dict().items()}
         try:
             layout = {prefix + name: recipe for name, recipe in make_layout(shapes).items()}
-        except ValueError as error:
-            raise ValueError(f"the settings in {settings} are for no single file: {error}") from None
+        except UserError as error:
+            raise UserError(f"the settings in {settings} are for no single file: {error}") from None
         if missing := sorted(layout.keys() - header.tensors.keys()):
-            raise ValueError(f"{file} lacks {list_names(missing)}, which the settings in {settings} ask for")
+            raise UserError(f"{file} lacks {list_names(missing)}, which the settings in {settings} ask for")
         made = {}
         for name, recipe in layout.items():
             made |= _take_apart(file, header, name, recipe, shapes)
@@ -230,9 +231,9 @@ def _take_apart(
         shape = shape[:-1]
     expected = first[::-1] if recipe.transposed else (sum(shapes[source][0] for source in recipe.sources), *first[1:])
     if shape != expected:
-        raise ValueError(f"{file}: {name} is {entry.shape}, and the settings that complete it ask for {expected}")
+        raise UserError(f"{file}: {name} is {entry.shape}, and the settings that complete it ask for {expected}")
     if entry.dtype not in FLOATS:
-        raise ValueError(f"{file}: {name} is in {entry.dtype}, which weights are not")
+        raise UserError(f"{file}: {name} is in {entry.dtype}, which weights are not")
     if recipe.transposed:
         return {source: transposed(stored(file, header, name)) for source in recipe.sources}
     tensors, row = {}, 0

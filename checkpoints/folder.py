@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..errors import UserError
 from .header import LONGEST_HEADER, PICKLES, read_header, shorten
 from .stream import TensorStream, stored
 
@@ -14,7 +15,7 @@ def read_weights(part: Path) -> dict[str, TensorStream]:
         part: the network's folder, such as FOLDER/unet.
 
     Raises:
-        ValueError: no such folder, pickles only, a damaged file, or files that are not what their index says.
+        UserError: no such folder, pickles only, a damaged file, or files that are not what their index says.
     """
     plain = weights_file(part)
     stem, index = plain.stem, part / f"{plain.name}.index.json"
@@ -29,7 +30,7 @@ def read_weights(part: Path) -> dict[str, TensorStream]:
         return _of_index(indices[0])
     if pickles := [file for file in sorted(part.glob(f"*{stem}*")) if file.suffix in PICKLES]:
         read_header(pickles[0])  # which refuses it, and says why
-    raise ValueError(f"there is no {plain}: a whole model in a diffusers folder is needed")
+    raise UserError(f"there is no {plain}: a whole model in a diffusers folder is needed")
 
 
 def weights_file(part: Path) -> Path:
@@ -49,12 +50,12 @@ def _of_index(index: Path) -> dict[str, TensorStream]:
             content = json.loads(file.read(LONGEST_HEADER).decode("utf-8"))
         places = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is no readable index of weights") from None
+        raise UserError(f"{index} is no readable index of weights") from None
     tensors = {}
     for name in sorted(set(places.values())):
         if "/" in name or "\\" in name:
-            raise ValueError(f"{index} names a file outside of its folder: {shorten(name)}")
+            raise UserError(f"{index} names a file outside of its folder: {shorten(name)}")
         tensors |= _of_file(index.parent / name)
     if differing := sorted(tensors.keys() ^ places.keys()):
-        raise ValueError(f"{index} and the files it names differ, for one in {shorten(differing[0])}")
+        raise UserError(f"{index} and the files it names differ, for one in {shorten(differing[0])}")
     return tensors

@@ -21,6 +21,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
+from ..errors import UserError
 from ..samplers.noise_schedule import NoiseSchedule
 from ..samplers.prediction import alpha_s, to_denoised
 from .architecture import SUPPORTED
@@ -88,19 +89,19 @@ def compare_forwards(
         what was compared, and a sentence for each thing that is wrong.
 
     Raises:
-        ValueError: there is nothing to compare with, or no such ComfyUI; see also ``load_pipeline``.
+        UserError: there is nothing to compare with, or no such ComfyUI; see also ``load_pipeline``.
     """
     places = [path] if other is None else [path, other]
     file = next((place for place in places if not place.is_dir()), None)
     folder = next((place for place in places if place.is_dir()), None)
     if other is not None and (file is None or folder is None):
-        raise ValueError(f"{path} and {other} are of one layout: to run, give a single file and its diffusers folder")
+        raise UserError(f"{path} and {other} are of one layout: to run, give a single file and its diffusers folder")
     comfyui = find_comfyui() if comfyui is None else _check_comfyui(Path(comfyui))
     architecture = inspect_checkpoint(path).architecture
     asks_comfyui = file is not None and comfyui is not None and architecture in SUPPORTED
     if other is None and not asks_comfyui:
         lacking = "its single file" if file is None else "its diffusers folder, or a ComfyUI that knows it"
-        raise ValueError(f"there is nothing to run {path} beside: give {lacking}")
+        raise UserError(f"there is nothing to run {path} beside: give {lacking}")
 
     loaded = load_pipeline(path, config=config or folder)
     schedule = NoiseSchedule.from_config(loaded.pipeline.scheduler.config)
@@ -185,7 +186,7 @@ def find_comfyui() -> Path | None:
 
 def _check_comfyui(folder: Path) -> Path:
     if not (folder / "main.py").is_file():
-        raise ValueError(f"there is no ComfyUI in {folder}")
+        raise UserError(f"there is no ComfyUI in {folder}")
     return folder
 
 

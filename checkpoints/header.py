@@ -15,6 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 LONGEST_HEADER = 10_000_000  # bytes.  SDXL's takes 0.3 million; this bounds the memory and the time of parsing
 MOST_DIMENSIONS = 64  # PyTorch's own limit
 HASH = "modelspec.hash_sha256"  # in the metadata: of everything behind the header (ModelSpec 1.0.1)
@@ -54,60 +56,60 @@ def read_header(path: Path) -> Header:
     """Read the header of a safetensors file, and nothing behind it.
 
     Raises:
-        ValueError: no such file, a pickle, or not a valid safetensors file.
+        UserError: no such file, a pickle, or not a valid safetensors file.
     """
     if path.suffix.lower() in PICKLES:
-        raise ValueError(
+        raise UserError(
             f"{path} is a pickle, which may run any program when it is opened, and is never opened here: take the "
             ".safetensors file of the same model, or have a program that you trust save it as one"
         )
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} is not a checkpoint file: those end in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{path} is not a checkpoint file: those end in {' or '.join(SUFFIXES)}")
     try:
         if not path.is_file():  # pipes and devices would keep us waiting
-            raise ValueError(f"there is no file {path}")
+            raise UserError(f"there is no file {path}")
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if file_size < 8 + length:
-                raise ValueError(
+                raise UserError(
                     f"{path} asks for a header of {length:,} bytes in a file of {file_size:,}: it is not a safetensors "
                     "file, or its download is incomplete"
                 )
             if length > LONGEST_HEADER:
-                raise ValueError(f"{path} has a header of {length:,} bytes, more than any checkpoint needs")
+                raise UserError(f"{path} has a header of {length:,} bytes, more than any checkpoint needs")
             text = file.read(length)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         return parse_header(text, file_size - 8 - length)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def parse_header(text: bytes, data_size: int) -> Header:
     """The header from its bytes, checked against the size in bytes of the data that follow it.
 
     Raises:
-        ValueError: not what the format asks for.
+        UserError: not what the format asks for.
     """
     content = _parse_json(text)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the header's metadata are not texts")
+        raise UserError("the header's metadata are not texts")
     tensors = {name: _entry(name, fields) for name, fields in content.items()}
 
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
-            raise ValueError(f"the data of tensor {shorten(name)} do not begin where those before it end")
+            raise UserError(f"the data of tensor {shorten(name)} do not begin where those before it end")
         end = tensor.end
     if end > data_size:
-        raise ValueError(
+        raise UserError(
             f"its tensors take {end:,} bytes and only {data_size:,} are there: the download is incomplete; get it again"
         )
     if end < data_size:
-        raise ValueError(f"{data_size - end:,} bytes behind the last tensor belong to none")
+        raise UserError(f"{data_size - end:,} bytes behind the last tensor belong to none")
     return Header(tensors, metadata, 8 + len(text))
 
 
@@ -133,7 +135,7 @@ def shorten(text: str, longest: int = 60) -> str:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
-        raise ValueError("the header is not a JSON object")
+        raise UserError("the header is not a JSON object")
     try:
         decoded = text.decode("utf-8")
         content = json.loads(
@@ -144,7 +146,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
             parse_constant=_whole_number,
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ValueError("the header is not JSON") from None
+        raise UserError("the header is not JSON") from None
     if "\\u" in decoded:
         _check_surrogates(content)
     return content
@@ -155,14 +157,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         seen = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the header has {shorten(name)} twice")
+        raise UserError(f"the header has {shorten(name)} twice")
     return fields
 
 
 def _whole_number(digits: str) -> int:
     """The only numbers of a header; int() of very long ones would take very long."""
     if not digits.isdecimal() or len(digits) > 19:
-        raise ValueError(f"the header has {shorten(digits)} for a size")
+        raise UserError(f"the header has {shorten(digits)} for a size")
     return int(digits)
 
 
@@ -173,23 +175,23 @@ def _check_surrogates(content: dict[str, Any]) -> None:
     try:
         "".join(text for text in texts if isinstance(text, str)).encode()
     except UnicodeEncodeError:
-        raise ValueError("the header has text that is not Unicode") from None
+        raise UserError("the header has text that is not Unicode") from None
 
 
 def _entry(name: str, fields: Any) -> TensorEntry:
     """A tensor's entry, if its type, shape and size agree."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {shorten(name)} is not described by dtype, shape and data_offsets")
+        raise UserError(f"tensor {shorten(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"tensor {shorten(name)} has a type that is not known")
+        raise UserError(f"tensor {shorten(name)} has a type that is not known")
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
-        raise ValueError(f"tensor {shorten(name)} has no proper shape")
+        raise UserError(f"tensor {shorten(name)} has no proper shape")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"tensor {shorten(name)} has no proper data_offsets")
+        raise UserError(f"tensor {shorten(name)} has no proper data_offsets")
     size = math.prod(shape) * BITS[dtype]
     if size != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(
+        raise UserError(
             f"tensor {shorten(name)} of shape {shorten(str(shape))} and type {dtype} does not fit its "
             f"{offsets[1] - offsets[0]:,} bytes"
         )

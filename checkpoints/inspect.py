@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .architecture import (
     BARE_UNET,
     DIFFUSERS_FOLDER,
@@ -101,7 +102,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         path: a .safetensors or .sft file, or a folder that diffusers wrote (unet/, scheduler/, ...).
 
     Raises:
-        ValueError: no such file, a pickle, a damaged or hostile file, a folder without a U-Net.
+        UserError: no such file, a pickle, a damaged or hostile file, a folder without a U-Net.
     """
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
@@ -118,17 +119,17 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     warnings = []
     try:
         scheduler_config = _scheduler_config(path, form)
-    except ValueError as error:
+    except UserError as error:
         scheduler_config = {}
         warnings.append(f"{error}.")
     try:
         latent_scaling = _latent_scaling(path, form, header)
-    except ValueError as error:
+    except UserError as error:
         latent_scaling = None
         warnings.append(f"What its latents are scaled by is not known: {error}.")
     try:
         shift_of_metadata(header.metadata)
-    except ValueError as error:
+    except UserError as error:
         warnings.append(f"Its noise schedule is not known: {error}.")
     if latent_scaling and latent_scaling.scaling_factor is None and architecture in ("SD 1.x", "SD 2.x"):
         warnings.append(
@@ -238,7 +239,7 @@ def _read_unet_of_folder(folder: Path) -> Header:
     files = sorted((folder / "unet").glob(f"{stem}*.safetensors"), key=lambda file: len(file.name))
     pickles = [file for file in (folder / "unet").glob(f"{stem}*") if file.suffix in PICKLES]
     if not files and not pickles:
-        raise ValueError(f"{folder} has no unet/{stem}.safetensors: it is no diffusers folder of a model with a U-Net")
+        raise UserError(f"{folder} has no unet/{stem}.safetensors: it is no diffusers folder of a model with a U-Net")
     if not files:
         return read_header(pickles[0])  # which refuses it, and says why
     parts = [file for file in files if re.search(r"-\d{5}-of-\d{5}", file.name)]

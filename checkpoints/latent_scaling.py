@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from .header import shorten
 from .settings import read_settings
 
@@ -29,7 +30,7 @@ class LatentScaling:
     """What lies between a VAE's latents z and those the U-Net works on: (z - mean) / std, channel by channel.
 
     Raises:
-        ValueError: not as many means as standard deviations, or none; a number that is not finite; a standard deviation
+        UserError: not as many means as standard deviations, or none; a number that is not finite; a standard deviation
             that is not above 0.
     """
 
@@ -38,14 +39,14 @@ class LatentScaling:
 
     def __post_init__(self):
         if not self.mean or len(self.mean) != len(self.std):
-            raise ValueError(
+            raise UserError(
                 f"latents are scaled by a mean and a standard deviation for each channel, not by {len(self.mean)} "
                 f"means and {len(self.std)} standard deviations"
             )
         if not all(math.isfinite(number) for number in (*self.mean, *self.std)):
-            raise ValueError("the mean and the standard deviation that latents are scaled by must be finite")
+            raise UserError("the mean and the standard deviation that latents are scaled by must be finite")
         if min(self.std) <= 0:
-            raise ValueError(f"latents are divided by their standard deviation, which cannot be {min(self.std):g}")
+            raise UserError(f"latents are divided by their standard deviation, which cannot be {min(self.std):g}")
 
     def to_model(self, z: "Tensor") -> "Tensor":
         """A VAE's latents (..., C, h, w) as the U-Net works on them, of the same type; computed in float32 at least."""
@@ -90,21 +91,21 @@ class LatentScaling:
         z = x / scaling_factor.
 
         Raises:
-            ValueError: no such numbers, or a shift_factor, which the pipelines of SD and SDXL leave out.
+            UserError: no such numbers, or a shift_factor, which the pipelines of SD and SDXL leave out.
         """
         channels, factor = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
-            raise ValueError(f"the VAE's config has {shorten(repr(channels))} for latent_channels")
+            raise UserError(f"the VAE's config has {shorten(repr(channels))} for latent_channels")
         if config.get("shift_factor"):
-            raise ValueError("the VAE's config has a shift_factor, which no pipeline of SD or SDXL applies")
+            raise UserError("the VAE's config has a shift_factor, which no pipeline of SD or SDXL applies")
         if not _is_number(factor) or not factor > 0:
-            raise ValueError(f"the VAE's config has {shorten(repr(factor))} for a scaling_factor")
+            raise UserError(f"the VAE's config has {shorten(repr(factor))} for a scaling_factor")
         if mean is None or std is None:
             mean, std = [0.0] * channels, [1.0] * channels
         mean, std = _numbers(mean, "latents_mean of the VAE's config"), _numbers(std, "latents_std of the VAE's config")
         if len(mean) != channels:
-            raise ValueError(f"the VAE's config has {len(mean)} numbers for latents_mean, and {channels} channels")
+            raise UserError(f"the VAE's config has {len(mean)} numbers for latents_mean, and {channels} channels")
         return cls(mean, tuple(number / factor for number in std))
 
     def vae_config(self, scaling_factor: float) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class LatentScaling:
         """What the VAE's config.json of a diffusers folder says; None if there is none.
 
         Raises:
-            ValueError: it cannot be read, or see ``of_vae_config``.
+            UserError: it cannot be read, or see ``of_vae_config``.
         """
         path = folder / "vae" / "config.json"
         if not path.is_file():
@@ -145,8 +146,8 @@ class LatentScaling:
         config = read_settings(path, "a VAE's")
         try:
             return cls.of_vae_config(config)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be followed: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path} cannot be followed: {error}") from None
 
     # ------------------------------------------------------------------------------------------------------------------
     # In the metadata of a single file
@@ -160,16 +161,14 @@ class LatentScaling:
         """What a file's metadata say; None if they say nothing.
 
         Raises:
-            ValueError: only one of the two is there, or something else than numbers; see also ``LatentScaling``.
+            UserError: only one of the two is there, or something else than numbers; see also ``LatentScaling``.
         """
         said = {key: metadata[key] for key in METADATA if key in metadata}
         if not said:
             return None
         if len(said) == 1:
             (key,) = said
-            raise ValueError(
-                f"the metadata have {key} alone, and latents are scaled by a mean and a standard deviation"
-            )
+            raise UserError(f"the metadata have {key} alone, and latents are scaled by a mean and a standard deviation")
         return cls(*(_parse(text, key) for key, text in said.items()))
 
 
@@ -183,7 +182,7 @@ def _parse(text: str, key: str) -> tuple[float, ...]:
 
 def _numbers(values: Any, what: str) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
-        raise ValueError(f"the {what} is not a list of finite numbers")
+        raise UserError(f"the {what} is not a list of finite numbers")
     return tuple(map(float, values))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 
+from ..errors import UserError
 from .header import shorten
 
 # What the names of a network begin with in a single file
@@ -68,7 +69,7 @@ def unet_layout(names: Collection[str]) -> Layout:
         names: of diffusers' tensors.
 
     Raises:
-        ValueError: a name that a single file has no place for, or a tensor that is missing.
+        UserError: a name that a single file has no place for, or a tensor that is missing.
     """
     modules = unet_modules(names)
     no_bias = tuple(f".{name}" for name in _QUERIES_KEYS_VALUES)
@@ -261,9 +262,9 @@ def _checked(layout: Layout, names: Collection[str], network: str) -> Layout:
     """The layout, if it uses every tensor and every tensor it uses is there."""
     used = {source for recipe in layout.values() for source in recipe.sources}
     if missing := sorted(used - set(names)):
-        raise ValueError(f"the {network} lacks {list_names(missing)}")
+        raise UserError(f"the {network} lacks {list_names(missing)}")
     if unknown := sorted(set(names) - used):
-        raise ValueError(f"the {network} has what no single file has a place for: {list_names(unknown)}")
+        raise UserError(f"the {network} has what no single file has a place for: {list_names(unknown)}")
     return layout
 
 

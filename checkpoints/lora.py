@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .atomic import atomic_write
+from ..errors import UserError
+from ..files import atomic_write
 from .folder import read_weights
 from .header import LONGEST_HEADER, read_header
 from .layouts import list_names, unet_modules
@@ -47,7 +48,7 @@ def export_lora(adapter: str | Path, out: str | Path, *, model: str | Path, dtyp
         dtype: float32, float16 or bfloat16; by default each tensor's own.
 
     Raises:
-        ValueError: no such adapter, or not a plain LoRA (DoRA, biases, whole layers); the model has not the layers that
+        UserError: no such adapter, or not a plain LoRA (DoRA, biases, whole layers); the model has not the layers that
             the adapter is for; ``out`` is there or cannot be written.
     """
     adapter, out, model = Path(adapter), Path(out), Path(model)
@@ -59,7 +60,7 @@ def export_lora(adapter: str | Path, out: str | Path, *, model: str | Path, dtyp
 
     names = unet_modules(unet) if is_sdxl(unet) else {layer: layer for layer in pairs}
     if unknown := sorted(pairs.keys() - names.keys()):
-        raise ValueError(f"{adapter} changes layers that have no name in kohya's format: {list_names(unknown)}")
+        raise UserError(f"{adapter} changes layers that have no name in kohya's format: {list_names(unknown)}")
     tensors = {}
     for layer, pair in pairs.items():
         name = f"lora_unet_{names[layer].replace('.', '_')}"
@@ -99,11 +100,11 @@ def _read_adapter(adapter: Path) -> dict[str, _Pair]:
             layer, half = match.groups()
             halves.setdefault(layer, {})[half] = stored(path, header, name)
     if unknown := sorted(name for name in header.tensors if not _HALF.fullmatch(name)):
-        raise ValueError(f"{path} has more than a plain LoRA, which kohya's format cannot keep: {list_names(unknown)}")
+        raise UserError(f"{path} has more than a plain LoRA, which kohya's format cannot keep: {list_names(unknown)}")
     if not halves:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     if lonely := sorted(layer for layer, found in halves.items() if len(found) < 2):
-        raise ValueError(f"{path} lacks one of lora_A and lora_B of {list_names(lonely)}")
+        raise UserError(f"{path} lacks one of lora_A and lora_B of {list_names(lonely)}")
     return {layer: _Pair(found["A"], found["B"], _alpha(layer, found["A"], config)) for layer, found in halves.items()}
 
 
@@ -114,16 +115,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is no readable config of a peft LoRA")
+        raise UserError(f"{path} is no readable config of a peft LoRA")
     alphas = [config.get("lora_alpha"), *_alpha_pattern(config).values()]
     if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
-        raise ValueError(f"{path} does not say lora_alpha")
+        raise UserError(f"{path} does not say lora_alpha")
     try:
         re.compile("|".join(f"(?:{end})" for end in _alpha_pattern(config)))
     except re.error:
-        raise ValueError(f"{path} has an alpha_pattern that is no regular expression") from None
+        raise UserError(f"{path} has an alpha_pattern that is no regular expression") from None
     if config.get("use_dora"):
-        raise ValueError(f"{path} is of a DoRA, which is no plain LoRA")
+        raise UserError(f"{path} is of a DoRA, which is no plain LoRA")
     return config
 
 
@@ -142,12 +143,12 @@ def _alpha(layer: str, down: TensorStream, config: dict[str, Any]) -> float:
 
 def _check_layers(adapter: Path, pairs: dict[str, _Pair], unet: dict[str, TensorStream], model: Path) -> None:
     if unknown := sorted(layer for layer in pairs if f"{layer}.weight" not in unet):
-        raise ValueError(f"{adapter} is for another U-Net than that of {model}, which lacks {list_names(unknown)}")
+        raise UserError(f"{adapter} is for another U-Net than that of {model}, which lacks {list_names(unknown)}")
     for layer, pair in pairs.items():
         outputs, *inputs = unet[f"{layer}.weight"].shape
         rank, *of_down = pair.down.shape or (0,)
         if not rank or of_down != inputs or pair.up.shape != (outputs, rank, *(1 for _ in inputs[1:])):
-            raise ValueError(
+            raise UserError(
                 f"{adapter} is for another U-Net than that of {model}: {layer} is {(outputs, *inputs)} there, and the "
                 f"LoRA is {pair.down.shape} and {pair.up.shape}"
             )

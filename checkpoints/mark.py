@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import UserError
+from ..files import atomic_write
 from .architecture import SUPPORTED
-from .atomic import atomic_write
 from .header import HASH, SUFFIXES, Header, TensorEntry, hash_data, open_data, read_header
 from .inspect import (
     BARE_UNET,
@@ -60,12 +61,12 @@ def mark_checkpoint(
         what was written: ``out``, or ``path``.
 
     Raises:
-        ValueError: nothing to do; marks that contradict each other; no checkpoint that marks are for; a file that is
+        UserError: nothing to do; marks that contradict each other; no checkpoint that marks are for; a file that is
             damaged, or would be replaced without leave, or cannot be written.
     """
     path = Path(path)
     if v_pred is None and ztsnr is None and not swarm:
-        raise ValueError("nothing to mark: say whether v_pred, whether ztsnr")
+        raise UserError("nothing to mark: say whether v_pred, whether ztsnr")
     report = inspect_checkpoint(path)
     _check_format(report)
     target = _target(path, out, in_place)
@@ -86,16 +87,16 @@ def mark_checkpoint(
 
 def _check_format(report: CheckpointReport) -> None:
     if report.format == LORA:
-        raise ValueError(f"{report.path} is a LoRA, in which no program looks for marks: mark the checkpoint it is for")
+        raise UserError(f"{report.path} is a LoRA, in which no program looks for marks: mark the checkpoint it is for")
     if report.format == DIFFUSERS_UNET:
-        raise ValueError(
+        raise UserError(
             f"{report.path} is a U-Net with diffusers' names, in which no program looks for marks: mark its diffusers "
             "folder, or make it a single file first"
         )
     if report.format not in (SINGLE_FILE, PREFIXED_UNET, BARE_UNET, DIFFUSERS_FOLDER):
-        raise ValueError(f"{report.path} holds no U-Net of Stable Diffusion, and marks are for those")
+        raise UserError(f"{report.path} holds no U-Net of Stable Diffusion, and marks are for those")
     if report.architecture not in SUPPORTED | {"unknown"}:
-        raise ValueError(
+        raise UserError(
             f"{report.path} is {report.architecture}, and marks are for {', '.join(sorted(SUPPORTED))} only"
         )
 
@@ -105,19 +106,19 @@ def _target(path: Path, out: str | Path | None, in_place: bool) -> Path:
     target = path if out is None else Path(out)
     if path.is_dir():
         if out is not None or not in_place:
-            raise ValueError(f"{path} is a folder, which can be marked in place only: set in_place, and no out")
+            raise UserError(f"{path} is a folder, which can be marked in place only: set in_place, and no out")
         return path
     same = out is None or (target.exists() and target.samefile(path))
     if same and not in_place:
-        raise ValueError(f"{path} would be replaced: name another file by out, or allow it by in_place")
+        raise UserError(f"{path} would be replaced: name another file by out, or allow it by in_place")
     if in_place and not same:
-        raise ValueError("choose one of out and in_place")
+        raise UserError("choose one of out and in_place")
     if not same and os.path.lexists(target):
-        raise ValueError(f"{target} is there already: choose another name")
+        raise UserError(f"{target} is there already: choose another name")
     if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{target} would not be taken for a checkpoint: end its name in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{target} would not be taken for a checkpoint: end its name in {' or '.join(SUFFIXES)}")
     if same and path.stat().st_nlink > 1:
-        raise ValueError(
+        raise UserError(
             f"{path} is a file of several names (hard links), and the others would keep the old content: name another "
             "file by out"
         )
@@ -131,12 +132,12 @@ def _settle(
     v_pred = True if v_pred is None and had_v_pred else v_pred
     ztsnr = True if ztsnr is None and had_ztsnr else ztsnr
     if ztsnr and not v_pred:
-        raise ValueError(
+        raise UserError(
             "zero terminal SNR does nothing without v-prediction, and an epsilon model cannot have it: set v_pred, or "
             "take ztsnr away too"
         )
     if swarm and not ztsnr:
-        raise ValueError("SwarmUI's v-zsnr says v-prediction and zero terminal SNR: mark both")
+        raise UserError("SwarmUI's v-zsnr says v-prediction and zero terminal SNR: mark both")
     return v_pred, ztsnr
 
 
@@ -152,7 +153,7 @@ def _mark_tensors(header: Header, marks: dict[str, bool | None], path: Path) -> 
             end = _data_size(header)
             tensors.setdefault(name, TensorEntry("F32", (0,), end, end))
         elif name in tensors and tensors.pop(name).nbytes:
-            raise ValueError(f"the tensor {name} of {path} holds data, so it is no mark and cannot be taken away")
+            raise UserError(f"the tensor {name} of {path} holds data, so it is no mark and cannot be taken away")
     return tensors
 
 
@@ -233,7 +234,7 @@ def _copy_data(path: Path, header: Header, file: BinaryIO) -> None:
         file.seek(0, os.SEEK_END)
         shutil.copyfileobj(data, file, BUFFER)  # what is left
     if file.tell() - start != _data_size(header):
-        raise ValueError(f"{path} was changed while it was read")
+        raise UserError(f"{path} was changed while it was read")
 
 
 def _data_size(header: Header) -> int:
@@ -248,9 +249,9 @@ def _mark_folder(folder: Path, v_pred: bool | None, ztsnr: bool | None, swarm: b
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_scheduler_config(path)
     if not config:
-        raise ValueError(f"{folder} has no scheduler/scheduler_config.json, where a diffusers folder is marked")
+        raise UserError(f"{folder} has no scheduler/scheduler_config.json, where a diffusers folder is marked")
     if swarm:
-        raise ValueError(f"{folder} is a diffusers folder, which SwarmUI does not read: mark it without swarm")
+        raise UserError(f"{folder} is a diffusers folder, which SwarmUI does not read: mark it without swarm")
     v_pred, ztsnr = _settle(
         config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr") is True, v_pred, ztsnr
     )

@@ -90,7 +90,7 @@ def read_scheduler_config(path: Path) -> dict[str, Any]:
     """A diffusers scheduler's settings; none if there is no such file.
 
     Raises:
-        ValueError: the file is there and is not a scheduler's settings, or asks for sizes that no model has.
+        UserError: the file is there and is not a scheduler's settings, or asks for sizes that no model has.
     """
     config = read_settings(path, "a scheduler's")
     check_sizes(path, config)

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
 
+from ..errors import UserError
 from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
 from .components import check_classes, check_networks  # and with it our scheduler, which a folder may name
@@ -99,12 +100,12 @@ def load_pipeline(
         zero_terminal_snr: instead of what the files say.
 
     Raises:
-        ValueError: nothing to load by that name, a pickle, a model of another kind or a part of one, a contradiction
+        UserError: nothing to load by that name, a pickle, a model of another kind or a part of one, a contradiction
             in what it is said to be, a device that is not there, a hub that does not answer.
     """
     device = _check_device(device)
     if dtype not in DTYPES:
-        raise ValueError(f"models run in {', '.join(map(str, DTYPES))}, not in {dtype}")
+        raise UserError(f"models run in {', '.join(map(str, DTYPES))}, not in {dtype}")
 
     path = _find(model)
     report = _inspect_folder(path) if path.is_dir() else inspect_file(path)
@@ -112,7 +113,7 @@ def load_pipeline(
     pipeline = _load_folder(path, dtype) if report.format == DIFFUSERS_FOLDER else _load_file(report, config, dtype)
     # a weight that the files lack stays without data
     if lacking := [name for name, network in _networks(pipeline) if any(p.is_meta for p in network.parameters())]:
-        raise ValueError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
+        raise UserError(f"{path} lacks weights that its settings ask for, in: {', '.join(lacking)}")
 
     said["warnings"] += rebuild_scheduler(pipeline, said["prediction_type"], said["zero_terminal_snr"])
     if report.format != DIFFUSERS_FOLDER:
@@ -137,7 +138,7 @@ def _check_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"the device {device} cannot be used: {_first_line(error)}") from None
+        raise UserError(f"the device {device} cannot be used: {_first_line(error)}") from None
     return device
 
 
@@ -147,7 +148,7 @@ def _find(model: str | Path) -> Path:
     if os.path.exists(name):
         return Path(name)
     if Path(name).suffix.lower() in SUFFIXES + PICKLES or not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
+        raise UserError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
     way_out = "it is no folder here either; run once with network, or give a folder or file"
     index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
     _check_parts(index.parent)  # before gigabytes are loaded
@@ -166,14 +167,14 @@ def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> 
         return Path(fetch(name, local_files_only=trouble is not None, **options))
     except HUB_ERRORS as error:
         reason = _first_line(trouble or error.__cause__ or error)
-        raise ValueError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
+        raise UserError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
 
 
 def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
     """The diffusers folder, whole but for its weights, whose settings and tokenizers complete a single file."""
     name = _SETTINGS.get(report.architecture) if config is None else os.fspath(config)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{report.path} is of {_architecture(report)}, and where to get its settings is not known here: give a "
             "diffusers folder of such a model, or its name on the hub, as config"
         )
@@ -186,7 +187,7 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
         )
         folder = _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
     else:
-        raise ValueError(f"there is no folder {name} to take the settings from")
+        raise UserError(f"there is no folder {name} to take the settings from")
     _check_programs(folder)
     _check_whole(folder)
     check_networks(folder)
@@ -216,24 +217,24 @@ def inspect_file(path: Path) -> CheckpointReport:
     """What a single file is, if it is a whole model of a supported kind."""
     report = inspect_checkpoint(path)
     if report.format == LORA:
-        raise ValueError(f"{path} is a LoRA, which changes a model and is none: merge it into a checkpoint first")
+        raise UserError(f"{path} is a LoRA, which changes a model and is none: merge it into a checkpoint first")
     _check_architecture(report)
     if report.format == UNKNOWN:
-        raise ValueError(f"{path} is no model of Stable Diffusion 1.x, 2.x or SDXL")
+        raise UserError(f"{path} is no model of Stable Diffusion 1.x, 2.x or SDXL")
     missing = [
         part
         for part, there in (("text encoders", report.has_text_encoders), ("VAE", report.has_vae))
         if not (report.format == SINGLE_FILE and there)
     ]
     if missing:
-        raise ValueError(f"{path} holds a U-Net without {' and '.join(missing)}: a whole checkpoint is needed")
+        raise UserError(f"{path} holds a U-Net without {' and '.join(missing)}: a whole checkpoint is needed")
     return report
 
 
 def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_snr: bool | None) -> dict:
     """The fields of ``LoadedPipeline`` that say what the model is."""
     if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     said = {"prediction_type": report.prediction_type, "zero_terminal_snr": report.zero_terminal_snr}
     by_hand = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     by_hand = {key: value for key, value in by_hand.items() if value is not None}
@@ -242,7 +243,7 @@ def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_
     warnings = list(report.warnings)
     if said["prediction_type"] is None:
         if report.architecture == "SD 2.x":
-            raise ValueError(
+            raise UserError(
                 f"nothing in {report.path} says what the model predicts, and SD 2.x comes as epsilon and as "
                 "v-prediction: give prediction_type"
             )
@@ -250,7 +251,7 @@ def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_
         warnings.append("It is taken for epsilon here too: give prediction_type if its author says otherwise.")
     said["zero_terminal_snr"] = bool(said["zero_terminal_snr"])
     if said["prediction_type"] == "epsilon" and said["zero_terminal_snr"]:
-        raise ValueError(
+        raise UserError(
             f"{report.path} would be an epsilon model with zero terminal SNR, which cannot be, because from pure noise "
             "epsilon says nothing: give the prediction_type or zero_terminal_snr that its author names"
         )
@@ -261,7 +262,7 @@ def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
     """The class of pipeline that a diffusers folder is saved from, if it is one that is for this package."""
     name = read_index(folder).get("_class_name")
     if not isinstance(name, str) or name not in _PIPELINES:
-        raise ValueError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
+        raise UserError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
     return _PIPELINES[name]
 
 
@@ -269,10 +270,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a diffusers folder: its class, its settings, and the class of each part."""
     try:
         index = read_settings(folder / "model_index.json", "a pipeline's")
-    except ValueError:
+    except UserError:
         index = {}
     if not index:
-        raise ValueError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
+        raise UserError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
     return index
 
 
@@ -295,13 +296,13 @@ def _check_whole(folder: Path) -> None:
         or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
     ]
     if lacking:
-        raise ValueError(f"{folder} has no {' and no '.join(lacking)}: a whole model is needed")
+        raise UserError(f"{folder} has no {' and no '.join(lacking)}: a whole model is needed")
 
 
 def _check_programs(folder: Path) -> None:
     """Refuse a folder with programs, which diffusers might run."""
     if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
-        raise ValueError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
+        raise UserError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
 
 
 def _architecture(report: CheckpointReport) -> str:
@@ -312,7 +313,7 @@ def _check_architecture(report: CheckpointReport) -> None:
     """Refuse what is known to be something else; for what has no name, the settings decide."""
     if report.architecture not in SUPPORTED | {"unknown"}:
         known = ", ".join(sorted(SUPPORTED))
-        raise ValueError(f"{report.path} is {report.architecture}, and zero-terminal-SNR sampling is for {known}")
+        raise UserError(f"{report.path} is {report.architecture}, and zero-terminal-SNR sampling is for {known}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,12 +335,12 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> DiffusionPipeline:
     if report.path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
-        raise ValueError(f"{report.path} must be renamed: diffusers only opens names that end in .safetensors")
+        raise UserError(f"{report.path} must be renamed: diffusers only opens names that end in .safetensors")
     scaling = LatentScaling.from_metadata(report.metadata)
     settings = settings_folder(report, config)
     kind = pipeline_class(settings)
     if not read_header(report.path).tensors.keys() & _TEXT_ENCODERS:
-        raise ValueError(f"{report.path} has text encoders that diffusers does not see: make it a folder and load that")
+        raise UserError(f"{report.path} has text encoders that diffusers does not see: make it a folder and load that")
     with loading(report.path):
         pipeline = kind.from_single_file(
             str(report.path), config=str(settings), torch_dtype=dtype, local_files_only=True, **left_out(kind)
@@ -376,9 +377,9 @@ def loading(path: Path) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
     except Exception as error:
-        if _raised_by_this_package(error) and not isinstance(error, (OSError, ValueError)):
+        if _raised_by_this_package(error) and not isinstance(error, (OSError, UserError)):
             raise
-        raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
 def _raised_by_this_package(error: Exception) -> bool:
@@ -403,9 +404,7 @@ def set_latent_scaling(pipeline: DiffusionPipeline, scaling: LatentScaling) -> N
     """Have the config of the pipeline's VAE say what lies between its latents and the U-Net's."""
     config = pipeline.vae.config
     if len(scaling.mean) != config.latent_channels:
-        raise ValueError(
-            f"latents are scaled in {len(scaling.mean)} channels, and the VAE has {config.latent_channels}"
-        )
+        raise UserError(f"latents are scaled in {len(scaling.mean)} channels, and the VAE has {config.latent_channels}")
     pipeline.vae.register_to_config(**scaling.vae_config(config.scaling_factor))
 
 

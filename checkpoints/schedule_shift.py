@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from .header import shorten
 from .markers import read_scheduler_config
 
@@ -39,7 +40,7 @@ def shift_of_folder(folder: Path) -> float | None:
     """What the scheduler of a diffusers folder says; None if it says nothing, or has another schedule altogether.
 
     Raises:
-        ValueError: The scheduler's settings cannot be read.
+        UserError: The scheduler's settings cannot be read.
     """
     from ..samplers import NoiseSchedule
 
@@ -49,14 +50,14 @@ def shift_of_folder(folder: Path) -> float | None:
     try:
         return shift_of(NoiseSchedule.from_config(config))
     except (TypeError, ValueError):
-        raise ValueError(f"{folder / 'scheduler'} has trained_betas that are no noise schedule") from None
+        raise UserError(f"{folder / 'scheduler'} has trained_betas that are no noise schedule") from None
 
 
 def shift_of_metadata(metadata: Mapping[str, str]) -> float:
     """What the metadata of a single file say; 1 if they say nothing.
 
     Raises:
-        ValueError: They say something that is not a number above 0.
+        UserError: They say something that is not a number above 0.
     """
     if METADATA not in metadata:
         return 1.0
@@ -65,7 +66,7 @@ def shift_of_metadata(metadata: Mapping[str, str]) -> float:
     except ValueError:
         shift = math.nan
     if not 0 < shift < math.inf:
-        raise ValueError(f"{METADATA} of the metadata, {shorten(metadata[METADATA])}, is not a number above 0")
+        raise UserError(f"{METADATA} of the metadata, {shorten(metadata[METADATA])}, is not a number above 0")
     return shift
 
 

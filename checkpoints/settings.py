@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 LONGEST_SETTINGS = 1_000_000  # bytes
 MOST_LAYERS = 256  # SDXL's U-Net has 60 by this count, its second text encoder 32
 LARGEST_SIZE = 1 << 13  # SDXL's largest is 5120
@@ -31,7 +33,7 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
         what: whose settings these are, for the error: "a scheduler's", ...
 
     Raises:
-        ValueError: the file is there and is not such an object, or is too long for one.
+        UserError: the file is there and is not such an object, or is too long for one.
     """
     try:
         if not path.is_file():
@@ -40,11 +42,11 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
             text = file.read(LONGEST_SETTINGS + 1)
         config = json.loads(text.decode("utf-8")) if len(text) <= LONGEST_SETTINGS else None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not {what} settings")
+        raise UserError(f"{path} is not {what} settings")
     return config
 
 
@@ -57,18 +59,18 @@ def check_sizes(path: Path, config: dict[str, Any], names: Collection[str] | Non
             all of them.
 
     Raises:
-        ValueError: which setting is too large, and what the limit is.
+        UserError: which setting is too large, and what the limit is.
     """
     read = config if names is None else {name: value for name, value in config.items() if name in names}
     for name, value in read.items():
         limit = LARGEST_VOCABULARY if name in _IN_WORDS else LARGEST_SIZE
         if (largest := max(map(abs, _whole_numbers(value)), default=0)) > limit:
-            raise ValueError(f"{path} asks for {name} = {_brief(largest)}, and at most {limit} is believed")
+            raise UserError(f"{path} asks for {name} = {_brief(largest)}, and at most {limit} is believed")
     layers = max(len(read[name]) if isinstance(read.get(name), list) else 1 for name in _BLOCKS)
     for depth in _DEPTHS:
         layers *= max((number for name in depth for number in _whole_numbers(read.get(name))), default=1)
     if layers > MOST_LAYERS:
-        raise ValueError(f"{path} asks for {layers} layers, and at most {MOST_LAYERS} are believed")
+        raise UserError(f"{path} asks for {layers} layers, and at most {MOST_LAYERS} are believed")
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:

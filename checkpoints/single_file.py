@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UserError
+from ..files import atomic_write, check_new
 from .architecture import SUPPORTED, is_sdxl
-from .atomic import atomic_write, check_new
 from .folder import read_weights
 from .header import SUFFIXES, read_header, shorten
 from .inspect import DIFFUSERS_FOLDER, CheckpointReport, inspect_checkpoint
@@ -68,7 +69,7 @@ def to_single_file(
             where the folder has no VAE's config that says another.
 
     Raises:
-        ValueError: the folder is no such model, or lacks a part, or has tensors that a single file has no place for;
+        UserError: the folder is no such model, or lacks a part, or has tensors that a single file has no place for;
             the base holds another U-Net; a number is too large for the dtype; a VAE's config that cannot be followed;
             ``out`` is there or cannot be written.
     """
@@ -123,7 +124,7 @@ def _make(recipe: Recipe, tensors: Tensors) -> TensorStream:
     sources = [tensors[name] for name in recipe.sources]
     for name, tensor in zip(recipe.sources, sources, strict=True):
         if not tensor.shape or not tensor.nbytes:
-            raise ValueError(f"the tensor {shorten(name)} has the shape {tensor.shape}, which no weight has")
+            raise UserError(f"the tensor {shorten(name)} has the shape {tensor.shape}, which no weight has")
     tensor = sources[0] if len(sources) == 1 else stacked(sources)
     if recipe.transposed:
         return transposed(tensor)
@@ -140,18 +141,16 @@ def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[s
     unet = _lay_out(read_weights(folder / "unet"), unet_layout, UNET)
     own = {name for name in tensors if name.startswith(UNET)}
     if not own:
-        raise ValueError(f"{base} has no U-Net under the names of single files ({UNET}...), and cannot be a base")
+        raise UserError(f"{base} has no U-Net under the names of single files ({UNET}...), and cannot be a base")
     if differing := sorted(own ^ unet.keys()):
-        raise ValueError(
-            f"{base} has another kind of U-Net than {folder}: only one of them has {list_names(differing)}"
-        )
+        raise UserError(f"{base} has another kind of U-Net than {folder}: only one of them has {list_names(differing)}")
     for name, tensor in unet.items():
         if tensor.shape != tensors[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{base} has another kind of U-Net than {folder}: {name} is {tensors[name].shape}, not {tensor.shape}"
             )
         if dtype is None and tensors[name].dtype not in DTYPE_NAMES.values():
-            raise ValueError(f"{base} keeps its U-Net in {tensors[name].dtype}: say which dtype the new one shall have")
+            raise UserError(f"{base} keeps its U-Net in {tensors[name].dtype}: say which dtype the new one shall have")
         tensors[name] = cast(tensor, dtype or tensors[name].dtype)
     return tensors, header.metadata
 
@@ -199,9 +198,9 @@ def inspect_folder(folder: Path) -> CheckpointReport:
     """What a diffusers folder is, if it is one of a supported model."""
     report = inspect_checkpoint(folder)
     if report.format != DIFFUSERS_FOLDER:
-        raise ValueError(f"{folder} is no diffusers folder but a {report.format}")
+        raise UserError(f"{folder} is no diffusers folder but a {report.format}")
     if report.architecture not in SUPPORTED | {"unknown"}:
-        raise ValueError(f"{folder} is {report.architecture}, and only {', '.join(sorted(SUPPORTED))} are converted")
+        raise UserError(f"{folder} is {report.architecture}, and only {', '.join(sorted(SUPPORTED))} are converted")
     return report
 
 
@@ -209,5 +208,5 @@ def check_new_file(out: Path, dtype: torch.dtype | None) -> None:
     """Refuse what cannot be written, before anything is read."""
     check_new(out)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out} must end in {SUFFIXES[0]}, by which programs know such files")
+        raise UserError(f"{out} must end in {SUFFIXES[0]}, by which programs know such files")
     dtype_name(dtype)

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import torch
 
+from ..errors import UserError
 from .header import BITS, HASH, Header
 
 CHUNK = 16 * 2**20  # bytes
@@ -44,7 +45,7 @@ class TensorStream:
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """How safetensors names a type that checkpoints are written in."""
     if dtype not in (None, *DTYPE_NAMES):
-        raise ValueError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
+        raise UserError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
     return DTYPE_NAMES.get(dtype)
 
 
@@ -64,9 +65,9 @@ def stored(path: Path, header: Header, name: str, rows: range | None = None) -> 
                     file.seek(begin)
                     size = file.readinto(piece)
             except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
             if size != len(piece):
-                raise ValueError(f"{path} became shorter while it was read")
+                raise UserError(f"{path} became shorter while it was read")
             yield piece
 
     return TensorStream(entry.dtype, shape, read)
@@ -81,7 +82,7 @@ def stacked(tensors: list[TensorStream]) -> TensorStream:
     """Tensors of one type and width, one behind the other along the first axis."""
     first, *others = tensors
     if any((tensor.dtype, tensor.shape[1:]) != (first.dtype, first.shape[1:]) for tensor in others):
-        raise ValueError("parts of one tensor differ in type or width")
+        raise UserError("parts of one tensor differ in type or width")
     rows = sum(tensor.shape[0] for tensor in tensors)
     return TensorStream(first.dtype, (rows, *first.shape[1:]), lambda: (p for t in tensors for p in t.read()))
 
@@ -89,7 +90,7 @@ def stacked(tensors: list[TensorStream]) -> TensorStream:
 def transposed(tensor: TensorStream) -> TensorStream:
     """A matrix, which is held in memory while it is turned."""
     if len(tensor.shape) != 2:
-        raise ValueError(f"a tensor of shape {tensor.shape} is no matrix")
+        raise UserError(f"a tensor of shape {tensor.shape} is no matrix")
     rows, columns = tensor.shape
 
     def read() -> Iterator[bytearray]:
@@ -131,7 +132,7 @@ def write_tensors(
         hashed: write ModelSpec's hash of the data into the metadata.
 
     Raises:
-        ValueError: a number is too large for the type it is cast to, or a source became shorter.
+        UserError: a number is too large for the type it is cast to, or a source became shorter.
     """
     order = sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype])
     unknown = f"0x{0:064x}"
@@ -154,7 +155,7 @@ def write_tensors(
                     digest.update(piece)
                 written += len(piece)
         except OverflowError:
-            raise ValueError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider type") from None
+            raise UserError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider type") from None
         if written != tensor.nbytes:
             raise RuntimeError(f"{name} took {written} bytes instead of {tensor.nbytes}")
     if hashed:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import UserError
 from .architecture import LORA
 from .complete import MARKS, find_missing
 from .header import BITS, HASH, Header, read_header, shorten
@@ -125,7 +126,7 @@ def verify_checkpoint(
         config, comfyui: see ``compare_forwards``.
 
     Raises:
-        ValueError: what cannot be read at all: no such file, a pickle, a header that does not fit its file; with
+        UserError: what cannot be read at all: no such file, a pickle, a header that does not fit its file; with
             ``run`` also what ``compare_forwards`` raises.
     """
     path, other = Path(path), None if other is None else Path(other)
@@ -157,7 +158,7 @@ def verify_checkpoint(
     if other is not None:
         try:
             changes, only_here, only_there = _compare(path, other)
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"It cannot be compared with {other}: {error}.")
         else:
             remarks += _other_scaling(report, other)
@@ -177,7 +178,7 @@ def _other_scaling(report: CheckpointReport, other: Path) -> list[str]:
     """What is to be said where latents are scaled differently, which no tensor shows."""
     try:
         theirs = inspect_checkpoint(other)
-    except ValueError:  # a VAE alone, ...
+    except UserError:  # a VAE alone, ...
         return []
     said = [one.latent_scaling for one in (report, theirs)]
     if not (report.has_vae and theirs.has_vae) or _same_scaling(*said):
@@ -215,7 +216,7 @@ def _read_headers(path: Path) -> list[tuple[Path, str, Header]]:
         names |= {prefix + name for name in header.tensors}
         found.append((file, prefix, header))
     if not found:
-        raise ValueError(f"{path} has no safetensors files in its folders")
+        raise UserError(f"{path} has no safetensors files in its folders")
     return found
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..canvas import Size
-from ..checkpoints.atomic import atomic_folder
+from ..files import atomic_folder
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 CELL, COLUMNS = 64, 20  # of the sheet: pixels of a picture, pictures of a row
@@ -249,7 +249,7 @@ def write_pictures(folder: Path, count: int, composer: Composer, seed: int = 0) 
     It is there whole or not at all.
 
     Raises:
-        ValueError: the folder is there already, or cannot be written.
+        UserError: the folder is there already, or cannot be written.
     """
     answers = io.StringIO()
     table = csv.writer(answers)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak_run import steps_from
+from ..files import atomic_write
 from ..samplers.prediction import alpha_s
 from .composed import COLOURS, GROUNDS, LONG, Asked, Composer, ground_colour
 from .measures import brightness, coarse_contrast, colour_distance, explained_by_asked, tint, unevenness

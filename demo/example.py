@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.atomic import atomic_folder
+from ..files import atomic_folder
 from .composed import Composer, write_pictures
 from .objectives import BASE, shift_of
 from .shipped import CONFIG, FILES, WEIGHTS
@@ -63,7 +63,7 @@ def write_example(folder: Path, say: Callable[[str], None] = print) -> None:
     """Write the folder; it is there whole or not at all.
 
     Raises:
-        ValueError: The folder exists already, or cannot be written.
+        UserError: The folder exists already, or cannot be written.
     """
     composer, whole = Composer(), folder.resolve()
     with atomic_folder(folder) as place:

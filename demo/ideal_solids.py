@@ -19,11 +19,11 @@ import numpy as np
 from ..diagnostics.leak_run import steps_from
 from ..samplers import NoiseSchedule
 from ..samplers.prediction import alpha_s
-from ..training.small_model import SCALING_FACTOR
 from .composed import CANVAS, GROUNDS, ground_colour
 from .evaluation import SOLIDS, START, STEPS, canvas_sigma
 from .measures import brightness
 from .objectives import shift_of
+from .small_model import SCALING_FACTOR
 
 SHADES = 3000
 NOISES = 64

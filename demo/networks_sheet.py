@@ -15,7 +15,9 @@ import torch
 
 from ..diagnostics.leak_probes import LUMA
 from ..diagnostics.leak_run import steps_from
-from ..diagnostics.output import no_matplotlib, png, write_atomically
+from ..extras import no_matplotlib
+from ..figures.png import png
+from ..files import write_atomically
 from ..samplers import exposure_true_guidance
 from .composed import BRIGHTNESS, COLOURS, Asked, Composer
 from .evaluation import START, STEPS, canvas_sigma, mean_colour
@@ -145,7 +147,7 @@ def sample_sheet(
 
 def draw_sheet(sheet: NetworksSheet) -> "Figure":
     """As a contact sheet; below a picture stands how bright its ground is."""
-    from ..diagnostics.plots import contact_sheet
+    from ..figures.contact_sheet import contact_sheet
 
     texts = [[_brightness(*pair) for pair in zip(sheet.asked, row, strict=True)] for row in sheet.grounds]
     alarms = [[_is_off(*pair) for pair in zip(sheet.asked, row, strict=True)] for row in sheet.grounds]

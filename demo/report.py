@@ -12,8 +12,8 @@ from PIL import Image
 from tabulate import tabulate
 
 from .. import __version__
-from ..checkpoints.atomic import atomic_write
 from ..diagnostics.leak import plain
+from ..files import atomic_write
 from .claims import FINITE, INFINITY, Claim, Run, judge_claims
 from .composed import COLOURS
 from .evaluation import (
@@ -68,7 +68,7 @@ def write_report(out: Path, recipe: Recipe, runs: Sequence[Run], seeds: Sequence
         runs: Of one or several training seeds.
 
     Raises:
-        ValueError: A file cannot be written.
+        UserError: A file cannot be written.
     """
     claims, limits = judge_claims(runs), bound_rows()  # which take seconds
     files = {

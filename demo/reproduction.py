@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..checkpoints.atomic import atomic_write
-from ..diagnostics.output import no_matplotlib, png
+from ..extras import no_matplotlib
+from ..figures.png import png
+from ..files import atomic_write
 from .evaluation import Evaluation, Numbers
 from .networks import DemoNetwork, quiet_libraries
 from .networks_sheet import draw_sheet, sample_sheet
@@ -31,7 +32,7 @@ def reproduce(
         seeds: Of the fine-tunes; several give intervals over trainings.
 
     Raises:
-        ValueError: See ``Trainings``; a training that failed.
+        UserError: See ``Trainings``; a training that failed.
     """
     quiet_libraries()
     trainings = open_trainings(out, size, quick, say)

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.atomic import atomic_write
+from ..data.make_latent_cache import run_cache
+from ..errors import UserError
+from ..files import atomic_write
 from ..training.config import FinetuneSettings
-from ..training.make_latent_cache import run_cache
 from ..training.settings_file import parse_settings
-from ..training.small_model import SIZES, write_small_model
 from ..training.trainer import run_finetune
 from .composed import CANVAS, FEW, Composer, Sprites, write_pictures
 from .objectives import BASE, EPSILON, OBJECTIVES, Start, shift_of
+from .small_model import SIZES, write_small_model
 from .workers import run_trainings
 
 ABOUT = "trainings.json"
@@ -82,7 +83,7 @@ class Trainings:
         say: Takes each line for the user.
 
     Raises:
-        ValueError: The folder is one of another size, base or recipe, or cannot be written.
+        UserError: The folder is one of another size, base or recipe, or cannot be written.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class Trainings:
             out.mkdir(parents=True, exist_ok=True)
             old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         except OSError as error:
-            raise ValueError(f"{out} cannot be used: {error.strerror or error}") from None
+            raise UserError(f"{out} cannot be used: {error.strerror or error}") from None
         except ValueError:
-            raise ValueError(f"{path} cannot be read: remove the folder, or choose another") from None
+            raise UserError(f"{path} cannot be read: remove the folder, or choose another") from None
         if old is not None and old != about:
-            raise ValueError(f"{out} holds trainings with other settings: choose another folder, or remove it")
+            raise UserError(f"{out} holds trainings with other settings: choose another folder, or remove it")
         if old is None and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and holds no trainings: choose another folder")
+            raise UserError(f"{out} is not empty and holds no trainings: choose another folder")
         with atomic_write(path) as file:
             file.write(json.dumps(about, indent=2).encode())
 

@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from .trainings import Trainings
+from ..errors import UserError
 
 LOG = "training.log"
 INTERVAL = 0.5  # seconds from one look at the trainings to the next
@@ -25,7 +24,23 @@ INTERVAL = 0.5  # seconds from one look at the trainings to the next
 Job = tuple[str, int]  # training, seed
 
 
-def run_trainings(trainings: "Trainings", jobs: Sequence[Job], at_a_time: int, cores: int) -> bool:
+class Trainings(Protocol):
+    """Where each training is and how long it is; see ``trainings.Trainings``."""
+
+    out: Path
+
+    def folder(self, name: str, seed: int) -> Path: ...
+    def exported(self, name: str, seed: int) -> Path: ...
+    def settings(self, name: str, seed: int) -> "Settings": ...
+
+
+class Settings(Protocol):
+    """The part of a training's settings that counts here."""
+
+    steps: int
+
+
+def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cores: int) -> bool:
     """Train all that is not finished; False if a signal stopped it.
 
     Args:
@@ -33,7 +48,7 @@ def run_trainings(trainings: "Trainings", jobs: Sequence[Job], at_a_time: int, c
         cores: Processor cores, which they share.
 
     Raises:
-        ValueError: A training failed.
+        UserError: A training failed.
     """
     waiting = [job for job in jobs if not trainings.exported(*job).exists()]
     if not waiting:
@@ -55,7 +70,7 @@ def run_trainings(trainings: "Trainings", jobs: Sequence[Job], at_a_time: int, c
                     if process.poll() is not None:
                         del running[job]
                         if process.returncode and not caught:
-                            raise ValueError(_trouble(trainings.folder(*job), job))
+                            raise UserError(_trouble(trainings.folder(*job), job))
                         done += steps[job]
                 bar.update(done + sum(_step(trainings.folder(*job)) for job in running) - bar.n)
         finally:

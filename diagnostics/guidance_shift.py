@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UserError
 from .estimates import Estimate, mean_over_seeds, over_seeds, spread_of
 from .leak_probes import SamplerProbe
 
@@ -81,12 +82,12 @@ def judge_guidance(unguided: Sequence[SamplerProbe], guided: Mapping[str, Sequen
         guided: by name, the exact flow from the same noise with guidance; the one in question comes first.
 
     Raises:
-        ValueError: fewer than two seeds, or probes of other seeds.
+        UserError: fewer than two seeds, or probes of other seeds.
     """
     if any([p.seed for p in probes] != [p.seed for p in unguided] for probes in guided.values()):
-        raise ValueError("the seeds with and without guidance differ: brightness is compared noise by noise")
+        raise UserError("the seeds with and without guidance differ: brightness is compared noise by noise")
     if len(unguided) < 2:
-        raise ValueError(f"an average with an interval needs at least 2 seeds, not {len(unguided)}")
+        raise UserError(f"an average with an interval needs at least 2 seeds, not {len(unguided)}")
     unit = "latent units" if unguided[0].rgb_mean is None else "levels of 255"
     shifts = [_shift(name, probes, unguided) for name, probes in guided.items()]
     asked, *others = shifts

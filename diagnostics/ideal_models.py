@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule, from_denoised
 from ..samplers.devices import to_float64
 from ..samplers.prediction import alpha_s
@@ -59,7 +60,7 @@ def reference_flow(
         (B, ...) in the dtype of noise.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+        raise UserError(f"steps must be at least 1, not {steps}")
 
     def velocity(x: torch.Tensor, angle: float) -> torch.Tensor:
         sigma = math.inf if angle == math.pi / 2 else math.tan(angle)
@@ -89,15 +90,15 @@ def _normalized_log(weights: Sequence[float] | torch.Tensor | None, count: int) 
     """log of the weights scaled to sum 1, (count,) float64; even weights for None."""
     weights = to_float64(torch.ones(count) if weights is None else weights).detach().cpu()
     if weights.shape != (count,):
-        raise ValueError(f"{count} components need {count} weights, not a tensor of shape {tuple(weights.shape)}")
+        raise UserError(f"{count} components need {count} weights, not a tensor of shape {tuple(weights.shape)}")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-        raise ValueError("weights must be finite, not negative, and not all zero")
+        raise UserError("weights must be finite, not negative, and not all zero")
     return (weights / weights.sum()).log()
 
 
 def _nonnegative(name: str, value: torch.Tensor | float) -> None:
     if not (torch.as_tensor(value) >= 0).all():
-        raise ValueError(f"{name} is a standard deviation and must not be negative or NaN")
+        raise UserError(f"{name} is a standard deviation and must not be negative or NaN")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class GaussianMixture:
     ):
         means = torch.as_tensor(means)
         if means.ndim < 1 or len(means) == 0:
-            raise ValueError(f"means must be (K, ...) with at least one component, not {tuple(means.shape)}")
+            raise UserError(f"means must be (K, ...) with at least one component, not {tuple(means.shape)}")
         _nonnegative("stds", stds)
         self.shape = means.shape[1:]
         self.means = to_float64(means.detach()).cpu().reshape(len(means), -1)  # (K, D)
@@ -232,10 +233,10 @@ class GaussianMixture:
         order.  It lies between the smallest and the largest of the components' own maps m_k + std_k * noise.
 
         Raises:
-            ValueError: more than one dimension, or a component without spread (F then jumps and has no inverse).
+            UserError: more than one dimension, or a component without spread (F then jumps and has no inverse).
         """
         if self.means.shape[1] != 1 or not (self.stds > 0).all():
-            raise ValueError("transport needs a mixture in one dimension whose stds are all positive")
+            raise UserError("transport needs a mixture in one dimension whose stds are all positive")
         n = to_float64(noise).cpu().reshape(-1, 1)
         # Work in the tail that n lies in: there the probability is small and keeps its relative precision.
         sign = torch.where(n > 0, -1.0, 1.0)
@@ -315,7 +316,7 @@ class PictureSet:
         brightness_std: float = 0.0,
     ):
         if pictures.ndim != 4 or len(pictures) == 0:
-            raise ValueError(f"pictures must be (K, C, H, W) with K at least 1, not {tuple(pictures.shape)}")
+            raise UserError(f"pictures must be (K, C, H, W) with K at least 1, not {tuple(pictures.shape)}")
         _nonnegative("std", std)
         _nonnegative("brightness_std", brightness_std)
         channels, area = pictures.shape[1], pictures.shape[2] * pictures.shape[3]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule
 from ..samplers.devices import to_float64
 from ..samplers.prediction import check_prediction_type
@@ -89,7 +90,7 @@ class LatentMeanRecorder:
         self, steps: int = 64, on_denoised: Callable[[float | torch.Tensor, torch.Tensor], None] | None = None
     ):
         if steps < 1:
-            raise ValueError(f"a recorder needs room for at least 1 step, not {steps}")
+            raise UserError(f"a recorder needs room for at least 1 step, not {steps}")
         self._room = steps
         self._on_denoised = on_denoised
         self.begin()
@@ -119,12 +120,12 @@ class LatentMeanRecorder:
             x_scale: what makes x variance-preserving: alpha = 1 / sqrt(1 + sigma^2) for k-diffusion's x0 + sigma eps.
 
         Raises:
-            ValueError: no dimension of space, shapes or devices of x and x0 that differ, a shape that changes in a run.
+            UserError: no dimension of space, shapes or devices of x and x0 that differ, a shape that changes in a run.
         """
         _check_latents(x)
         check_answer(x0, x)
         if self._shape is not None and x.shape != self._shape:
-            raise ValueError(
+            raise UserError(
                 f"latents of shape {tuple(x.shape)} in a run that began with {tuple(self._shape)}: call begin() before "
                 "another run"
             )
@@ -155,7 +156,7 @@ class LatentMeanRecorder:
         the network predicts, guidance included, before any clipping of the scheduler's.
 
         Raises:
-            ValueError: a scheduler of a model that is not variance-preserving, such as flow matching.
+            UserError: a scheduler of a model that is not variance-preserving, such as flow matching.
         """
         scheduler = pipe.scheduler
         schedule = _noise_schedule(scheduler)
@@ -180,10 +181,10 @@ class LatentMeanRecorder:
         """The run so far, brought to the host in one transfer.  NaN and infinite values are kept as they are.
 
         Raises:
-            ValueError: nothing was recorded since the last beginning.
+            UserError: nothing was recorded since the last beginning.
         """
         if self._count == 0:
-            raise ValueError("this recorder has seen no step yet: give it to a sampler, run that, and then read")
+            raise UserError("this recorder has seen no step yet: give it to a sampler, run that, and then read")
         rows = self._rows[: self._count]
         noise = rows[:0] if self._noise is None else self._noise.to(rows.device)
         values = torch.cat([rows.flatten(), noise.flatten()]).cpu().numpy()
@@ -217,7 +218,7 @@ def _std_mean(x: torch.Tensor) -> torch.Tensor:
 
 def _check_latents(x: torch.Tensor) -> None:
     if x.ndim < 3:
-        raise ValueError(f"latents are (batch, channels, height, width) or alike, not {tuple(x.shape)}")
+        raise UserError(f"latents are (batch, channels, height, width) or alike, not {tuple(x.shape)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ class _StepOnlooker:
     def take(self) -> tuple[torch.Tensor, float | torch.Tensor, torch.Tensor, float]:
         """What the step just done was given, and the scale of its state."""
         if self._seen is None:
-            raise ValueError(
+            raise UserError(
                 "the recorder saw no step of this run: call recorder.on(pipe) anew for every run, after choosing the "
                 "scheduler"
             )
@@ -281,7 +282,7 @@ def _noise_schedule(scheduler: Any) -> NoiseSchedule:
     """The table of a scheduler for variance-preserving models, or a sentence that it is none."""
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None or getattr(scheduler.config, "use_flow_sigmas", False):
-        raise ValueError(
+        raise UserError(
             f"{type(scheduler).__name__} is for another process than x = alpha x0 + s eps (flow matching or EDM): "
             "the recorder follows variance-preserving models alone"
         )

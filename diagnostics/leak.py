@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields, is_dataclass
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule, sample, step_schedule
 from ..samplers.prediction import alpha_s
 from ..samplers.sampling import Denoise
@@ -126,7 +127,7 @@ def judge_network(
             of them.
 
     Raises:
-        ValueError: fewer than two probes.
+        UserError: fewer than two probes.
     """
     _at_least_two(probes)
     slopes = np.stack([probe.slopes for probe in probes])  # (K, T, C)
@@ -297,11 +298,11 @@ def judge_sampler(
         reference: what the references were made with, in words.
 
     Raises:
-        ValueError: fewer than two probes, or references of other seeds.
+        UserError: fewer than two probes, or references of other seeds.
     """
     _at_least_two(probes)
     if references is not None and [p.seed for p in references] != [p.seed for p in probes]:
-        raise ValueError("the sampler's and the reference's seeds differ")
+        raise UserError("the sampler's and the reference's seeds differ")
     levels = probes[0].rgb_mean is not None
     unit, limit = ("levels of 255", PULL_LEVELS) if levels else ("latent units", PULL_LATENT)
     shared = {
@@ -440,7 +441,7 @@ def _departure(ratio: Estimate | None) -> int:
 
 def _at_least_two(probes: Sequence) -> None:
     if len(probes) < 2:
-        raise ValueError(f"a slope with an interval needs at least 2 seeds, not {len(probes)}; 8 are a good beginning")
+        raise UserError(f"a slope with an interval needs at least 2 seeds, not {len(probes)}; 8 are a good beginning")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -542,17 +543,17 @@ def mean_leak(
         progress: called after each of the up to five probes of a seed.
 
     Raises:
-        ValueError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
+        UserError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
     """
     seeds = check_seeds(seeds)
     if denoise is None and run is None:
-        raise ValueError("give a network to ask, a sampler to run, or both")
+        raise UserError("give a network to ask, a sampler to run, or both")
     if target is not None and to_rgb is None:
-        raise ValueError("a colour can only be compared in pictures: give to_rgb as well")
+        raise UserError("a colour can only be compared in pictures: give to_rgb as well")
     if denoise is not None and sigmas is None:
         sigmas = probed_sigmas(schedule)
     if unguided is not None and reference is None:
-        raise ValueError("what guidance does is seen beside the exact flow without it: give a reference as well")
+        raise UserError("what guidance does is seen beside the exact flow without it: give a reference as well")
     tell = progress or (lambda: None)
     runs = {} if run is None else {"sampler": run, "reference": reference}
     runs |= {} if unguided is None else {"unguided": unguided, "exposure-true": exposure_true}
@@ -604,7 +605,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     seeds = [int(seed) for seed in seeds]
     _at_least_two(seeds)
     if len(set(seeds)) < len(seeds):
-        raise ValueError("the same seed twice says nothing new; give different seeds")
+        raise UserError("the same seed twice says nothing new; give different seeds")
     return seeds
 
 

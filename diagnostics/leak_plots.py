@@ -19,6 +19,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from ..errors import UserError
+from ..figures.contact_sheet import contact_sheet
+from ..figures.curves import sigma_axis
+from ..figures.palette import ALARM, COLORS, INK, MARKERS
 from ..samplers import NoiseSchedule
 from .estimates import CONFIDENCE, Estimate
 from .guidance_shift import GuidanceAnswer
@@ -35,7 +39,6 @@ from .leak import (
     fit_pictures,
 )
 from .leak_probes import SamplerProbe
-from .plots import ALARM, COLORS, INK, MARKERS, contact_sheet, sigma_axis
 
 WIDTH, DPI = 6, 150  # inches, and 900 pixels
 TEXT, HEADING = 9, 10.5  # points; 9 are 8 pixels where the figure is shown 400 wide
@@ -79,7 +82,7 @@ class Strip:
     def __post_init__(self):
         shape, kind = np.shape(self.pictures), np.asarray(self.pictures).dtype
         if len(shape) != 4 or shape[-1] != 3 or 0 in shape or kind != np.uint8 or len(self.sigmas) != shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"a strip needs pictures (n, height, width, 3) of type uint8 and n sigmas, not {shape} of type {kind} "
                 f"and {len(self.sigmas)} sigmas"
             )
@@ -96,7 +99,7 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
         theme: "light" or "dark".
 
     Raises:
-        ValueError: an unknown theme.
+        UserError: an unknown theme.
     """
     look = _theme(theme)
     rows = [_headline(report.verdict, look)]
@@ -123,16 +126,16 @@ def run_figure(
         theme: "light" or "dark".
 
     Raises:
-        ValueError: an unknown theme, a run without steps, picture means of another batch.
+        UserError: an unknown theme, a run without steps, picture means of another batch.
     """
     look = _theme(theme)
     steps, samples, channels = statistics.denoised_mean.shape
     if steps == 0:
-        raise ValueError("the recorder saw no step, so there is nothing to draw")
+        raise UserError("the recorder saw no step, so there is nothing to draw")
     if picture_mean is not None:
         picture_mean = np.asarray(picture_mean, dtype=float)
         if picture_mean.shape != (samples, channels):
-            raise ValueError(f"picture means of shape {picture_mean.shape} for a run of shape {(samples, channels)}")
+            raise UserError(f"picture means of shape {picture_mean.shape} for a run of shape {(samples, channels)}")
     text = f"Mean of the latents over {steps} steps from sigma {_number(statistics.sigmas[0])}"
     problem = statistics.nonfinite()
     rows = [_headline(text if problem is None else f"{text}: {problem}", look, alarm=problem is not None)]
@@ -151,7 +154,7 @@ def start_sheet(
         seeds: K of them.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        UserError: shapes that do not fit together.
     """
     brightness = np.asarray(brightness, dtype=float)
     _check_sheet(pictures, "starts", starts, brightness, seeds)
@@ -176,7 +179,7 @@ def guidance_sheet(
         seeds: K of them.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        UserError: shapes that do not fit together.
     """
     brightness = np.asarray(brightness, dtype=float)
     _check_sheet(pictures, "kinds of guidance", guidances, brightness, seeds)
@@ -194,7 +197,7 @@ def _check_sheet(
 ) -> None:
     grid = (len(rows), len(seeds))
     if 0 in grid or pictures.shape[:2] != grid or brightness.shape != grid:
-        raise ValueError(
+        raise UserError(
             f"{grid[0]} {what} and {grid[1]} seeds, but pictures {pictures.shape} and brightness {brightness.shape}"
         )
 
@@ -647,7 +650,7 @@ def _open_band(levels: np.ndarray, start: float, first: float, last: float, canv
 
 def _theme(name: str) -> Theme:
     if name not in THEMES:
-        raise ValueError(f"there is no theme {name!r}; choose from {', '.join(THEMES)}")
+        raise UserError(f"there is no theme {name!r}; choose from {', '.join(THEMES)}")
     return THEMES[name]
 
 

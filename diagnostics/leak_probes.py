@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule, from_denoised
 from ..samplers.devices import to_float64
 from ..samplers.sampling import Denoise
@@ -97,9 +98,9 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
         (2, C, ...) float32 on the CPU.
     """
     if not 0 < offset < math.inf:
-        raise ValueError(f"the offset must be positive and finite, not {offset}: constant noise cannot show a slope")
+        raise UserError(f"the offset must be positive and finite, not {offset}: constant noise cannot show a slope")
     if len(shape) < 3:
-        raise ValueError(f"latents need channels, height and width, not shape {tuple(shape)}")
+        raise UserError(f"latents need channels, height and width, not shape {tuple(shape)}")
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     noise -= _channel_means(noise).view(1, -1, *[1] * (len(shape) - 1))
     signs = torch.tensor([(-1.0) ** (index & channel).bit_count() for channel in range(1, shape[0] + 1)])
@@ -116,7 +117,7 @@ def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float]
         sigmas: (T,) increasing.
 
     Raises:
-        ValueError: an answer that is not finite.
+        UserError: an answer that is not finite.
     """
     means, responses = [], []
     fine_noise = _finest(noise)
@@ -135,7 +136,7 @@ def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float]
     for sigma, mean in zip(sigmas, probe.denoised_mean, strict=True):
         if not np.isfinite(mean).all():
             channel = int(np.argwhere(~np.isfinite(mean))[0][1])
-            raise ValueError(
+            raise UserError(
                 f"the network answers NaN or infinity to pure noise at sigma {sigma:.4g}, in channel {channel + 1}; "
                 "half precision often overflows: try bfloat16 or float32"
             )
@@ -157,11 +158,11 @@ def probe_sampler(
         target: the colour that the prompt asks for, 0 to 255; needs to_rgb and scikit-image.
 
     Raises:
-        ValueError: latents that are not finite; it says where that began.
+        UserError: latents that are not finite; it says where that began.
     """
     latents, statistics = run(noise)
     if not latents.isfinite().all():
-        raise ValueError(f"seed {seed}: {statistics.nonfinite() or 'the finished latents hold NaN or infinite values'}")
+        raise UserError(f"seed {seed}: {statistics.nonfinite() or 'the finished latents hold NaN or infinite values'}")
     pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
     return SamplerProbe(
         seed,

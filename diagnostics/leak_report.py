@@ -16,9 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from ..errors import UserError
+from ..extras import no_matplotlib
+from ..figures.png import png
 from .guidance_shift import moved_most
 from .leak import LeakReport, plain
-from .output import UserError, no_matplotlib, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..errors import UserError
+from ..extras import no_matplotlib
+from ..files import prepare_folder, write_atomically
 from ..samplers import NoiseSchedule, exposure_true_guidance, guide, sample
 from ..samplers.sampling import Denoise
 from . import pipelines
@@ -35,7 +38,6 @@ from .leak_report import (
     report_table,
     row_of_pictures,
 )
-from .output import UserError, no_matplotlib, prepare_folder, write_atomically
 
 STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # of the sheet, as in NovelAI V3's figure 2
 SHEET_STEPS, SHEET_SEEDS = 28, 3
@@ -57,7 +59,7 @@ def parse_prompt(text: str) -> Prompt:
             return Prompt(words, tuple(bytes.fromhex(colour[1:])))
         except ValueError:
             pass
-    raise ValueError(
+    raise UserError(
         f"{colour!r} is no colour: write text=#rrggbb, text=one of {', '.join(COLOURS)}, or text= for a text with ="
     )
 
@@ -143,16 +145,16 @@ def run_leak(
         Whether the gate was passed; True without one.
 
     Raises:
-        UserError, ValueError: what the user can mend, in one sentence.
+        UserError: what the user can mend, in one sentence.
     """
     from tqdm import tqdm
 
     pipe = loaded.pipeline
     seeds = check_seeds(seeds)
     if not prompts:
-        raise ValueError("there is no prompt to measure")
+        raise UserError("there is no prompt to measure")
     if any(side % pipe.vae_scale_factor for side in size):
-        raise ValueError(f"width and height must be multiples of {pipe.vae_scale_factor}, not {size[0]} x {size[1]}")
+        raise UserError(f"width and height must be multiples of {pipe.vae_scale_factor}, not {size[0]} x {size[1]}")
     prepare_folder(out)
     latent_size = (size[1] // pipe.vae_scale_factor, size[0] // pipe.vae_scale_factor)
     schedule = NoiseSchedule.from_config(pipe.scheduler.config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule, guide, to_denoised
 from ..samplers.sampling import Denoise
 from .latent_stats import LatentMeanRecorder, LatentStatistics
@@ -130,7 +131,7 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
         latent_size: (height, width), which our spacings depend on.
 
     Raises:
-        ValueError: no such scheduler, or no such spacing.
+        UserError: no such scheduler, or no such spacing.
     """
     config = pipe.scheduler.config
     if name == "ztsnr":
@@ -144,13 +145,13 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
     if name != "model":
         classes = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
         if name not in classes:
-            raise ValueError(
+            raise UserError(
                 f"there is no scheduler {name!r}; choose ztsnr, model or one of {', '.join(sorted(classes))}"
             )
         pipe.scheduler = classes[name].from_config(config)
     if spacing is not None:
         if spacing not in ("trailing", "leading", "linspace"):
-            raise ValueError(
+            raise UserError(
                 f"{type(pipe.scheduler).__name__} has the spacings trailing, leading and linspace, not {spacing!r}"
             )
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..checkpoints import SUPPORTED, CheckpointReport, inspect_checkpoint
 from ..checkpoints.latent_scaling import LatentScaling
 from ..checkpoints.schedule_shift import shift_of_metadata
+from ..errors import UserError
 from .messages import refused, show
 from .model_patch import patch_model
 from .schema import schema
@@ -55,7 +56,7 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
             LatentScaling.from_metadata(report.metadata)  # these two refuse what the report only warns of
             shift_of_metadata(report.metadata)
             if report.format == "LoRA":
-                raise ValueError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
+                raise UserError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
             # A U-Net file as well: this finds its format, and gives a VAE that says so if it is used
             model, clip, vae = comfy.sd.load_checkpoint_guess_config(
                 str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
@@ -63,7 +64,7 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
             if report.latent_scaling is not None and report.supported:
                 scale_latents(model, report.latent_scaling)
             model, sentence = apply_report(model, report)
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=4)
         text = "\n".join([str(report), sentence, *missing_parts(report)])
         show(text, logging.WARNING if report.warnings else logging.INFO)
@@ -82,7 +83,7 @@ def find_file(ckpt_name: str) -> Path:
     if path is None and ckpt_name.startswith(UNET_PREFIX):
         path = folder_paths.get_full_path(UNET_FOLDER, ckpt_name.removeprefix(UNET_PREFIX))
     if path is None:
-        raise ValueError(f"There is no file {ckpt_name} in models/checkpoints or models/diffusion_models.")
+        raise UserError(f"There is no file {ckpt_name} in models/checkpoints or models/diffusion_models.")
     return Path(path)
 
 
@@ -108,11 +109,11 @@ def scale_latents(model, scaling: LatentScaling) -> None:
     too, when previews and Add Noise ask the model and patches are not in it yet.
 
     Raises:
-        ValueError: a scaling of other channels than the model's.
+        UserError: a scaling of other channels than the model's.
     """
     stock = model.get_model_object("latent_format")
     if len(scaling.mean) != stock.latent_channels:
-        raise ValueError(
+        raise UserError(
             f"The file scales the latents of {len(scaling.mean)} channels, and this model has {stock.latent_channels}."
         )
     scaled = copy.copy(stock)

@@ -20,6 +20,7 @@ from ..diagnostics.latent_stats import LatentStatistics
 from ..diagnostics.leak import LeakReport, mean_leak
 from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
+from ..errors import UserError
 from ..extras import needs
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
 from ..samplers.devices import to_float64
@@ -176,8 +177,8 @@ class LatentMeanDiagnostic(io.ComfyNode):
                 target=target,
                 progress=lambda: tick(bar),
             )
-        except ValueError as reason:
-            return refused(ValueError(sentence(str(reason))), outputs=3)
+        except UserError as reason:
+            return refused(UserError(sentence(str(reason))), outputs=3)
         picture = draw(lambda: figure_of(report, probe, to_rgb, theme), theme, sentence(report.verdict))
         if to_rgb is not None and not guidance_shift:
             remarks = describe_first_guidance(probe, to_rgb) + remarks
@@ -189,18 +190,16 @@ class LatentMeanDiagnostic(io.ComfyNode):
 def check_sigmas(sigmas: torch.Tensor) -> None:
     """A run needs two sigmas, and a picture has no noise left."""
     if len(sigmas) < 2:
-        raise ValueError(f"A run needs at least one step, which is two sigmas, not {len(sigmas)}.")
+        raise UserError(f"A run needs at least one step, which is two sigmas, not {len(sigmas)}.")
     if sigmas[-1] != 0:
-        raise ValueError(
-            f"The sigmas end at {float(sigmas[-1]):.4g}, and a finished picture is at 0: give all of them."
-        )
+        raise UserError(f"The sigmas end at {float(sigmas[-1]):.4g}, and a finished picture is at 0: give all of them.")
 
 
 def empty_pair(model, latent: dict) -> torch.Tensor:
     """Two empty latents of the size of a LATENT, with the channels of the model, as ComfyUI's samplers make them."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise ValueError("This latent holds several tensors (audio and video): the diagnostic is for one alone.")
+        raise UserError("This latent holds several tensors (audio and video): the diagnostic is for one alone.")
     ratios = {name: latent[name] for name in latent if name.startswith("downscale_ratio")}  # newer cores'
     samples = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), **ratios)
     return comfy.utils.repeat_to_batch_size(samples, 2)
@@ -260,7 +259,7 @@ def question_for(model) -> Question | None:
     one whose schedule another node has replaced is asked as it is.
     """
     kind = model.model.model_type
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(UserError):
         model, _ = patch_model(model, canvas_shift=1.0)
     model = without_guidance(model)
     model_sampling = model.get_model_object("model_sampling")
@@ -351,7 +350,7 @@ def reference_of(
     """Model, sampler and sigmas that come close to the exact flow of the same network, and their name in words."""
     try:
         exact, _ = patch_model(model, canvas_shift=canvas_shift_of(model))
-    except ValueError:
+    except UserError:
         return (model, sampler, finer(sigmas)), f"the same sampler with {FINER} times as many steps"
     schedule = exact.get_model_object("model_sampling").schedule
     steps = step_schedule(schedule, REFERENCE_STEPS, latent_size=tuple(latent_size)).float()

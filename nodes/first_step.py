@@ -15,6 +15,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
+from ..errors import UserError
 from .messages import show
 from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactSchedule, ExactVPrediction
 
@@ -38,7 +39,7 @@ def first_step_wrapper(
         noise: (B, C, H, W) unit Gaussian; all zero if the graph adds no noise: then the latent is the state.
 
     Raises:
-        ValueError: sigmas that no sampler can run, a latent that holds NaN or infinity.
+        UserError: sigmas that no sampler can run, a latent that holds NaN or infinity.
     """
     sampler, given, sigmas = executor.class_obj, float(sigmas[0]) if len(sigmas) else 0.0, sigmas.clone()
 
@@ -124,13 +125,13 @@ def _check(sigmas: torch.Tensor, latent: torch.Tensor) -> None:
     """Stop before a sampler turns bad numbers into a black picture, or never returns."""
     values = sigmas.tolist()
     if any(math.isnan(s) or s < 0 for s in values) or any(math.isinf(s) for s in values[1:]):
-        raise ValueError(
+        raise UserError(
             f"These sigmas cannot be sampled: {', '.join(f'{s:.4g}' for s in values)}. Only the first may be infinite. "
             "Take ZTSNR Scheduler in place of the node that made them, or set first_step of ZTSNR Model to 'as ComfyUI "
             "does it'."
         )
     if not latent.isfinite().all():
-        raise ValueError(
+        raise UserError(
             "The latent holds NaN or infinity: a node before the sampler has calculated with numbers that it could not."
         )
 

@@ -5,6 +5,7 @@ import math
 import torch
 from comfy_api.latest import io
 
+from ..errors import UserError
 from ..samplers import rescale_contrast, rescale_guidance
 from ..samplers.guidance import CONTRAST, EXPOSURE, exposure_true_prediction
 from .messages import refused
@@ -72,11 +73,11 @@ class ZTSNRGuidance(io.ComfyNode):
         try:
             schedule_of(model.get_model_object("model_sampling"))
             if start <= interval_end:
-                raise ValueError(
+                raise UserError(
                     f"Guidance from {start:g} down to {interval_end:g} canvas lengths never acts, because sigma falls: "
                     "set interval_start above interval_end, or to 0."
                 )
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=1)
 
         def exposure_true_within_interval(args: dict) -> torch.Tensor:
@@ -130,7 +131,7 @@ class ZTSNRGuidanceRescale(io.ComfyNode):
     def execute(cls, model, phi: float, method: str = DEFAULT_RESCALE) -> io.NodeOutput:
         try:
             schedule_of(model.get_model_object("model_sampling"))  # v is something else in flow matching and EDM
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=1)
         patched = model.clone()
         patched.set_model_sampler_post_cfg_function(lambda args: rescale_denoised(args, phi, RESCALES[method]))

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 import nodes as core
 
 from ..canvas import area_buckets, nearest_bucket, novelai_buckets
+from ..errors import UserError
 from .schema import schema, used_for
 
 BUCKETS = {"SDXL": area_buckets((1024, 1024)), "NovelAI 2022": novelai_buckets()}
@@ -80,11 +81,11 @@ class ZTSNRBucketLatent(io.ComfyNode):
         cls, size: str, ratio_width: int, ratio_height: int, batch_size: int, image: torch.Tensor | None = None
     ) -> io.NodeOutput:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+            raise UserError(f"batch_size must be at least 1, not {batch_size}.")
         if size in FIXED:
             width, height = FIXED[size]
         elif size not in NEAREST:
-            raise ValueError(f"There is no bucket named {size!r}; choose one from the list.")
+            raise UserError(f"There is no bucket named {size!r}; choose one from the list.")
         elif image is not None:
             width, height = nearest_bucket(image.shape[2], image.shape[1], NEAREST[size])
         else:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..diagnostics.leak_probes import ToRGB
-from ..diagnostics.output import no_matplotlib
+from ..errors import UserError
+from ..extras import no_matplotlib
 from .messages import show
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def rgb_of(latent_format, vae=None) -> tuple[ToRGB | None, str | None]:
                 pictures = vae.decode(latent_format.process_out(latents))
             except RuntimeError as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
-                raise ValueError(f"The VAE that belongs to the model is needed; this one fails: {reason}.") from error
+                raise UserError(f"The VAE that belongs to the model is needed; this one fails: {reason}.") from error
             return pictures[..., :3].movedim(-1, 1).flatten(2, -2)
 
         return decode, "through the VAE"

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..errors import UserError
 from ..samplers.step_schedules import DEFAULT_GUIDANCE
 from .messages import refused, show
 from .model_patch import FIRST_STEPS, PREDICTIONS, SCHEDULES, patch_model
@@ -88,7 +89,7 @@ class ZTSNRModelSampling(io.ComfyNode):
                 canvas_shift=canvas_shift,
                 guidance=cfg,
             )
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=1)
         show(report)
         return io.NodeOutput(patched, ui=ui.PreviewText(report))

@@ -6,6 +6,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
 
+from ..errors import UserError
 from ..samplers import NoiseSchedule
 from ..samplers.devices import to_float64
 from ..samplers.step_schedules import DEFAULT_GUIDANCE
@@ -46,7 +47,7 @@ def patch_model(
         The patched clone, and one sentence or more that say what it is.
 
     Raises:
-        ValueError: a model that this does not fit, or settings that contradict each other.
+        UserError: a model that this does not fit, or settings that contradict each other.
     """
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
@@ -60,7 +61,7 @@ def patch_model(
     marked = bool(said.zsnr)
     zero_snr = marked if schedule == "auto" else schedule == "zero terminal SNR"
     if zero_snr and not v_prediction:
-        raise ValueError(
+        raise UserError(
             "An epsilon model cannot run with zero terminal SNR: at infinite sigma its input is the very noise it is "
             "asked for. Set prediction to v_prediction if the checkpoint was trained so, or schedule to 'as trained'."
         )
@@ -92,7 +93,7 @@ def trained_schedule(model_sampling, zero_snr: bool) -> NoiseSchedule:
     if zero_snr == model_sampling.zsnr:
         return NoiseSchedule(alphas_cumprod)
     if model_sampling.zsnr:
-        raise ValueError("This checkpoint's schedule has zero terminal SNR and no other; set schedule to auto.")
+        raise UserError("This checkpoint's schedule has zero terminal SNR and no other; set schedule to auto.")
     betas = 1 - alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]])
     return NoiseSchedule.from_betas(betas, zero_terminal_snr=True)
 
@@ -106,12 +107,12 @@ def schedule_of(model_sampling) -> NoiseSchedule:
     """The schedule that a MODEL's ``model_sampling`` runs, patched or not.
 
     Raises:
-        ValueError: a model without a table of noise levels (flow matching, EDM).
+        UserError: a model without a table of noise levels (flow matching, EDM).
     """
     if isinstance(model_sampling, ExactSchedule):
         return model_sampling.schedule
     if not isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete):
-        raise ValueError(
+        raise UserError(
             "This model has no table of noise levels (flow matching or EDM): ZTSNR nodes are for Stable Diffusion 1.x, "
             "2.x and XL models."
         )
@@ -139,16 +140,16 @@ def _says_zero_snr_v(model_sampling) -> bool:
 def _check(model) -> None:
     base = model.model
     if isinstance(base, comfy.model_base.SDXLRefiner):
-        raise ValueError(
+        raise UserError(
             "This is the SDXL refiner, an epsilon model that only ever sees little noise: connect it without this node."
         )
     if base.model_type not in (ModelType.EPS, ModelType.V_PREDICTION) or base.latent_format.latent_channels != 4:
-        raise ValueError(
+        raise UserError(
             f"This node is for Stable Diffusion 1.x, 2.x and XL models, not for a {type(base).__name__} "
             f"({base.model_type.name}) model: connect it directly."
         )
     if "model_sampling" in model.object_patches:
-        raise ValueError(
+        raise UserError(
             "Another node (ModelSamplingDiscrete, for example) has already replaced this model's schedule, and not by "
             "v-prediction with zero SNR: remove it, or connect the loader here directly."
         )

@@ -8,6 +8,7 @@ from ..diagnostics.estimates import CONFIDENCE
 from ..diagnostics.latent_stats import LatentStatistics
 from ..diagnostics.leak import ChannelFit, fit_pictures
 from ..diagnostics.leak_probes import ToRGB, measure_pictures
+from ..errors import UserError
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
 from .probe import RunProbe, watch
@@ -77,7 +78,7 @@ class LatentMeanReport(io.ComfyNode):
             latents = probe.latent_format.process_in(latent["samples"].float().cpu())
             to_rgb, through = rgb_of(probe.latent_format, vae)
             pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=2)
         picture_mean = latents.flatten(2).mean(2).double().numpy()
         lines = describe_run(statistics, picture_mean)
@@ -98,15 +99,15 @@ class LatentMeanReport(io.ComfyNode):
 def check_result(probe: RunProbe, samples: torch.Tensor) -> None:
     """The latent must be what the probed run ended with."""
     if probe.result is None:
-        raise ValueError(
+        raise UserError(
             "The probe has seen no run: connect the model of Latent Mean Probe to the sampler that makes this latent."
         )
     if getattr(samples, "is_nested", False):
-        raise ValueError("This latent holds several tensors (audio and video): the report is for one alone.")
+        raise UserError("This latent holds several tensors (audio and video): the report is for one alone.")
     result, samples = probe.result.float().cpu(), samples.float().cpu()
     # LATENTs may be kept in half precision
     if result.shape != samples.shape or not torch.allclose(result, samples, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ValueError(
+        raise UserError(
             f"This latent {tuple(samples.shape)} is not what the last probed run ended with {tuple(result.shape)}: "
             "connect the sampler's own output, and use one Latent Mean Probe for each sampler."
         )

@@ -8,6 +8,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..errors import UserError
 from ..samplers import DEFAULT_SOLVER, SOLVERS, sample
 from .first_step import without_noise
 from .model_sampling import INFINITE_FROM, INFINITE_SIGMA, ExactVPrediction
@@ -142,12 +143,12 @@ def _to_variance_preserving(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 def _check(model_sampling, sigmas: torch.Tensor) -> None:
     if not isinstance(model_sampling, comfy.model_sampling.EPS):
-        raise ValueError(
+        raise UserError(
             "The ZTSNR Sampler is for Stable Diffusion 1.x, 2.x and XL models, not for flow matching: take a sampler "
             "from KSamplerSelect."
         )
     if sigmas[0] >= INFINITE_FROM and not isinstance(model_sampling, ExactVPrediction):
-        raise ValueError(
+        raise UserError(
             f"The sigmas begin at {float(sigmas[0]):g}, but this model's schedule ends at "
             f"{float(model_sampling.sigma_max):g}: put ZTSNR Model (v-prediction) before the sampler."
         )

@@ -11,6 +11,7 @@ import torch
 from comfy.samplers import SchedulerHandler
 from comfy_api.latest import io, ui
 
+from ..errors import UserError
 from ..samplers import DEFAULT_SPACING, SPACINGS, ZTSNRWarning, step_schedule
 from ..samplers.step_schedules import DEFAULT_GUIDANCE, range_start
 from .messages import refused, show
@@ -93,7 +94,7 @@ class ZTSNRScheduler(io.ComfyNode):
         sigma_start: float = 0.0,
         latent: dict | None = None,
     ) -> io.NodeOutput:
-        from ..diagnostics.schedule_picture import schedule_picture
+        from ..figures.schedule_picture import schedule_picture
 
         model_sampling = model.get_model_object("model_sampling")
         try:
@@ -109,7 +110,7 @@ class ZTSNRScheduler(io.ComfyNode):
                     denoise=denoise,
                     guidance=cfg,
                 )
-        except ValueError as reason:
+        except UserError as reason:
             return refused(reason, outputs=1)
         sentences = [str(warning.message) for warning in caught if issubclass(warning.category, ZTSNRWarning)]
         if unpatched_zero_snr(model_sampling):
@@ -128,7 +129,7 @@ def _canvas(model, latent: dict | None) -> tuple[int, int]:
         return side, side
     samples = latent["samples"]
     if samples.ndim != 4:
-        raise ValueError(
+        raise UserError(
             f"The latent has {samples.ndim} dimensions, {tuple(samples.shape)}: a video, perhaps. ZTSNR nodes are for "
             "pictures, (batch, channels, height, width)."
         )

@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import UserError
 from .devices import send
 from .diffusers_scheduler import ZTSNRScheduler
 from .guidance import CONTRAST, EXPOSURE, check_scale, exposure_true, exposure_true_prediction, guide, rescale_contrast
@@ -62,17 +63,17 @@ def attach(
         A handle: ``remove()`` takes the hook away, and so does leaving a ``with`` block.
 
     Raises:
-        ValueError: a pipeline or scheduler that this is not for, one that is attached already, a U-Net compiled in
+        UserError: a pipeline or scheduler that this is not for, one that is attached already, a U-Net compiled in
             place before, exposure or contrast outside [0, 1].
     """
     if not (hasattr(pipe, "unet") and hasattr(type(pipe), "do_classifier_free_guidance")):
-        raise ValueError(
+        raise UserError(
             f"attach needs a pipeline with a unet and a do_classifier_free_guidance, which {type(pipe).__name__} lacks"
         )
     if other := {base.__name__ for base in type(pipe).__mro__}.intersection(_OTHER_ORDER):
-        raise ValueError(f"{other.pop()} orders its batch in another way than uncond, cond: attach cannot guide it")
+        raise UserError(f"{other.pop()} orders its batch in another way than uncond, cond: attach cannot guide it")
     if any(isinstance(hook, _Hook) and hook.pipe() is pipe for hook in pipe.unet._forward_hooks.values()):
-        raise ValueError("guidance is already attached to this pipeline: remove that handle first")
+        raise UserError("guidance is already attached to this pipeline: remove that handle first")
     _refuse_compiled(pipe.unet)
     hook = _Hook(pipe, exposure, contrast, cfg_pp)
     return pipe.unet.register_forward_hook(hook, with_kwargs=True)
@@ -131,7 +132,7 @@ class ExposureTrueGuidance(BaseGuidance):
             config: set it again on a guider that was loaded.
 
     Raises:
-        ValueError: a setting out of its range, a scheduler that is not variance-preserving or that is missing when the
+        UserError: a setting out of its range, a scheduler that is not variance-preserving or that is missing when the
             pipeline runs, a U-Net compiled in place.
     """
 
@@ -157,7 +158,7 @@ class ExposureTrueGuidance(BaseGuidance):
         check_scale(guidance_scale)
         _check_shares(exposure, contrast)
         if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must lie in [0, 1], not {guidance_rescale}")
+            raise UserError(f"guidance_rescale must lie in [0, 1], not {guidance_rescale}")
         self.guidance_scale = guidance_scale
         self.exposure = exposure
         self.contrast = contrast
@@ -211,7 +212,7 @@ class ExposureTrueGuidance(BaseGuidance):
         if pred_uncond is None:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
         if self.scheduler is None:
-            raise ValueError("ExposureTrueGuidance needs the pipeline's scheduler: guider.scheduler = pipe.scheduler")
+            raise UserError("ExposureTrueGuidance needs the pipeline's scheduler: guider.scheduler = pipe.scheduler")
         picture = self._picture(self.scheduler, pred_cond, *self._question)
         self._question = None
         uncond = exposure_true_prediction(pred_cond, pred_uncond, picture, self.exposure, self.contrast)
@@ -289,7 +290,7 @@ def _question(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.
     """Sample and timestep out of a U-Net's arguments."""
     asked = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
     if "sample" not in asked or "timestep" not in asked:
-        raise ValueError("exposure-true guidance is for U-Nets, which are asked about a sample and a timestep")
+        raise UserError("exposure-true guidance is for U-Nets, which are asked about a sample and a timestep")
     return asked["sample"], asked["timestep"]
 
 
@@ -310,7 +311,7 @@ def _hand_over(scheduler: SchedulerMixin, uncond: torch.Tensor) -> None:
 
 def _check_cfg_pp(scheduler: SchedulerMixin) -> None:
     if not isinstance(scheduler, ZTSNRScheduler):
-        raise ValueError(
+        raise UserError(
             f"cfg_pp needs a scheduler that takes the unconditional prediction, which {type(scheduler).__name__} does "
             "not: pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)"
         )
@@ -323,7 +324,7 @@ def _check_shares(exposure: float, contrast: float) -> None:
 
 def _refuse_compiled(unet: torch.nn.Module) -> None:
     if unet._compiled_call_impl is not None:
-        raise ValueError(
+        raise UserError(
             "this U-Net was compiled in place, by unet.compile(), and no longer calls new hooks: compile it by "
             "pipe.unet = torch.compile(pipe.unet)"
         )

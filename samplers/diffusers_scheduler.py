@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 
+from ..errors import UserError
 from .cfg_pp import cfg_pp_state
 from .devices import send
 from .noise_schedule import NoiseSchedule
@@ -116,7 +117,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         s_noise: standard deviation of that fresh noise, 1 by the theory.
 
     Raises:
-        ValueError: an unknown name, invalid betas or settings, epsilon under zero terminal SNR.
+        UserError: an unknown name, invalid betas or settings, epsilon under zero terminal SNR.
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]  # noqa: RUF012
@@ -173,7 +174,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         The solver's and spacing's settings of other classes are not taken over, their description of the model is.
 
         Raises:
-            ValueError: the config of a scheduler without betas (flow matching, EDM) or with other ones (CogVideoX), or
+            UserError: the config of a scheduler without betas (flow matching, EDM) or with other ones (CogVideoX), or
                 one this class refuses.
 
         Warns:
@@ -226,13 +227,13 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             sigma_start: first finite sigma of this run, instead of the config's.
 
         Raises:
-            ValueError: none or several of the three, levels that do not decrease or that the schedule does not have.
+            UserError: none or several of the three, levels that do not decrease or that the schedule does not have.
 
         Warns:
             ZTSNRWarning: a zero-terminal model, and steps that do not begin at infinity.
         """
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
+            raise UserError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
         if timesteps is not None:
             levels = self.schedule.sigma(self._check_timesteps(timesteps)).tolist()
         elif sigmas is not None:
@@ -243,7 +244,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             levels = self._step_schedule(num_inference_steps, **told).tolist()
         levels = check_sigmas(levels if levels and levels[-1] == 0 else [*levels, 0.0])
         if math.isinf(levels[0]) and not self.schedule.zero_terminal_snr:
-            raise ValueError(
+            raise UserError(
                 f"sigmas begin at infinity, but this schedule ends at {self.schedule.sigma_max:.4g}: start there, or "
                 "set rescale_betas_zero_snr=True if the model was trained with zero terminal SNR"
             )
@@ -259,11 +260,11 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         """Begin the run at ``timesteps[begin_index]``: image to image, inpainting, the second half of a split run.
 
         Raises:
-            ValueError: no step is left from there.
+            UserError: no step is left from there.
         """
         self._begin_run(begin_index)
         if self.num_inference_steps is not None and begin_index >= len(self.timesteps):
-            raise ValueError(_NO_STEP_LEFT)
+            raise UserError(_NO_STEP_LEFT)
 
     @property
     def begin_index(self) -> int | None:
@@ -283,7 +284,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (timesteps.cpu() == float(timestep)).nonzero()
         if len(found) == 0:
-            raise ValueError(f"timestep {float(timestep):g} is not among the timesteps of this run")
+            raise UserError(f"timestep {float(timestep):g} is not among the timesteps of this run")
         return int(found[-1])
 
     def _init_step_index(self, timestep: float | torch.Tensor) -> None:
@@ -327,14 +328,14 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             prev_sample in the dtype of ``sample``, and x0.
 
         Raises:
-            ValueError: called before ``set_timesteps`` or after the last step, or with tensors that do not match.
+            UserError: called before ``set_timesteps`` or after the last step, or with tensors that do not match.
         """
         if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step: the steps are not chosen yet")
+            raise UserError("call set_timesteps before step: the steps are not chosen yet")
         if self._step_index == len(self.timesteps):
-            raise ValueError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
+            raise UserError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
         if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance "
                 "as well, which no solver here uses; pass the first half of the channels"
             )
@@ -402,9 +403,9 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         """alpha(t) and s(t) shaped (B or 1, 1, ...), on the device of ``like``."""
         timesteps = torch.as_tensor(timesteps).reshape(-1)
         if len(timesteps) == 0:
-            raise ValueError(_NO_STEP_LEFT)
+            raise UserError(_NO_STEP_LEFT)
         if len(timesteps) != len(like) and 1 not in (len(timesteps), len(like)):
-            raise ValueError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
+            raise UserError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
         u = 1 / self.schedule.sigma(timesteps).reshape(-1, *[1] * (like.ndim - 1))  # exactly 0 at sigma = inf
         s = (1 + u**2).rsqrt()
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -438,13 +439,13 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._forget()
         step, middle = divmod(self._step_index, self.order)
         if middle or not 0 <= step < self.num_inference_steps:
-            raise ValueError(
+            raise UserError(
                 f"a run cannot begin at index {self._step_index}: with {self.num_inference_steps} steps of solver "
                 f"{self.config.solver!r} they begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
             )
         if self.order == 2 and self._begin_index and not self._adds_noise:
             once = ", ".join(name for name in SOLVERS if name not in SECOND_LOOKS)
-            raise ValueError(
+            raise UserError(
                 f"solver {self.config.solver!r} evaluates twice a step and cannot go on with another scheduler's run, "
                 f"because diffusers' denoising_end cuts inside a step; use one of {once}"
             )
@@ -456,7 +457,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         last = self.schedule.last_timestep
         if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
-            raise ValueError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
+            raise UserError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
         return timesteps
 
 
@@ -482,12 +483,12 @@ def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in config.items() if key != "timestep_spacing"}
     model = {**defaults, **said, "_use_default_values": forgettable}
     if model.get("beta_schedule") is None and model.get("trained_betas") is None:
-        raise ValueError(
+        raise UserError(
             f"the config of {name or 'that scheduler'} has no betas: ZTSNRScheduler is for variance-preserving models, "
             "not for flow matching or EDM"
         )
     if model.get("snr_shift_scale", 1.0) != 1.0:
-        raise ValueError(
+        raise UserError(
             f"the config of {name or 'that scheduler'} shifts its noise levels (snr_shift_scale "
             f"{model['snr_shift_scale']:g}): ZTSNRScheduler has no such table"
         )

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from ..errors import UserError
+
 EXPOSURE = 0.9  # share of guidance's say in brightness and tint that is taken away,
 CONTRAST = 0.8  # and of its say in the contrast of the whole picture
 
@@ -40,11 +42,11 @@ def exposure_true_guidance(
         (B, C, H, W) in the dtype of ``cond``; what ``cond`` and ``uncond`` predict.
 
     Raises:
-        ValueError: a negative or infinite scale, exposure or contrast outside [0, 1], shapes that differ.
+        UserError: a negative or infinite scale, exposure or contrast outside [0, 1], shapes that differ.
     """
     check_scale(scale)
     if cond.shape != uncond.shape:
-        raise ValueError(f"cond has shape {tuple(cond.shape)} and uncond {tuple(uncond.shape)}: they must be the same")
+        raise UserError(f"cond has shape {tuple(cond.shape)} and uncond {tuple(uncond.shape)}: they must be the same")
     difference = exposure_true(cond.float() - uncond.float(), cond if picture is None else picture, exposure, contrast)
     return (cond.float() + (scale - 1) * difference).to(cond.dtype)
 
@@ -72,15 +74,15 @@ def exposure_true(
         (B, C, H, W) float32.
 
     Raises:
-        ValueError: a share outside [0, 1], shapes that differ or are not those of pictures.
+        UserError: a share outside [0, 1], shapes that differ or are not those of pictures.
     """
     for name, share in (("exposure", exposure), ("contrast", contrast)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {share}")
+            raise UserError(f"{name} must lie in [0, 1], not {share}")
     if difference.ndim != 4:
-        raise ValueError(f"guidance of exposure is for pictures (B, C, H, W), not for shape {tuple(difference.shape)}")
+        raise UserError(f"guidance of exposure is for pictures (B, C, H, W), not for shape {tuple(difference.shape)}")
     if difference.shape != picture.shape:
-        raise ValueError(
+        raise UserError(
             f"the picture has shape {tuple(picture.shape)} and the difference {tuple(difference.shape)}: "
             "they must be the same"
         )
@@ -124,7 +126,7 @@ def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7)
         (B, C, H, W); a sample whose guided prediction has no contrast at all is returned as it is.
 
     Raises:
-        ValueError: phi outside [0, 1].
+        UserError: phi outside [0, 1].
     """
     _check_phi(phi)
     ratio = _deviation_ratio(guided, cond)
@@ -148,12 +150,12 @@ def rescale_contrast(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7)
 def check_scale(scale: float) -> None:
     """A guidance scale is a finite number of at least 0."""
     if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"the guidance scale must be a finite number of at least 0, not {scale}")
+        raise UserError(f"the guidance scale must be a finite number of at least 0, not {scale}")
 
 
 def _check_phi(phi: float) -> None:
     if not 0 <= phi <= 1:
-        raise ValueError(f"guidance rescale phi must lie in [0, 1], not {phi}")
+        raise UserError(f"guidance rescale phi must lie in [0, 1], not {phi}")
 
 
 def _canvas_mean(x: torch.Tensor) -> torch.Tensor:

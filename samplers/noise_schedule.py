@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from .devices import send, to_float64
 
 Number = float | torch.Tensor
@@ -57,7 +58,7 @@ def make_betas(
         t = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         alphas_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
-    raise ValueError(
+    raise UserError(
         f"unknown beta_schedule {beta_schedule!r}; choose linear, scaled_linear or squaredcos_cap_v2, or pass betas"
     )
 
@@ -78,13 +79,13 @@ class NoiseSchedule:
     def __init__(self, alphas_cumprod: torch.Tensor):
         alphas_cumprod = to_float64(alphas_cumprod.detach()).cpu()
         if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 2:
-            raise ValueError(
+            raise UserError(
                 f"alphas_cumprod must hold at least two timesteps in one dimension, not {tuple(alphas_cumprod.shape)}"
             )
         if alphas_cumprod.isnan().any():
-            raise ValueError("alphas_cumprod holds NaN")
+            raise UserError("alphas_cumprod holds NaN")
         if not (alphas_cumprod[-1] >= 0 and alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must decrease strictly within [0, 1): each timestep adds noise")
+            raise UserError("alphas_cumprod must decrease strictly within [0, 1): each timestep adds noise")
         self.alphas_cumprod = alphas_cumprod
         # -atan(1 / sigma) at every timestep: rises with t, exactly 0 at a zero-terminal end
         self._angles = -torch.atan2(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
@@ -97,17 +98,15 @@ class NoiseSchedule:
             betas: (T + 1,) in (0, 1]; 1 only in the last place.
 
         Raises:
-            ValueError: betas that are NaN, outside (0, 1], or reach 1 before the end.
+            UserError: betas that are NaN, outside (0, 1], or reach 1 before the end.
         """
         betas = to_float64(betas).detach().cpu()
         if betas.isnan().any():
-            raise ValueError("betas hold NaN")
+            raise UserError("betas hold NaN")
         if not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(
-                "betas must lie in (0, 1]: each is the share of variance that a timestep replaces by noise"
-            )
+            raise UserError("betas must lie in (0, 1]: each is the share of variance that a timestep replaces by noise")
         if (betas[:-1] == 1).any():
-            raise ValueError("only the last beta may be 1: after it nothing of the picture is left to add noise to")
+            raise UserError("only the last beta may be 1: after it nothing of the picture is left to add noise to")
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
         return cls((1 - betas).cumprod(0))
@@ -202,7 +201,7 @@ class NoiseSchedule:
         (arXiv 2403.03206) and simple diffusion's logSNR shift of -2 ln(ratio) (arXiv 2301.11093).
         """
         if not (0 < ratio < math.inf):
-            raise ValueError(f"the resolution ratio must be positive and finite, not {ratio}")
+            raise UserError(f"the resolution ratio must be positive and finite, not {ratio}")
         # 1 / (1 + ratio^2 sigma^2) with sigma^2 = (1 - abar) / abar, written without dividing by abar
         abar = self.alphas_cumprod
         return NoiseSchedule(abar / (abar + ratio**2 * (1 - abar)))
@@ -227,5 +226,5 @@ def min_snr_weight(
     elif prediction_type == "sample":
         weight = snr.clamp(max=gamma)
     else:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose v_prediction, epsilon or sample")
+        raise UserError(f"unknown prediction_type {prediction_type!r}; choose v_prediction, epsilon or sample")
     return weight.clamp(min=floor)

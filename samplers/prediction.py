@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from ..errors import UserError
+
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 
 
@@ -22,9 +24,9 @@ def alpha_s(sigma: float) -> tuple[float, float]:
 def check_prediction_type(prediction_type: str, zero_terminal_snr: bool) -> None:
     """Refuse prediction types that do not exist, and epsilon under zero terminal SNR."""
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and zero_terminal_snr:
-        raise ValueError(
+        raise UserError(
             "an epsilon model cannot start from infinite sigma: its input there is the very noise it is asked for, so "
             "the answer says nothing about the picture; use a v-prediction model or a schedule with some signal"
         )
@@ -66,7 +68,7 @@ def from_denoised(
     if prediction_type == "sample":
         return x0
     if s == 0:
-        raise ValueError("at sigma = 0 the state is the picture itself and says nothing about v or epsilon")
+        raise UserError("at sigma = 0 the state is the picture itself and says nothing about v or epsilon")
     if prediction_type == "v_prediction":
         return (alpha * x - x0) / s
     check_prediction_type(prediction_type, zero_terminal_snr=math.isinf(sigma))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import UserError
 from .cfg_pp import cfg_pp_state
 from .devices import send
 from .protocol import Noise, Run
@@ -48,14 +49,14 @@ def sample(
         (B, C, H, W) float32 state at sigmas[-1], the picture if that is 0.
 
     Raises:
-        ValueError: unknown solver, bad sigmas, NaN noise, a model that returns another shape or device, or with
+        UserError: unknown solver, bad sigmas, NaN noise, a model that returns another shape or device, or with
             ``cfg_pp`` no pair.
     """
     sigmas = check_sigmas(sigmas)
     if not noise.is_floating_point():
-        raise ValueError(f"noise must be a floating-point tensor, not {noise.dtype}")
+        raise UserError(f"noise must be a floating-point tensor, not {noise.dtype}")
     if noise.isnan().any():
-        raise ValueError("noise holds NaN")
+        raise UserError("noise holds NaN")
     check_generators(generator, noise)
     run = start_run(solver, sigmas, eta, s_noise)
     x = noise.float()
@@ -63,7 +64,7 @@ def sample(
     def answer(x: torch.Tensor, sigma: float) -> Prediction:
         answered = denoise(x, sigma)
         if cfg_pp and not (isinstance(answered, tuple) and len(answered) == 2):
-            raise ValueError("with cfg_pp the model must return a pair: the guided and the unconditional x0")
+            raise UserError("with cfg_pp the model must return a pair: the guided and the unconditional x0")
         predictions = answered if cfg_pp else (answered,)
         for x0 in predictions:
             check_answer(x0, x)
@@ -98,13 +99,13 @@ def start_run(solver: str, sigmas: Sequence[float], eta: float = 1.0, s_noise: f
     """A run before its first evaluation; see ``solvers`` for the protocol.
 
     Raises:
-        ValueError: an unknown solver, eta or s_noise below 0 or not finite.
+        UserError: an unknown solver, eta or s_noise below 0 or not finite.
     """
     if solver not in SOLVER_FUNCTIONS:
-        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     for name, value in (("eta", eta), ("s_noise", s_noise)):
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+            raise UserError(f"{name} must be a finite number >= 0, not {value}")
     looks = 2 if solver in SECOND_LOOKS else 1
     return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), looks)
 
@@ -132,27 +133,27 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     """Sigmas as floats, or a sentence that says what is wrong with them."""
     values = tuple(float(s) for s in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas))
     if len(values) < 2:
-        raise ValueError(f"sigmas need at least a beginning and an end, not {len(values)} value(s)")
+        raise UserError(f"sigmas need at least a beginning and an end, not {len(values)} value(s)")
     if any(math.isnan(s) for s in values):
-        raise ValueError("sigmas hold NaN")
+        raise UserError("sigmas hold NaN")
     if any(math.isinf(s) for s in values[1:]):
-        raise ValueError("infinity may stand first in sigmas and nowhere else")
+        raise UserError("infinity may stand first in sigmas and nowhere else")
     if any(after >= before for before, after in itertools.pairwise(values)):
-        raise ValueError("sigmas must decrease from each step to the next")
+        raise UserError("sigmas must decrease from each step to the next")
     if values[-1] < 0:
-        raise ValueError("sigmas must not be negative")
+        raise UserError("sigmas must not be negative")
     return values
 
 
 def check_generators(generator: Generators, x: torch.Tensor) -> None:
     """A list of generators holds one a sample."""
     if isinstance(generator, Sequence) and len(generator) != len(x):
-        raise ValueError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+        raise UserError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
 
 
 def check_answer(answer: torch.Tensor, x: torch.Tensor) -> None:
     """The model must answer for the state it was asked about."""
     if answer.shape != x.shape:
-        raise ValueError(f"the network returned shape {tuple(answer.shape)} for a state of shape {tuple(x.shape)}")
+        raise UserError(f"the network returned shape {tuple(answer.shape)} for a state of shape {tuple(x.shape)}")
     if answer.device != x.device:
-        raise ValueError(f"the network's answer is on {answer.device}, the state on {x.device}")
+        raise UserError(f"the network's answer is on {answer.device}, the state on {x.device}")

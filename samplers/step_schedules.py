@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..errors import UserError
 from .noise_schedule import NoiseSchedule
 from .spectral import spectral_sigmas
 
@@ -143,30 +144,30 @@ def step_schedule(
         (steps + 1,) float64 on the CPU, decreasing; begins with inf (zero-terminal schedule, denoise = 1), ends with 0.
 
     Raises:
-        ValueError: arguments out of range, an unknown spacing, a missing latent_size.
+        UserError: arguments out of range, an unknown spacing, a missing latent_size.
 
     Warns:
         ZTSNRWarning: the spacing never visits the last timestep of a zero-terminal schedule.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
+        raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
     if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        raise UserError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
     if not 0 < denoise <= 1:
-        raise ValueError(f"denoise must lie in (0, 1], not {denoise}; with nothing to denoise there is nothing to run")
+        raise UserError(f"denoise must lie in (0, 1], not {denoise}; with nothing to denoise there is nothing to run")
     if not (math.isfinite(guidance) and guidance >= 0):
-        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
+        raise UserError(f"guidance must be a finite number of at least 0, not {guidance}")
     if rho is not None and spacing not in DEFAULT_RHO:
-        raise ValueError(f"rho belongs to {' and '.join(DEFAULT_RHO)}, not to spacing {spacing!r}")
+        raise UserError(f"rho belongs to {' and '.join(DEFAULT_RHO)}, not to spacing {spacing!r}")
     if rho is not None and not (math.isfinite(rho) and rho > 0):
-        raise ValueError(f"rho must be a positive number, not {rho}")
+        raise UserError(f"rho must be a positive number, not {rho}")
 
     whole = steps if denoise == 1 else max(math.ceil(steps / denoise - 1e-9), steps + 1)
     if whole > MOST_STEPS:
-        raise ValueError(f"{steps} steps at denoise {denoise} are the end of {whole} steps, more than {MOST_STEPS}")
+        raise UserError(f"{steps} steps at denoise {denoise} are the end of {whole} steps, more than {MOST_STEPS}")
     if spacing in _TIMESTEP_SPACINGS:
         if sigma_start is not None:
-            raise ValueError(f"spacing {spacing!r} chooses timesteps and takes no sigma_start")
+            raise UserError(f"spacing {spacing!r} chooses timesteps and takes no sigma_start")
         timesteps = torch.from_numpy(_TIMESTEP_SPACINGS[spacing](schedule.last_timestep, whole))
         sigmas = schedule.sigma(timesteps).numpy()
         if denoise == 1:
@@ -205,11 +206,11 @@ def _sigmas_of_range(
     if sigma_start is not None and not (
         schedule.sigma_min < sigma_start < math.inf and sigma_start <= schedule.sigma_max
     ):
-        raise ValueError(
+        raise UserError(
             f"sigma_start must be finite and in ({schedule.sigma_min:.4g}, {schedule.sigma_max:.4g}], not {sigma_start}"
         )
     if infinite and sigma_start is None and canvas is None:
-        raise ValueError(
+        raise UserError(
             f"spacing {spacing!r} needs latent_size=(height, width), because the noise that hides a canvas's mean "
             "grows with its size; or give sigma_start"
         )
@@ -242,7 +243,7 @@ def _canvas_length(latent_size: tuple[int, int]) -> float:
     try:
         height, width = (int(side) for side in latent_size)
     except (TypeError, ValueError):
-        raise ValueError(f"latent_size must be (height, width) in latent pixels, not {latent_size!r}") from None
+        raise UserError(f"latent_size must be (height, width) in latent pixels, not {latent_size!r}") from None
     if height < 1 or width < 1:
-        raise ValueError(f"latent_size must be at least 1 x 1, not {height} x {width}")
+        raise UserError(f"latent_size must be at least 1 x 1, not {height} x {width}")
     return math.sqrt(height * width)

@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(3600))
 
 
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a tiny SDXL and pictures, for ``tiny_run.make_content``."""
+    from .tiny_pipelines import make_tiny_sdxl
+    from .training.tiny_run import write_pictures
+
+    folder = tmp_path_factory.mktemp("place")
+    make_tiny_sdxl(folder / "tiny", prediction_type="epsilon", zero_snr=False)
+    write_pictures(folder / "pictures")
+    return folder
+
+
 @pytest.fixture
 def one_thread():
     """Whatever ran before, a test of small tensors computes with one thread."""

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import ztsnr
-from ztsnr import cli
-from ztsnr.cli import main
-from ztsnr.diagnostics import demo, output
+from ztsnr import extras, files
+from ztsnr.cli import main, mistakes
+from ztsnr.demo import exact_models as demo
 
 
 def ztsnr_command(*arguments) -> tuple[int, str]:
@@ -54,7 +54,7 @@ def test_help_and_version():
 
 def test_what_one_process_alone_meets_it_says(monkeypatch):
     """Under torchrun the first process may know nothing of a mistake, for one of pictures that another one reads."""
-    monkeypatch.setattr(cli, "PATIENCE", 0)
+    monkeypatch.setattr(mistakes, "PATIENCE", 0)
     monkeypatch.setenv("RANK", "3")
     code, text = ztsnr_command("buckets", "no-such-folder", "--buckets", "none")
     assert code == 2
@@ -65,7 +65,7 @@ def test_what_one_process_alone_meets_it_says(monkeypatch):
 
 def test_what_all_processes_meet_is_said_once(tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--no-python", sys.executable]
-    program = "from ztsnr import cli; cli.PATIENCE = 300; cli.main(['buckets', 'no-such-folder'])"
+    program = "from ztsnr.cli import main, mistakes; mistakes.PATIENCE = 300; main(['buckets', 'no-such-folder'])"
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *command, "-c", program],
@@ -303,7 +303,7 @@ def test_many_pictures_are_cut_to_the_first(tmp_path):
         (["--images", "missing"], "'--images': Directory 'missing' does not exist"),
         (["--images", __file__], "is a file"),
         (["--out", __file__], "is a file"),
-        (["--out", Path(__file__) / "below"], "Cannot write into"),
+        (["--out", Path(__file__) / "below"], "cannot write into"),
     ],
 )
 def test_mistakes(arguments, sentence):
@@ -330,25 +330,25 @@ def test_folder_without_permission(tmp_path):
     code, text = ztsnr_command("demo", "--out", tmp_path / "out")
     tmp_path.chmod(0o700)
     assert code == 2
-    assert "Cannot write into" in text
+    assert "cannot write into" in text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "results.json"
-    output.write_atomically(file, b"old")
+    files.write_atomically(file, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output.os, "replace", full)
-    with pytest.raises(output.UserError, match="No space"):
-        output.write_atomically(file, b"new")
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(files.UserError, match="No space"):
+        files.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_numbers_come_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     code, text = ztsnr_command("demo", "--out", tmp_path, "--steps", 2, "--size", 16)
     assert code == 0
     assert "pip install matplotlib" in text

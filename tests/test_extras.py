@@ -100,7 +100,7 @@ def test_dependencies_of_the_node_pack_leave_comfyuis_versions_alone():
 def test_rooms_import_without_any_extra():
     program = """
 import json, ztsnr
-import ztsnr.canvas, ztsnr.checkpoints, ztsnr.demo, ztsnr.diagnostics, ztsnr.samplers, ztsnr.training.epoch_plan
+import ztsnr.canvas, ztsnr.checkpoints, ztsnr.demo, ztsnr.diagnostics, ztsnr.samplers, ztsnr.data.epoch_plan
 said = {}
 for name in ("ZTSNRScheduler", "attach"):
     try: getattr(ztsnr.samplers, name)

@@ -11,16 +11,18 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
+from ztsnr import extras
 from ztsnr.checkpoints import load_pipeline
+from ztsnr.checkpoints.vae import load_vae
 from ztsnr.cli import main
-from ztsnr.diagnostics import GaussianCanvas, LatentMeanRecorder, leak_run, output
+from ztsnr.data.latent_cache import LatentCache
+from ztsnr.diagnostics import GaussianCanvas, LatentMeanRecorder, leak_run
 from ztsnr.diagnostics.ideal_models import GaussianMixture, GaussianModes, PictureSet, v_network
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, sample, step_schedule
-from ztsnr.samplers.devices import describe_device, find_device, send, to_float64, widest_float
-from ztsnr.training.latent_cache import LatentCache
+from ztsnr.samplers.devices import send, to_float64, widest_float
+from ztsnr.training.decoder.reconstruction import evaluate
 from ztsnr.training.objective import Objective, ObjectiveSettings
-from ztsnr.training.reconstruction import evaluate
-from ztsnr.training.vae import load_vae
+from ztsnr.world import describe_device, find_device
 
 from .float32_device import NAME
 from .tiny_pipelines import make_tiny_sdxl
@@ -273,7 +275,7 @@ def test_what_training_asks_of_the_scheduler(float32_device):
 def test_leak(float32_device, place, tmp_path, monkeypatch):
     """Every number of the report is that of the CPU."""
     monkeypatch.setattr(leak_run, "SHEET_STEPS", 3)
-    monkeypatch.setattr(output, "find_spec", lambda name: None)  # without figures, which are drawn on the CPU
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)  # without figures, which are drawn on the CPU
 
     def report(device):
         out = tmp_path / device

@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner, Result
 from diffusers import StableDiffusionXLPipeline
 
+from ztsnr import extras
 from ztsnr.checkpoints import load_pipeline
 from ztsnr.cli import main
-from ztsnr.diagnostics import leak_run, output, pipelines
+from ztsnr.diagnostics import leak_run, pipelines
 from ztsnr.diagnostics.leak import plain
 from ztsnr.diagnostics.leak_probes import SamplerProbe
 from ztsnr.diagnostics.leak_report import load_row, row_of_pictures
@@ -80,7 +81,7 @@ def finished(tiny, tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes most of a short run's time."""
-    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
 
 
 def strict(text: str):
@@ -330,7 +331,7 @@ def test_mistakes_end_in_a_sentence(tiny, tmp_path):
     assert leak(tiny, "--seeds", 1)[0] == 2
     (tmp_path / "file").write_text("")
     assert "is a file" in sentence_of(tiny, *SHORT, "--out", tmp_path / "file")
-    assert "Cannot write into" in sentence_of(tiny, *SHORT, "--out", tmp_path / "file" / "below")
+    assert "cannot write into" in sentence_of(tiny, *SHORT, "--out", tmp_path / "file" / "below")
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 import ztsnr
-from ztsnr.checkpoints import atomic, forward, inspect_checkpoint, mark_checkpoint, to_folder, to_single_file
+from ztsnr import files as atomic
+from ztsnr.checkpoints import forward, inspect_checkpoint, mark_checkpoint, to_folder, to_single_file
 from ztsnr.checkpoints.pipeline import load_pipeline
 from ztsnr.checkpoints.verify import verify_checkpoint
 

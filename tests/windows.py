@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ztsnr.checkpoints import atomic
-from ztsnr.training import arrow_file
+from ztsnr import files as atomic
+from ztsnr.data import arrow_file
 
 
 def held_files() -> set[str]:

@@ -25,6 +25,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..errors import UserError
+
 MODES = ("off", "selective", "full")  # the fastest first
 
 _aten = torch.ops.aten
@@ -42,10 +44,10 @@ def apply_checkpointing(unet: UNet2DConditionModel, mode: str) -> None:
     """Set how a U-Net is checkpointed, whatever it was before.  Gradients are the same in every mode.
 
     Raises:
-        ValueError: a mode that is not in MODES.
+        UserError: a mode that is not in MODES.
     """
     if mode not in MODES:
-        raise ValueError(f"gradient checkpointing {mode!r} is none of {', '.join(MODES)}")
+        raise UserError(f"gradient checkpointing {mode!r} is none of {', '.join(MODES)}")
     if mode == "off":
         unet.disable_gradient_checkpointing()
         return

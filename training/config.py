@@ -6,12 +6,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Literal
 
-from .captions import CaptionSettings
+from ..data.captions import CaptionSettings
+from ..data.sources import CAPTION_FIELDS
+from ..errors import UserError
 from .checkpointing import MODES
 from .networks import AdapterSettings
 from .objective import ObjectiveSettings
 from .optimizers import OPTIMIZERS
-from .sources import CAPTION_FIELDS
 
 
 @dataclass(frozen=True)
@@ -291,29 +292,29 @@ class FinetuneSettings:
             _check_range(f"stages.{number}.steps", stage.steps, 1)
             _check_range(f"stages.{number}.learning_rate", stage.learning_rate, 0)
             if not stage.groups:
-                raise ValueError(f"stages.{number}.groups is empty: name what is trained, or leave it out for all")
+                raise UserError(f"stages.{number}.groups is empty: name what is trained, or leave it out for all")
         if self.watch.preview_size is not None and any(side < 8 or side % 8 for side in self.watch.preview_size):
-            raise ValueError(f"watch.preview_size must be two multiples of 8, not {list(self.watch.preview_size)}")
+            raise UserError(f"watch.preview_size must be two multiples of 8, not {list(self.watch.preview_size)}")
         if self.average.on_cpu and self.speed.strategy != "ddp":
-            raise ValueError(
+            raise UserError(
                 f'average.on_cpu does not work with speed.strategy = "{self.speed.strategy}", by which averages are '
                 "shared out to the GPUs: leave it out"
             )
         if self.data.latents is not None and self.data.flip:
-            raise ValueError("data.flip does not work with cached latents: mirrored latents are not those of a mirror")
+            raise UserError("data.flip does not work with cached latents: mirrored latents are not those of a mirror")
         if not self.stages or any(stage.steps is None for stage in self.stages[:-1]):
-            raise ValueError("all stages but the last need a number of steps")
+            raise UserError("all stages but the last need a number of steps")
         if not self.average.sigma_rel and self.average.decay is None and not self.export.raw:
-            raise ValueError("nothing would be exported: there is no average, and export.raw is off")
+            raise UserError("nothing would be exported: there is no average, and export.raw is off")
         if not (self.export.single_file or self.export.folder or self.model.adapter is not None):
-            raise ValueError("nothing would be exported: export.single_file and export.folder are both off")
+            raise UserError("nothing would be exported: export.single_file and export.folder are both off")
         if self.model.adapter and self.model.text_encoders and not (self.export.single_file or self.export.folder):
-            raise ValueError(
+            raise UserError(
                 "the adapter is of the U-Net alone, so trained text encoders are exported with a whole model only: "
                 "turn export.single_file or export.folder on, or model.text_encoders off"
             )
         if self.optimizer.schedule == "rsqrt" and self.optimizer.reference_steps is None:
-            raise ValueError("the schedule rsqrt needs optimizer.reference_steps")
+            raise UserError("the schedule rsqrt needs optimizer.reference_steps")
 
 
 # name -> the least and the largest value allowed; those of other tables are checked where they are used
@@ -342,4 +343,4 @@ _RANGES = {
 def _check_range(name: str, number: float | None, low: float, high: float = math.inf) -> None:
     if number is not None and not (math.isfinite(number) and low <= number <= high):
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {wanted}, not {number}")
+        raise UserError(f"{name} must be {wanted}, not {number}")

@@ -26,9 +26,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.atomic import atomic_write
 from ..checkpoints.header import read_header
 from ..checkpoints.stream import TensorStream, cast, dtype_name, write_tensors
+from ..errors import UserError
+from ..files import atomic_write
 
 PROFILE, SIGMA_REL, STEP = "ztsnr.ema", "ztsnr.ema_sigma_rel", "ztsnr.ema_step"  # metadata of a snapshot
 WIDEST = 12**-0.5  # sigma_rel of the mean over all steps, gamma = 0
@@ -63,7 +64,7 @@ class ConstantDecay:
 
     def __post_init__(self):
         if not 0 < self.decay < 1:
-            raise ValueError(f"the decay of an average must be between 0 and 1, not {self.decay}")
+            raise UserError(f"the decay of an average must be between 0 and 1, not {self.decay}")
 
     @property
     def name(self) -> str:
@@ -84,10 +85,10 @@ def gamma_of(sigma_rel: float) -> float:
     EDM2, algorithm 2.
 
     Raises:
-        ValueError: a width that no exponent of at least 0 has.
+        UserError: a width that no exponent of at least 0 has.
     """
     if not 0 < sigma_rel <= WIDEST:
-        raise ValueError(f"sigma_rel must be above 0 and at most 12^-0.5 = 0.2886..., not {sigma_rel}")
+        raise UserError(f"sigma_rel must be above 0 and at most 12^-0.5 = 0.2886..., not {sigma_rel}")
     inverse = sigma_rel**-2
     return max(float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()), 0.0)  # all three are real
 
@@ -110,7 +111,7 @@ class Ema:
         step: of the last update; 0 before the first.
 
     Raises:
-        ValueError: sharded parameters to be kept elsewhere, a profile twice.
+        UserError: sharded parameters to be kept elsewhere, a profile twice.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class Ema:
         self.profiles, self.every, self.step = tuple(profiles), every, 0
         self._parameters = dict(named_parameters)
         if len({profile.name for profile in profiles}) != len(profiles):
-            raise ValueError("a profile is given twice: each average is kept by the name of its profile")
+            raise UserError("a profile is given twice: each average is kept by the name of its profile")
         if device is not None and any(isinstance(parameter, DTensor) for parameter in self._parameters.values()):
-            raise ValueError("averages of sharded parameters stay on their device: give no other one for them")
+            raise UserError("averages of sharded parameters stay on their device: give no other one for them")
         self._averages = {
             profile: {
                 name: parameter.detach().to(device=device, dtype=torch.float32, copy=True)
@@ -142,7 +143,7 @@ class Ema:
         if step % self.every:
             return
         if step <= self.step:
-            raise ValueError(f"the averages have seen step {self.step} already, and cannot take step {step}")
+            raise UserError(f"the averages have seen step {self.step} already, and cannot take step {step}")
         if self._copies is not None:
             self._take_copies()
             self._copies.send(self.step, step)
@@ -191,11 +192,11 @@ class Ema:
         """Go on from ``state_tensors``, whether they are a file's or this object's own that were loaded into.
 
         Raises:
-            ValueError: those of other profiles or parameters.
+            UserError: those of other profiles or parameters.
         """
         own = self.state_tensors()
         if differing := own.keys() ^ tensors.keys():
-            raise ValueError(
+            raise UserError(
                 f"the saved averages are not of these profiles and parameters: {min(differing)} is in one of them only"
             )
         for name, tensor in own.items():
@@ -208,11 +209,11 @@ class Ema:
         With sharded parameters all ranks must call this, as it gathers them; the first rank writes.
 
         Raises:
-            ValueError: it cannot be written, ``dtype`` cannot hold its numbers, or nothing is averaged yet; with
+            UserError: it cannot be written, ``dtype`` cannot hold its numbers, or nothing is averaged yet; with
                 sharded parameters in all ranks.
         """
         if self.step == 0:
-            raise ValueError("there is no average before the first update")
+            raise UserError("there is no average before the first update")
         averages = self.tensors(profile)
         waiting = {name for name, average in averages.items() if isinstance(average, DTensor)}  # to be gathered
         is_sharded = bool(waiting)
@@ -232,7 +233,7 @@ class Ema:
             try:
                 with atomic_write(path) as file:
                     write_tensors(file, streams, metadata, hashed=False)
-            except ValueError as error:
+            except UserError as error:
                 trouble = str(error)
         if is_sharded:
             for name in averages:  # in the other ranks all; in the first what it did not come to, as they wait for it
@@ -242,7 +243,7 @@ class Ema:
             dist.broadcast_object_list(said, 0)
             trouble = said[0]
         if trouble is not None:
-            raise ValueError(trouble)
+            raise UserError(trouble)
 
     def _take_copies(self) -> None:
         if self._copies is not None and self._copies.steps is not None:
@@ -322,24 +323,24 @@ def post_hoc(snapshots: Sequence[str | Path], sigma_rel: float, *, step: int | N
         float32 by name; each is read and made on its own.
 
     Raises:
-        ValueError: no snapshot, files that are no such snapshots or of different tensors, a width out of range, a step
+        UserError: no snapshot, files that are no such snapshots or of different tensors, a width out of range, a step
             behind the last snapshot.
     """
     paths = [Path(path) for path in snapshots]
     if not paths:
-        raise ValueError("there are no snapshots to make an average of")
+        raise UserError("there are no snapshots to make an average of")
     profiles = [_profile_of(path) for path in paths]
     last = max(t for t, _ in profiles)
     step = last if step is None else step
     if not 0 < step <= last:
-        raise ValueError(f"no average at step {step} can be made of snapshots that end at step {last}")
+        raise UserError(f"no average at step {step} can be made of snapshots that end at step {last}")
     coefficients = combine(profiles, (step, gamma_of(sigma_rel))).tolist()
     tensors = {}
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
         names = [set(file.keys()) for file in files]
         if differing := set.union(*names) - set.intersection(*names):
-            raise ValueError(f"the snapshots are not of the same model: only some of them have {min(differing)}")
+            raise UserError(f"the snapshots are not of the same model: only some of them have {min(differing)}")
         for name in sorted(names[0]):
             total = torch.zeros(files[0].get_slice(name).get_shape(), dtype=torch.float64)
             for file, coefficient in zip(files, coefficients, strict=True):
@@ -383,5 +384,5 @@ def _profile_of(path: Path) -> tuple[int, float]:
     """(step, gamma) of a snapshot."""
     metadata = read_header(path).metadata
     if SIGMA_REL not in metadata or STEP not in metadata:
-        raise ValueError(f"{path} is no snapshot of a power-function average: it does not say sigma_rel and step")
+        raise UserError(f"{path} is no snapshot of a power-function average: it does not say sigma_rel and step")
     return int(metadata[STEP]), gamma_of(float(metadata[SIGMA_REL]))

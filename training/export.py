@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoints import export_lora, inspect_checkpoint, to_single_file, verify_checkpoint
-from ..checkpoints.atomic import atomic_folder
 from ..checkpoints.diffusers_folder import set_scheduler
 from ..checkpoints.latent_scaling import LatentScaling
+from ..errors import UserError
+from ..files import atomic_folder
 from ..samplers import NoiseSchedule
 from .config import FinetuneSettings
 from .networks import Denoiser, Networks, add_adapter, load_networks
@@ -45,7 +46,7 @@ def export_model(
         What was written; what is there already, of a run that was stopped here, is written anew.
 
     Raises:
-        ValueError: it cannot be written, or what was written is not sound.
+        UserError: it cannot be written, or what was written is not sound.
     """
     folder, file = out / name, out / f"{name}.safetensors"
     adapter, lora = out / f"{name}_adapter", out / f"{name}_lora.safetensors"
@@ -100,7 +101,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be written: {reason}") from None
+        raise UserError(f"{path} cannot be written: {reason}") from None
 
 
 def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
@@ -149,7 +150,7 @@ def _merge_adapter(
 def _check(path: Path, say: Callable[[str], None]) -> None:
     report = verify_checkpoint(path)
     if not report.sound:
-        raise ValueError(f"{path} was written and is not sound:\n{report}")
+        raise UserError(f"{path} was written and is not sound:\n{report}")
     said = inspect_checkpoint(path)
     snr = "zero terminal SNR" if said.zero_terminal_snr else "no zero terminal SNR"
     say(f"Wrote {path}: {said.prediction_type}, {snr}; read again and sound.")

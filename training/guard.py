@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save
 from torch.distributed.tensor.experimental import implicit_replication
 
-from ..checkpoints.atomic import atomic_write
-from .dataset import Batch
-from .parallel import World
+from ..data.dataset import Batch
+from ..errors import UserError
+from ..files import atomic_write
+from ..world import World
 
 
 class _Pending(NamedTuple):
@@ -67,7 +68,7 @@ class StepGuard:
         """At the steps whose outcome is known by now.
 
         Raises:
-            ValueError: too many steps in a row were left out; a report.
+            UserError: too many steps in a row were left out; a report.
         """
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
             self._look_at(self._pending.popleft())
@@ -95,7 +96,7 @@ class StepGuard:
         self._skipped += 1
         found = self._write(pending)
         if self._in_a_row >= self.limit:
-            raise ValueError(
+            raise UserError(
                 f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and none "
                 f"of them was taken; the last batch {found}: lower the learning rate, or look at its pictures"
             )
@@ -110,6 +111,6 @@ class StepGuard:
             about = {"captions": json.dumps(batch.captions, ensure_ascii=False), "norm": str(float(pending.norm))}
             with atomic_write(path) as file:
                 file.write(save({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, about))
-        except (OSError, ValueError):  # a full disk; the run matters more
+        except (OSError, UserError):  # a full disk; the run matters more
             return "could not be written down"
         return f"is in {path}"

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..canvas import Size
+from ..errors import UserError
 from .checkpointing import MODES
 from .fake_step import FakeStep, fused_attention, without_data
 
@@ -83,10 +84,10 @@ def state_bytes(
         units: modules that FSDP gathers one after the other; by default ``shard_units``.
 
     Raises:
-        ValueError: an optimizer that is not known.
+        UserError: an optimizer that is not known.
     """
     if optimizer not in OPTIMIZER_BYTES:
-        raise ValueError(f"the memory of the optimizer {optimizer!r} is not known, only {', '.join(OPTIMIZER_BYTES)}")
+        raise UserError(f"the memory of the optimizer {optimizer!r} is not known, only {', '.join(OPTIMIZER_BYTES)}")
     named = dict(unet.named_parameters())
     trained = {name for name, parameter in named.items() if parameter.requires_grad} if trained is None else trained
     frozen = [parameter for name, parameter in named.items() if name not in trained]
@@ -329,7 +330,7 @@ def plan(
         modes: of checkpointing to choose from, the fastest first.
 
     Raises:
-        ValueError: an optimizer or a mode that is not known.
+        UserError: an optimizer or a mode that is not known.
     """
     others = list(others)
     state = state_bytes(

@@ -13,7 +13,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..checkpoints.latent_scaling import LatentScaling
 from ..checkpoints.pipeline import load_pipeline
-from .tokens import TokenBatch, encode_prompts, token_chunks
+from ..data.tokens import TokenBatch, encode_prompts, token_chunks
+from ..errors import UserError
 
 # names of the U-Net's parameters by the blocks that stages of training go by
 BLOCK_GROUPS = {
@@ -153,14 +154,14 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
     """Put a low-rank adapter into the U-Net; it changes nothing before it is trained.
 
     Raises:
-        ValueError: no layer has such a name.
+        UserError: no layer has such a name.
     """
     from peft import LoKrConfig, LoraConfig
     from peft.tuners.lokr import LoKrLayer
 
     targets = list(settings.target_modules)
     if not any(name.endswith(tuple(targets)) for name, _ in unet.named_modules()):
-        raise ValueError(f"the U-Net has no layer whose name ends in one of {', '.join(targets)}")
+        raise UserError(f"the U-Net has no layer whose name ends in one of {', '.join(targets)}")
     if settings.kind == "lora":
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
     else:
@@ -213,14 +214,14 @@ def in_groups(names: Collection[str], groups: Sequence[str]) -> set[str]:
         groups: of BLOCK_GROUPS, "all", "text", or "up.0" for one block.
 
     Raises:
-        ValueError: a group to which none of them belongs.
+        UserError: a group to which none of them belongs.
     """
     found = set()
     for group in groups:
         those = {name for name in names if _belongs(name, group)}
         if not those:
             known = ", ".join(["all", "text", *BLOCK_GROUPS])
-            raise ValueError(f"nothing that is trained belongs to {group!r}; choose of {known}, or a block as up.0")
+            raise UserError(f"nothing that is trained belongs to {group!r}; choose of {known}, or a block as up.0")
         found |= those
     return found
 

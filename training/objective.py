@@ -20,9 +20,10 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from tabulate import tabulate
 
+from ..data.keyed_random import NOISE, NOISE_OFFSET, TIMESTEPS, keyed_generator, keyed_noise
+from ..errors import UserError
 from ..samplers import NoiseSchedule, ZTSNRWarning, min_snr_weight
 from ..samplers.prediction import check_prediction_type
-from .keyed_random import NOISE, NOISE_OFFSET, TIMESTEPS, keyed_generator, keyed_noise
 
 SHOWN = (0, 100, 200, 300, 400, 500, 600, 700, 800, 850, 900, 950, 980, 990, 998, 999)  # thousandths of the schedule
 
@@ -53,7 +54,7 @@ class ObjectiveSettings:
             learn of brightness; v-prediction with zero terminal SNR does not need it.
 
     Raises:
-        ValueError: numbers out of range, epsilon with zero terminal SNR.
+        UserError: numbers out of range, epsilon with zero terminal SNR.
     """
 
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
@@ -72,17 +73,15 @@ class ObjectiveSettings:
     def __post_init__(self):
         check_prediction_type(self.prediction_type, self.zero_terminal_snr)
         if not 0 <= self.terminal_probability < 1:
-            raise ValueError(
-                f"terminal_probability must be at least 0 and less than 1, not {self.terminal_probability}"
-            )
+            raise UserError(f"terminal_probability must be at least 0 and less than 1, not {self.terminal_probability}")
         if not 0 <= self.high_noise_share < 1:
-            raise ValueError(f"high_noise_share must be at least 0 and less than 1, not {self.high_noise_share}")
+            raise UserError(f"high_noise_share must be at least 0 and less than 1, not {self.high_noise_share}")
         if not (self.timesteps_scale > 0 and self.min_snr_gamma >= 1):
-            raise ValueError("timesteps_scale must be above 0, and min_snr_gamma at least 1")
+            raise UserError("timesteps_scale must be above 0, and min_snr_gamma at least 1")
         if not 0 < self.schedule_shift < math.inf:
-            raise ValueError(f"schedule_shift must be above 0 and finite, not {self.schedule_shift}")
+            raise UserError(f"schedule_shift must be above 0 and finite, not {self.schedule_shift}")
         if self.noise_offset < 0:
-            raise ValueError(f"noise_offset must be at least 0, not {self.noise_offset}")
+            raise UserError(f"noise_offset must be at least 0, not {self.noise_offset}")
         if self.noise_offset and self.prediction_type == "v_prediction":
             warnings.warn(
                 "noise_offset with v-prediction teaches the network that the mean of the noise says something about "
@@ -107,7 +106,7 @@ class Objective:
         floor: that keeps ``high_noise_share``; 0 if none is needed.
 
     Raises:
-        ValueError: a share of the loss that cannot be reached.
+        UserError: a share of the loss that cannot be reached.
     """
 
     def __init__(
@@ -308,7 +307,7 @@ def _floor(settings: ObjectiveSettings, schedule: NoiseSchedule, probability: to
         return 0.0
     most = _weight(settings, schedule, 0.0).max().item()
     if excess(most) < 0:
-        raise ValueError(
+        raise UserError(
             f"high_noise_share = {settings.high_noise_share} cannot be reached: with these timesteps t >= 0.9 T has at "
             f"most {excess(most) + settings.high_noise_share:.3f} of the loss; raise terminal_probability, or ask for "
             "less"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from ..errors import UserError
 from ..extras import needs
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "bnb_adamw8bit")
@@ -57,12 +58,12 @@ def make_optimizer(
             be in the same state on all ranks that hold the same parameter, and after a resume.
 
     Raises:
-        ValueError: no such optimizer, a library that is not installed, or parameters that it does not work for.
+        UserError: no such optimizer, a library that is not installed, or parameters that it does not work for.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"there is no optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+        raise UserError(f"there is no optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     if bf16_stochastic_round and name not in LOW_BIT:
-        raise ValueError(f"{name} does not round stochastically: {' and '.join(LOW_BIT)} do")
+        raise UserError(f"{name} does not round stochastically: {' and '.join(LOW_BIT)} do")
     # "initial_lr" as torch's schedulers name it
     groups = [{**group, "params": list(group["params"]), "initial_lr": group.get("lr", lr)} for group in groups]
     _check_parameters(name, groups, bf16_stochastic_round)
@@ -89,19 +90,19 @@ def make_optimizer(
 def _check_parameters(name: str, groups: list[dict], bf16_stochastic_round: bool) -> None:
     for parameter in (parameter for group in groups for parameter in group["params"]):
         if parameter.dtype != torch.float32 and not (bf16_stochastic_round and parameter.dtype == torch.bfloat16):
-            raise ValueError(
+            raise UserError(
                 f"the optimizer was given parameters in {parameter.dtype}, in which small updates are lost: keep them "
                 f"in float32, or in bfloat16 with bf16_stochastic_round of {' or '.join(LOW_BIT)}"
             )
         if name == "bnb_adamw8bit" and isinstance(parameter, DTensor):
-            raise ValueError("bnb_adamw8bit does not work with sharded parameters: choose adamw8bit")
+            raise UserError("bnb_adamw8bit does not work with sharded parameters: choose adamw8bit")
 
 
 def _low_bit_class(name: str) -> type[Optimizer]:
     try:
         from torchao import optim
     except ImportError:
-        raise ValueError(needs(name, "torchao")) from None
+        raise UserError(needs(name, "torchao")) from None
     return optim.AdamW8bit if name == "adamw8bit" else optim.AdamW4bit
 
 
@@ -109,7 +110,7 @@ def _bitsandbytes_class() -> type[Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise ValueError(needs("bnb_adamw8bit", "bitsandbytes")) from None
+        raise UserError(needs("bnb_adamw8bit", "bitsandbytes")) from None
     return AdamW8bit
 
 
@@ -201,21 +202,21 @@ def lr_factor(
         reference_steps: for rsqrt only.
 
     Raises:
-        ValueError: no such schedule, or a number that it needs is missing or out of range.
+        UserError: no such schedule, or a number that it needs is missing or out of range.
     """
     warmup = min((step + 1) / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
     if schedule == "constant":
         return warmup
     if schedule == "cosine":
         if total_steps is None or total_steps <= warmup_steps:
-            raise ValueError(f"cosine needs total_steps above the {warmup_steps} of the warm-up, not {total_steps}")
+            raise UserError(f"cosine needs total_steps above the {warmup_steps} of the warm-up, not {total_steps}")
         progress = min(max(step - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)
         return warmup * (final_share + (1 - final_share) * (1 + math.cos(math.pi * progress)) / 2)
     if schedule == "rsqrt":
         if reference_steps is None or reference_steps < 1:
-            raise ValueError(f"rsqrt needs reference_steps of at least 1, not {reference_steps}")
+            raise UserError(f"rsqrt needs reference_steps of at least 1, not {reference_steps}")
         return warmup / math.sqrt(max(step / reference_steps, 1.0))
-    raise ValueError(f"there is no learning-rate schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    raise UserError(f"there is no learning-rate schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
@@ -287,19 +288,19 @@ def load_optimizer_tensors(
     Low-bit optimizers quantise the larger parameters only, which for sharded ones depends on the number of ranks.
 
     Raises:
-        ValueError: tensors that this optimizer does not have, or has in another shape or type, or that are missing.
+        UserError: tensors that this optimizer does not have, or has in another shape or type, or that are missing.
     """
     own = optimizer_tensors(optimizer, named_parameters)
     if differing := own.keys() ^ tensors.keys():
         some = min(differing)
         where = "has no" if some in own else "has"
-        raise ValueError(
+        raise UserError(
             f"the saved state {where} {some}, one of {len(differing)} tensors by which it differs from the state of "
             "this optimizer: resume with the optimizer, the trained parameters and the number of shards of that run"
         )
     for key, tensor in own.items():
         if (tensor.shape, tensor.dtype) != (tensors[key].shape, tensors[key].dtype):
-            raise ValueError(
+            raise UserError(
                 f"the saved {key} is {tuple(tensors[key].shape)} in {tensors[key].dtype}, and this optimizer has "
                 f"{tuple(tensor.shape)} in {tensor.dtype}"
             )

@@ -1,132 +1,19 @@
-"""One process or many: who this one is, and the network as all of them train it together."""
+"""The network as the processes of a run train it together."""
 
-import os
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from datetime import timedelta
-from itertools import count
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..samplers.devices import find_device
+from ..world import World
 from .memory_plan import shard_units
 from .networks import Denoiser
 from .precision import MixedPrecision
-
-# the others wait while the first process reads the headers of all pictures, or exports
-PATIENCE = timedelta(days=1)
-_starts = count()
-TROUBLE = "trouble"  # in the store of the processes: the sentence of the one that ended
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run, as torchrun starts them.
-
-    Attributes:
-        rank, size: which one this is, and how many they are.
-        local_size: of them on this machine.
-        device: of this one.
-        group: of all, for what is on the CPU; None if there is but one.
-    """
-
-    rank: int
-    size: int
-    local_size: int
-    device: torch.device
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            dist.barrier(self.group)
-
-    def tell(self, value: Any = None) -> Any:
-        """What the first one says, to all."""
-        said = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(said, 0, self.group)
-        return said[0]
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so for one of them; asked on the CPU, so that no device is waited for."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
-        return bool(flags)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over all of them, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def average_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Over all of them, in place, of small parameters that no wrapper looks after."""
-        for parameter in parameters if self.size > 1 else ():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.size
-
-
-@contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun has started, or be the only one.
-
-    A ValueError in one process ends all of them: those that are waiting for this one lose it, and raise the same.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    place = find_device(device, setting="speed.device", processes=size, local_rank=local_rank)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    if size == 1:
-        yield World(rank, size, local_size, place)
-        return
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
-    store = dist.PrefixStore(f"ztsnr {next(_starts)}", store)  # torchrun's, which has what a run before put there
-    # gloo beside NCCL, for what is on the CPU
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
-    try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield World(rank, size, local_size, place, group)
-    except ValueError as error:
-        with suppress(RuntimeError):  # the store may have ended with the first process
-            store.set(TROUBLE, str(error))
-        raise
-    except RuntimeError as error:  # of one that this one waited for in vain?
-        trouble = None
-        with suppress(RuntimeError):
-            if store.check([TROUBLE]):
-                trouble = store.get(TROUBLE).decode()
-        if trouble is None:
-            raise
-        raise ValueError(trouble) from error
-    finally:
-        dist.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The network
 
 
 class Replicated:

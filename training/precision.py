@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..errors import UserError
+
 
 class MixedPrecision(torch.nn.Module):
     """A network whose trained parameters are float32 and that computes in another dtype.
@@ -53,7 +55,7 @@ class MixedPrecision(torch.nn.Module):
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
         if len(self.masters) < len(trained):
-            raise ValueError(f"the network has no parameter {min(set(trained) - self.masters.keys())}")
+            raise UserError(f"the network has no parameter {min(set(trained) - self.masters.keys())}")
         self.parameter_list = torch.nn.ParameterList(self.masters.values())
         with torch.no_grad():
             self.cast()

@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints.atomic import atomic_folder, remove_leftovers
-from .parallel import World
+from ..errors import UserError
+from ..files import atomic_folder, remove_leftovers
+from ..world import World
 
 STATE = "state.json"
 REMOVED = ".removed"
+# What torch.distributed.checkpoint and safetensors raise for files that are damaged or cannot be written.
+DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
 BEFORE = "remove it to go on from the one before"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -62,7 +66,7 @@ class RunStates:
             state: what JSON can hold.
 
         Raises:
-            ValueError: it cannot be written: a full disk, ...
+            UserError: it cannot be written: a full disk, ...
         """
         target = self.folder / f"step-{step:08d}"
         trouble = None
@@ -73,7 +77,7 @@ class RunStates:
                     if target.exists():  # without STATE: no state
                         shutil.rmtree(target)
                     place = opened.enter_context(atomic_folder(target))
-                except (OSError, ValueError) as error:
+                except (OSError, UserError) as error:
                     place, trouble = None, str(error)
             place, trouble = self.world.tell((place, trouble) if self.world.first else None)
             if trouble is None:
@@ -82,11 +86,11 @@ class RunStates:
                 try:
                     (place / STATE).write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
                     opened.close()  # brings all to the disk, and renames
-                except (OSError, ValueError) as error:
+                except (OSError, UserError) as error:
                     trouble = str(error)
             trouble = self.world.tell(trouble)
             if trouble is not None:
-                raise ValueError(f"the state at step {step} could not be written: {trouble}")
+                raise UserError(f"the state at step {step} could not be written: {trouble}")
         if self.world.first:
             self._remove_old()
         return target
@@ -100,7 +104,7 @@ class RunStates:
                 dcp.save(rows, storage_writer=writer, process_group=self.world.group, no_dist=self.world.size == 1)
         except CheckpointException as error:
             return _reason(next(iter(error.failures.values()))[0])
-        except Exception as error:  # of whatever lies below
+        except DAMAGED as error:
             return _reason(error)
         return None
 
@@ -108,25 +112,25 @@ class RunStates:
         """The numbers of a state.
 
         Raises:
-            ValueError: they cannot be read.
+            UserError: they cannot be read.
         """
         try:
             return json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path / STATE} cannot be read: {error}; {BEFORE}") from None
+            raise UserError(f"{path / STATE} cannot be read: {error}; {BEFORE}") from None
 
     def read_into(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the tensors with those of a state, however many processes wrote it.
 
         Raises:
-            ValueError: files that are damaged, or of other tensors.
+            UserError: files that are damaged, or of other tensors.
         """
         reader = dcp.HuggingFaceStorageReader(str(path))
         rows = {name: _packed(tensor) for name, tensor in tensors.items()}
         try:
             saved = reader.read_metadata().state_dict_metadata
-        except Exception as error:  # of whatever lies below
-            raise ValueError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
+        except DAMAGED as error:
+            raise UserError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
         _compare(path, {name: (tuple(s.size), s.properties.dtype) for name, s in saved.items()}, tensors)
         try:
             with warnings.catch_warnings(), torch.no_grad():
@@ -137,9 +141,9 @@ class RunStates:
                         tensor.copy_(rows[name])
         except CheckpointException as error:
             reason = _reason(next(iter(error.failures.values()))[0])
-            raise ValueError(f"{path} cannot be read: {reason}; {BEFORE}") from None
-        except Exception as error:  # of whatever lies below
-            raise ValueError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
+            raise UserError(f"{path} cannot be read: {reason}; {BEFORE}") from None
+        except DAMAGED as error:
+            raise UserError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
 
     def _remove_old(self) -> None:
         for leftover in self.folder.glob(".*" + REMOVED):  # by a run that was killed meanwhile
@@ -166,7 +170,7 @@ def _compare(path: Path, saved: Mapping[str, tuple], tensors: Mapping[str, torch
         how = f"{'has' if name in saved else 'lacks'} {name}"
     else:
         how = "has {} of shape {} in {} where this run's is {} in {}".format(name, *saved[name], *own[name])
-    raise ValueError(
+    raise UserError(
         f"{path} {how}, one of {len(differing)} tensors by which it differs from this run: go on with the model, "
         "optimizer, trained parameters and averages that the run had"
     )

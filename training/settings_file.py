@@ -22,6 +22,8 @@ import pydantic
 import tomli_w
 import tyro
 
+from ..errors import UserError
+
 T = TypeVar("T")
 
 
@@ -37,15 +39,15 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
         program: its name, for the help that ``--help`` prints.
 
     Raises:
-        ValueError: a file that cannot be read or is no TOML; a name that does not exist, with the nearest that does; a
+        UserError: a file that cannot be read or is no TOML; a name that does not exist, with the nearest that does; a
             value of another type or out of range.
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a BOM
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from None
+        raise UserError(f"{path} is no TOML: {error}") from None
     settings = parse_settings(kind, content, str(path))
     listed = "--help" in overrides
     named = [t for t in _optional_tables(kind) if listed or any(_is_of(t, argument) for argument in overrides)]
@@ -61,7 +63,7 @@ def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the con
     for place, name, known in _unknown(kind, content):
         near = difflib.get_close_matches(name, known, 1)
         hint = f": did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-        raise ValueError(f"{where} has {'.'.join((*place, name))}, which does not exist{hint}")
+        raise UserError(f"{where} has {'.'.join((*place, name))}, which does not exist{hint}")
     try:
         # strictly, so that "2" and true are no numbers; as JSON, where strictness allows lists for tuples and text for
         # paths, and dates, which only TOML has, are text
@@ -70,9 +72,9 @@ def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the con
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
-            raise ValueError(f"{where} lacks {place}") from None
+            raise UserError(f"{where} lacks {place}") from None
         reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {place + ': ' if place else ''}{reason}") from None
+        raise UserError(f"{where}: {place + ': ' if place else ''}{reason}") from None
 
 
 def write_settings(settings: Any) -> bytes:
@@ -129,7 +131,7 @@ def _override(kind: type[T], settings: T, overrides: Sequence[str], program: str
         if match := re.match(r"Unrecognized options: ([^\s,]+)(?:.*Perhaps you meant: (--[^\s,]+))?", sentence):
             near = f": did you mean {match[2]}?" if match[2] else ""
             sentence = f"the command line has {match[1]}, which does not exist{near}"
-        raise ValueError(sentence) from None
+        raise UserError(sentence) from None
 
 
 def _unknown(kind: Any, content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, list[str]]]:

@@ -15,14 +15,15 @@ from torch._inductor.compile_fx import compile_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..canvas import Size
+from ..data.epoch_plan import BucketCount, EpochPlan
+from ..data.tokens import TokenBatch
+from ..errors import UserError
+from ..world import World
 from .checkpointing import apply_checkpointing
 from .config import FinetuneSettings
-from .epoch_plan import BucketCount, EpochPlan
 from .flops import mfu, peak_flops, picture_flops
 from .memory_plan import MemoryPlan, device_memory, measure_encoding, plan
 from .networks import Networks
-from .parallel import World
-from .tokens import TokenBatch
 
 GIB = 2**30
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -113,10 +114,10 @@ class Speed:
             factor: pixels of a latent's side.
 
         Raises:
-            ValueError: it does not fit into the memory.
+            UserError: it does not fit into the memory.
         """
         if self.plan.mode is None and self._settings.speed.checkpointing == "auto":
-            raise ValueError(f"this does not fit into the memory: {self.plan.advice}")
+            raise UserError(f"this does not fit into the memory: {self.plan.advice}")
         apply_checkpointing(unet, self.plan.mode or self._settings.speed.checkpointing)
         if self._world.device.type == "cuda":
             width, height = max(self.buckets, key=math.prod)

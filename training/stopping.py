@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from .config import FinetuneSettings
 
 ONE_REQUEST = 5.0  # seconds in which signals are one request: torchrun passes on what others have sent already
@@ -57,4 +58,4 @@ def out_of_memory_in_one_sentence(settings: FinetuneSettings) -> Iterator[None]:
             ways.append("average.on_cpu = true")
         if settings.model.adapter is None:
             ways.append("model.adapter")
-        raise ValueError(f"the device has too little memory: try {', '.join(ways)}") from error
+        raise UserError(f"the device has too little memory: try {', '.join(ways)}") from error

@@ -15,29 +15,30 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoints.atomic import atomic_write
 from ..checkpoints.latent_scaling import LatentScaling
-from ..samplers.devices import describe_device
+from ..data.dataset import Batch, loader
+from ..data.keyed_random import POSTERIOR, keyed_noise
+from ..data.latent_cache import LatentCache
+from ..data.prefetch import ahead, sent
+from ..data.quarantine import Quarantine
+from ..data.tokens import batch_prompts
+from ..errors import UserError
+from ..files import atomic_write
+from ..world import World, describe_device, start_world
 from .config import FinetuneSettings
-from .data import open_data
-from .dataset import Batch, loader
 from .ema import ConstantDecay, Ema, PowerFunction, Profile
 from .guard import StepGuard
-from .keyed_random import POSTERIOR, keyed_noise
-from .latent_cache import LatentCache
 from .networks import Denoiser, Tokenize, add_adapter, in_groups, load_networks, trained_names
 from .objective import Objective
 from .optimizers import clip_grad_norm, load_optimizer_tensors, lr_factor, make_optimizer, optimizer_tensors, set_lr
-from .parallel import World, parallelize, start_world, whole
+from .parallel import parallelize, whole
 from .precision import LossScale
-from .prefetch import ahead, sent
 from .previews import Previews
-from .quarantine import Quarantine
+from .run_data import open_data
 from .run_state import RunStates
 from .settings_file import changed_settings, settings_content, write_settings
 from .speed import Speed
 from .stopping import out_of_memory_in_one_sentence, stop_signals
-from .tokens import batch_prompts
 from .validation import Validation
 from .watch import BandedLoss, Watch, check_installed
 
@@ -72,13 +73,13 @@ def run_finetune(
         What was exported; nothing after a dry run, or if the run was stopped by a signal, which saves its state.
 
     Raises:
-        ValueError: what the user can mend, in a sentence.
+        UserError: what the user can mend, in a sentence.
     """
     with start_world(settings.speed.device) as world, out_of_memory_in_one_sentence(settings):
         states = RunStates(settings.out / "states", settings.keep, settings.keep_every, world)
         trouble = world.tell(_folder_trouble(settings.out, states, resume) if world.first else None)
         if trouble:
-            raise ValueError(trouble)
+            raise UserError(trouble)
         say = say if world.first else (lambda line: None)
         if settings.speed.device == "auto":
             say(f"Device: {describe_device(world.device)}")
@@ -158,7 +159,7 @@ class _Run:
 
     def say_changes(self) -> None:
         """What a run that goes on is trained with from here on, and was not before."""
-        with suppress(OSError, ValueError):  # somebody else's file by now
+        with suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # somebody else's file by now
             before = tomllib.loads((self.settings.out / "config.toml").read_text(encoding="utf-8"))
             for line in changed_settings(before, settings_content(self.settings)):
                 self.say(line)
@@ -189,7 +190,7 @@ class _Run:
         scaling = LatentScaling(tuple(found.mean.tolist()), tuple(found.std.tolist()))
         vae = self.networks.vae
         if len(scaling.mean) != vae.config.latent_channels:
-            raise ValueError(
+            raise UserError(
                 f"{folder} has latents of {len(scaling.mean)} channels, and the model's have another number"
             )
         vae.register_to_config(**scaling.vae_config(vae.config.scaling_factor))  # for the previews
@@ -419,7 +420,7 @@ class _Run:
         """What cannot be written within the block is missing, and said; the run matters more."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             self.say(f"{what} of step {self.place.step} could not be written: {reason}; training goes on without it")
 
@@ -524,7 +525,7 @@ class _Run:
         self.world.sum(self.bands.sums)
         try:
             states.write(step, self._tensors(), state)
-        except ValueError as error:
+        except UserError as error:
             there = f"that of step {max(states.paths())} is there" if states.paths() else "there is none"
             self.say(f"{error}; {there}")
             if step >= self.settings.steps:
@@ -535,7 +536,7 @@ class _Run:
         """Go on from a state."""
         state = states.read_json(path)
         if state["fingerprint"] != self.data.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{path} is of a run with other pictures, buckets, another batch_size or another seed: give the run "
                 "those that it had, or choose another folder"
             )
@@ -589,10 +590,10 @@ class _Run:
                     written += export_model(
                         weights, out, name, self.settings, self.objective, self.latent_scaling, self.say
                     )
-                except ValueError as error:
+                except UserError as error:
                     trouble = str(error)
             if trouble := self.world.tell(trouble):
-                raise ValueError(trouble)
+                raise UserError(trouble)
         return written
 
 

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..data.captions import CaptionSettings, caption_text
+from ..data.keyed_random import CAPTION, keyed_generator
+from ..data.pictures import PictureError
+from ..data.tokens import TokenBatch, batch_prompts
 from ..samplers.devices import widest_float
-from .captions import CaptionSettings, caption_text
-from .data import TrainingData
-from .keyed_random import CAPTION, keyed_generator
+from ..world import World
 from .networks import Tokenize
 from .objective import Objective
-from .parallel import World
-from .pictures import PictureError
-from .tokens import TokenBatch, batch_prompts
+from .run_data import TrainingData
 
 QUANTILES = 8  # of the distribution of timesteps; t = T is asked beside
 

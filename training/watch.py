@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..checkpoints.atomic import atomic_write
+from ..errors import UserError
 from ..extras import needs
+from ..files import atomic_write
 from ..samplers.devices import widest_float
+from ..world import World
 from .config import WatchSettings
-from .parallel import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,18 +29,18 @@ def check_installed(settings: WatchSettings) -> None:
     """Refuse, before anything is loaded, what is asked for and not installed.
 
     Raises:
-        ValueError: how to install it.
+        UserError: how to install it.
     """
     if settings.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
-            raise ValueError(f"{needs('watch.tensorboard', 'tensorboard')}, or turn it off") from None
+            raise UserError(f"{needs('watch.tensorboard', 'tensorboard')}, or turn it off") from None
     if settings.wandb:
         try:
             import wandb  # noqa: F401
         except ImportError:
-            raise ValueError(f"{needs('watch.wandb', 'wandb')}, or leave it out") from None
+            raise UserError(f"{needs('watch.wandb', 'wandb')}, or leave it out") from None
 
 
 class Watch:
@@ -51,7 +52,7 @@ class Watch:
         config: all settings of the run, for W&B.
 
     Raises:
-        ValueError: a library that is not installed, W&B without a login, files that cannot be written.
+        UserError: a library that is not installed, W&B without a login, files that cannot be written.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Watch:
             try:
                 self._writer = self._new_writer(purge_step=step + 1)
             except OSError as error:
-                raise ValueError(f"{folder / 'tensorboard'} cannot be written: {error.strerror or error}") from None
+                raise UserError(f"{folder / 'tensorboard'} cannot be written: {error.strerror or error}") from None
         if settings.wandb:
             import wandb
 
@@ -85,7 +86,7 @@ class Watch:
                     project=settings.wandb, dir=str(folder), name=folder.resolve().name, config=config
                 )
             except wandb.Error as error:
-                raise ValueError(f"W&B cannot be written for, which watch.wandb asks for: {error}") from None
+                raise UserError(f"W&B cannot be written for, which watch.wandb asks for: {error}") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line of metrics at a step; names with a slash are groups."""

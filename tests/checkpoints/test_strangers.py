@@ -12,7 +12,7 @@ from ztsnr.checkpoints import inspect_checkpoint, to_folder, to_single_file
 from ztsnr.checkpoints.components import NETWORKS, check_classes, check_networks
 from ztsnr.checkpoints.pipeline import load_pipeline
 from ztsnr.checkpoints.settings import LONGEST_SETTINGS, MOST_LAYERS, check_sizes
-from ztsnr.training.vae import load_vae
+from ztsnr.checkpoints.vae import load_vae
 
 
 def edit(path, **changes):
@@ -143,7 +143,11 @@ def test_classes_that_are_not_loaded(folder, tmp_path, monkeypatch, part, named,
 def test_classes_that_are(folder, tiny):
     index = json.loads((tiny / "model_index.json").read_text())
     for scheduler in (
-        *([["diffusers", name] for name in dir(diffusers) if name.endswith("DiscreteScheduler") and not name.startswith("Flax")]),
+        *(
+            ["diffusers", name]
+            for name in dir(diffusers)
+            if name.endswith("DiscreteScheduler") and not name.startswith("Flax")
+        ),
         ["diffusers", "DPMSolverMultistepScheduler"],
         ["ztsnr.samplers.diffusers_scheduler", "ZTSNRScheduler"],
         [None, None],

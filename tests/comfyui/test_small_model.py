@@ -16,8 +16,8 @@ from ztsnr.checkpoints.schedule_shift import shift_of_metadata
 from ztsnr.demo.composed import Asked, Composer
 from ztsnr.demo.objectives import OURS, shift_of
 from ztsnr.demo.shipped import CONFIG, FILES, WEIGHTS
+from ztsnr.demo.small_model import SIZES, write_small_model
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
-from ztsnr.training.small_model import SIZES, write_small_model
 
 from .server import PACK, Server, running_server
 

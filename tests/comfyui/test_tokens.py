@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ztsnr.training.tokens import batch_prompts, encode_prompts, token_chunks
+from ztsnr.data.tokens import batch_prompts, encode_prompts, token_chunks
 
 pytestmark = pytest.mark.comfyui
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ztsnr.data.sources import Source, build_index
 from ztsnr.demo import composed
 from ztsnr.demo.composed import (
     BRIGHTNESS,
@@ -28,7 +29,6 @@ from ztsnr.demo.composed import (
     write_pictures,
 )
 from ztsnr.diagnostics.leak_probes import LUMA
-from ztsnr.training.sources import Source, build_index
 
 COUNT = 4000
 

@@ -11,9 +11,9 @@ from ztsnr.demo import ideal_solids
 from ztsnr.demo.composed import SHADE, TINT
 from ztsnr.demo.evaluation import START, STEPS, canvas_sigma
 from ztsnr.demo.ideal_solids import NOISES, flow
+from ztsnr.demo.small_model import SCALING_FACTOR
 from ztsnr.diagnostics.leak_run import steps_from
 from ztsnr.samplers import NoiseSchedule
-from ztsnr.training.small_model import SCALING_FACTOR
 
 ZERO = NoiseSchedule.sdxl().shifted(0.25)
 INFINITE = steps_from(ZERO, math.inf, 28)

@@ -10,8 +10,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from ztsnr.checkpoints import to_single_file
 from ztsnr.demo import networks as module
 from ztsnr.demo.networks import DemoNetwork
+from ztsnr.demo.small_model import COLOUR_TO_LATENT, SCALING_FACTOR
 from ztsnr.samplers import NoiseSchedule
-from ztsnr.training.small_model import COLOUR_TO_LATENT, SCALING_FACTOR
 
 from .tiny_network import SIDE, write_tiny_network
 

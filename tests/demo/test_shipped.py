@@ -18,10 +18,10 @@ from ztsnr.demo.measures import brightness
 from ztsnr.demo.networks_sheet import ASKED, show_networks
 from ztsnr.demo.objectives import BASE, OURS, PLAIN
 from ztsnr.demo.shipped import CONFIG, FILES, WEIGHTS, load_shipped, pipeline_of, start_of
+from ztsnr.demo.small_model import SIZES
 from ztsnr.diagnostics import leak_run
 from ztsnr.diagnostics.leak_run import steps_from
 from ztsnr.samplers import NoiseSchedule
-from ztsnr.training.small_model import SIZES
 
 WHAT = {BASE: ("epsilon", False), PLAIN: ("v_prediction", False), OURS: ("v_prediction", True)}
 NOISES = 4

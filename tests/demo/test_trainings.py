@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from ztsnr.checkpoints import inspect_checkpoint
+from ztsnr.data.latent_cache import LatentCache
 from ztsnr.demo import trainings as module
 from ztsnr.demo.composed import FEW, Sprites
 from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, PLAIN, STARVED, Start, sdxl_sigma, shift_of
+from ztsnr.demo.small_model import COLOUR_TO_LATENT, SCALING_FACTOR, SIZES
 from ztsnr.demo.trainings import ABOUT, QUICK, RECIPES, Recipe, Trainings
 from ztsnr.samplers import NoiseSchedule
-from ztsnr.training.latent_cache import LatentCache
 from ztsnr.training.objective import Objective
-from ztsnr.training.small_model import COLOUR_TO_LATENT, SCALING_FACTOR, SIZES
 
 TINY = Recipe(6, True, 8, 4, 2, 1e-3, 8e-4, 0.1, "float32")
 NAMES = (BASE, *OBJECTIVES)

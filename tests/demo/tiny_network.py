@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from ztsnr.demo.small_model import SmallModelSize, write_small_model
 from ztsnr.samplers import NoiseSchedule
-from ztsnr.training.small_model import SmallModelSize, write_small_model
 
 SIDE = 16
 SIZE = SmallModelSize(

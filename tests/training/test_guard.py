@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ztsnr.training.dataset import Batch
+from ztsnr.data.dataset import Batch
+from ztsnr.data.tokens import TokenBatch
 from ztsnr.training.guard import StepGuard
 from ztsnr.training.optimizers import clip_grad_norm, make_optimizer
-from ztsnr.training.parallel import World
-from ztsnr.training.tokens import TokenBatch
+from ztsnr.world import World
 
 from ..samplers.conftest import NoHostReads
 

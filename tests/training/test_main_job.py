@@ -12,17 +12,17 @@ from PIL import Image
 
 from ztsnr.checkpoints import inspect_checkpoint, verify_checkpoint
 from ztsnr.checkpoints.pipeline import load_pipeline
+from ztsnr.data.captions import CaptionSettings
+from ztsnr.demo.small_model import SmallModelSize, write_small_model
 from ztsnr.samplers import ZTSNRScheduler
-from ztsnr.training.captions import CaptionSettings
 from ztsnr.training.config import FinetuneSettings
-from ztsnr.training.data import open_data
 from ztsnr.training.networks import Denoiser, Tokenize, load_networks
 from ztsnr.training.objective import Objective
-from ztsnr.training.parallel import World
+from ztsnr.training.run_data import open_data
 from ztsnr.training.settings_file import parse_settings
-from ztsnr.training.small_model import SmallModelSize, write_small_model
 from ztsnr.training.trainer import run_finetune
 from ztsnr.training.validation import Validation
+from ztsnr.world import World
 
 pytestmark = pytest.mark.xdist_group("main job")  # one worker trains for all tests here
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ztsnr.checkpoints import to_single_file
 from ztsnr.checkpoints.latent_scaling import LatentScaling
+from ztsnr.data.tokens import batch_prompts
 from ztsnr.training.networks import (
     AdapterSettings,
     Denoiser,
@@ -18,7 +19,6 @@ from ztsnr.training.networks import (
     trained_names,
 )
 from ztsnr.training.precision import MixedPrecision
-from ztsnr.training.tokens import batch_prompts
 
 from ..checkpoints.tiny_folders import make_tiny_folders
 from ..tiny_pipelines import make_tiny_sdxl

@@ -11,7 +11,7 @@ import torch
 from torch.cuda._utils import _get_device_index
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-from ztsnr.training.parallel import start_world
+from ztsnr.world import start_world
 
 from .forked_ranks import in_processes
 from .tiny_run import difference, make_content, metrics, states, train, under_torchrun

@@ -10,12 +10,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ztsnr.checkpoints.latent_scaling import LatentScaling
+from ztsnr.demo.small_model import SmallModelSize, write_small_model
 from ztsnr.diagnostics.ideal_models import GaussianCanvas, v_network
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 from ztsnr.training.config import WatchSettings
 from ztsnr.training.networks import load_networks
 from ztsnr.training.previews import LABEL, Previews
-from ztsnr.training.small_model import SmallModelSize, write_small_model
 
 SIDE = 32
 SIZE = SmallModelSize(

@@ -9,8 +9,8 @@ import signal
 import pytest
 import torch
 
-from ztsnr.training.parallel import World
 from ztsnr.training.run_state import RunStates
+from ztsnr.world import World
 
 WORLD = World(0, 1, 1, torch.device("cpu"))
 

@@ -3,9 +3,10 @@
 import torch
 import torch.distributed as dist
 
+from ztsnr.data.tokens import batch_prompts
 from ztsnr.training.networks import Denoiser, Tokenize, load_networks, trained_names
-from ztsnr.training.parallel import Sharded, World
-from ztsnr.training.tokens import batch_prompts
+from ztsnr.training.parallel import Sharded
+from ztsnr.world import World
 
 
 def test_a_unet_in_channels_last_is_shared_out(place, tmp_path):

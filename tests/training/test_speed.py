@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ztsnr.data.epoch_plan import EpochPlan
+from ztsnr.data.tokens import TokenBatch
 from ztsnr.training.config import FinetuneSettings
-from ztsnr.training.epoch_plan import EpochPlan
 from ztsnr.training.flops import unet_flops
 from ztsnr.training.networks import load_networks
-from ztsnr.training.parallel import World
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.speed import Speed, choose_attention
-from ztsnr.training.tokens import TokenBatch
+from ztsnr.world import World
 
 from .tiny_run import make_content, train, write_pictures
 

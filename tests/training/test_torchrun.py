@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ztsnr.training.bucketing import bucket_pictures
-from ztsnr.training.dataset import PictureDataset, load_picture, loader
-from ztsnr.training.epoch_plan import EpochPlan
-from ztsnr.training.quarantine import Quarantine
-from ztsnr.training.sources import PictureIndex
+from ztsnr.data.bucketing import bucket_pictures
+from ztsnr.data.dataset import PictureDataset, load_picture, loader
+from ztsnr.data.epoch_plan import EpochPlan
+from ztsnr.data.quarantine import Quarantine
+from ztsnr.data.sources import PictureIndex
 
 BUCKETS = [(32, 32), (48, 32), (32, 48)]
 EPOCHS = 3
@@ -63,7 +63,7 @@ def run_under_torchrun(place, max_unusable):
 
 @pytest.fixture
 def place(tmp_path):
-    from .test_dataset import write_pictures  # not above, because torchrun knows of no package
+    from ..data.test_dataset import write_pictures  # not above, because torchrun knows of no package
 
     write_pictures(tmp_path / "pictures").save(tmp_path / "index.arrow")
     return tmp_path

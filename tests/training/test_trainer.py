@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ztsnr.data.make_latent_cache import run_cache
 from ztsnr.training import trainer
 from ztsnr.training.config import FinetuneSettings
-from ztsnr.training.make_latent_cache import run_cache
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ztsnr.training.captions import CaptionSettings
+from ztsnr.data.captions import CaptionSettings
+from ztsnr.data.keyed_random import NOISE, keyed_generator, keyed_noise
 from ztsnr.training.config import DataSettings, SourceSettings
-from ztsnr.training.data import open_data
-from ztsnr.training.keyed_random import NOISE, keyed_generator, keyed_noise
 from ztsnr.training.networks import Denoiser, Tokenize, load_networks
 from ztsnr.training.objective import Objective, ObjectiveSettings
-from ztsnr.training.parallel import World
+from ztsnr.training.run_data import open_data
 from ztsnr.training.validation import Validation
+from ztsnr.world import World
 
 from ..tiny_pipelines import make_tiny_sdxl
 

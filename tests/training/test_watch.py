@@ -15,8 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 from ztsnr.training.config import WatchSettings
-from ztsnr.training.parallel import World
 from ztsnr.training.watch import BandedLoss, Watch, check_installed
+from ztsnr.world import World
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 

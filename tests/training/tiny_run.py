@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ztsnr.data.dataset import Batch
+from ztsnr.errors import UserError
 from ztsnr.training import trainer
 from ztsnr.training.config import FinetuneSettings
-from ztsnr.training.dataset import Batch
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
 
@@ -158,7 +159,7 @@ def small_files(batch: Batch) -> Batch:
 
 def breaks(batch: Batch) -> Batch:
     """Ends this process's run by itself."""
-    raise ValueError("what one process alone knows")
+    raise UserError("what one process alone knows")
 
 
 def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: int = 1, seconds: float = 1200) -> str:

@@ -1,0 +1,1 @@
+"""Pictures to batches: sources, index, captions, tokens, buckets, plan, dataset, latent cache."""

@@ -1,0 +1,365 @@
+"""Making the cache of ``latent_cache``.
+
+The pictures are dealt out to shards in their order, so that what a shard holds does not depend on who makes it.  A
+shard is held in memory until it is whole, and then written atomically, with all that the index needs of it.  So a run
+that was killed goes on with the shards that are missing, any number of processes take their share of the shards without
+talking to each other, and the one that finds them all there, which is the last to end or a later run, puts the index
+together.
+
+Latents are stored as float16.  Those of Stable Diffusion and SDXL are at most some tens, far within its range, and it
+keeps 11 bits of each number where bfloat16 keeps 8; float32 would take twice the disk.  A number that it cannot hold,
+or that is none because the VAE has overflowed, ends the run.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..canvas import Size
+from ..checkpoints.header import HASH, Header, read_header
+from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
+from ..checkpoints.vae import hash_encoder, load_vae
+from ..errors import UserError
+from ..files import atomic_write
+from .bucketing import REASONS, TAKEN, bucket_pictures
+from .latent_cache import (
+    ABOUT,
+    DTYPE,
+    INDEX,
+    PICTURES,
+    PLACES,
+    LatentCache,
+    Recipe,
+    add_buckets,
+    margins_cut,
+    picture_rows,
+    recipe_difference,
+    row_difference,
+    stale,
+)
+from .latent_stats import ChannelStatistics, merge
+from .pictures import WHITE, Color, PictureError, cover_size, open_picture, resize_picture
+from .sources import PictureIndex, Source, build_index
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+MARGIN = 64  # pixels
+SHARD_BYTES = 10**9
+LEAST_SHARDS = 32  # of a data set, if it has so many pictures: that processes can share them, and little gets lost
+MOST_PICTURES = 8192  # of a shard, so that its header stays small
+
+
+def cache_latents(
+    folder: str | Path,
+    index: PictureIndex,
+    assignment: np.ndarray,
+    buckets: Sequence[Size],
+    vae: "AutoencoderKL",
+    *,
+    margin: int = MARGIN,
+    background: Color = WHITE,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> LatentCache | None:
+    """Encode the pictures of an index, or what is missing of them in the folder.
+
+    A picture is resized so that it covers its bucket and ``margin`` more on both sides, or as much more as it can
+    without being enlarged.  All of it is encoded, but for less than a latent's width at its edges.
+
+    Args:
+        folder: for the cache; made if it is not there.
+        index: of N pictures.
+        assignment: (N,) bucket of each picture, -1 for those that are left out (see ``EpochPlan``).
+        buckets: (width, height) of each, in pixels.
+        vae: on the device and in the dtype to run in.
+        margin: in pixels.
+        background: sRGB colour behind transparent pixels.
+        workers: processes that open pictures, beside this one.
+        rank, world_size: which of so many processes this is; each makes its own shards.
+
+    Returns:
+        The cache; None if other processes have not made all of their shards yet.
+
+    Raises:
+        UserError: nothing to encode; the folder holds a cache of other pictures, another VAE or other settings; a
+            bucket off the VAE's grid; latents that float16 cannot hold; no picture that can be used.
+    """
+    folder = Path(folder)
+    recipe = recipe_of(vae, margin, background)
+    rows, shards = plan(index, assignment, buckets, recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror or error}") from None
+    paths = [folder / f"latents-{shard:05d}.safetensors" for shard in range(len(shards))]
+    if others := sorted(set(folder.glob("latents-*.safetensors")) - set(paths)):
+        raise UserError(stale(folder, f"{others[0].name} is none of the {len(paths)} shards of these pictures"))
+
+    todo = []
+    for shard, (path, pictures) in enumerate(zip(paths, shards, strict=True)):
+        if path.exists():
+            _read_shard(path, rows.take(pictures), recipe)
+        elif shard % world_size == rank:
+            todo.append(shard)
+    numbers = [i for shard in todo for i in shards[shard].tolist()]
+    scaled = np.stack([rows["scaled_width"].to_numpy(), rows["scaled_height"].to_numpy()], axis=1)
+    opened = DataLoader(
+        _Pictures(index, scaled, recipe.factor, background), batch_size=None, sampler=numbers, num_workers=workers
+    )
+    progress = iter(tqdm(opened, "encoding", unit=" pictures", disable=rank > 0 or None))
+    for shard in todo:
+        _write_shard(paths[shard], rows.take(shards[shard]), recipe, vae, islice(progress, len(shards[shard])))
+    if not all(path.exists() for path in paths):
+        return None
+    _write_index(folder, rows, dict(zip(paths, shards, strict=True)), recipe)
+    return LatentCache(folder)
+
+
+def recipe_of(vae: "AutoencoderKL", margin: int = MARGIN, background: Color = WHITE) -> Recipe:
+    """What ``cache_latents`` makes latents by if it is given the same."""
+    return Recipe(
+        dtype=str(vae.dtype).removeprefix("torch."),
+        vae=hash_encoder(vae),
+        factor=2 ** (len(vae.config.block_out_channels) - 1),
+        channels=vae.config.latent_channels,
+        margin=margin,
+        background=background,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who goes where
+
+
+def plan(
+    index: PictureIndex, assignment: np.ndarray, buckets: Sequence[Size], recipe: Recipe
+) -> tuple[pa.Table, list[np.ndarray]]:
+    """What is going to be made, which depends on nothing else.
+
+    Returns:
+        A table of PICTURES, and for each shard the numbers of its pictures.
+    """
+    taken = np.flatnonzero(np.asarray(assignment) >= 0)
+    if not len(taken):
+        raise UserError("there is nothing to cache: no picture has a bucket")
+    if off := [bucket for bucket in buckets if any(side % recipe.factor for side in bucket)]:
+        raise UserError(
+            f"a bucket of {off[0][0]} x {off[0][1]} is off the grid of this VAE: sides must be multiples of "
+            f"{recipe.factor}"
+        )
+    if recipe.margin < 0:
+        raise UserError(f"margin must be at least 0 pixels, not {recipe.margin}")
+    rows = add_buckets(picture_rows(index), assignment, buckets)
+    scaled = np.zeros((len(index), 2), np.int32)
+    for i in taken:
+        scaled[i] = scaled_size(tuple(index.sizes[i].tolist()), buckets[assignment[i]], recipe.margin)
+    for side, values in zip(("width", "height"), scaled.T, strict=True):
+        rows = rows.append_column(f"scaled_{side}", pa.array(values))
+
+    nbytes = 2 * recipe.channels * DTYPE.itemsize * (scaled[taken] // recipe.factor).prod(axis=1, dtype=np.int64)
+    share = np.maximum(nbytes / min(SHARD_BYTES, nbytes.sum() / LEAST_SHARDS), 1 / MOST_PICTURES).clip(max=1)
+    begins = np.flatnonzero(np.diff(np.floor(np.cumsum(share) - share))) + 1
+    return rows.cast(PICTURES), np.split(taken, begins)
+
+
+def scaled_size(size: Size, bucket: Size, margin: int) -> Size:
+    """(width, height) to which a picture is resized: it covers bucket and margin, but is not enlarged for the margin.
+
+    Args:
+        size, bucket: (width, height) in pixels.
+    """
+    margin = max(0, min(margin, size[0] - bucket[0], size[1] - bucket[1]))
+    return cover_size(size, (bucket[0] + margin, bucket[1] + margin))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From pictures to latents
+
+
+class _Pictures(Dataset):
+    """The pixels (3, h, w) uint8 of each picture, resized and cut to the grid; or, as a text, why it cannot be used."""
+
+    def __init__(self, index: PictureIndex, scaled: np.ndarray, factor: int, background: Color):
+        self.index, self.scaled, self.factor, self.background = index, scaled, factor, background
+
+    def __getitem__(self, i: int) -> torch.Tensor | str:
+        size, scaled = (tuple(sizes[i].tolist()) for sizes in (self.index.sizes, self.scaled))
+        try:
+            image = open_picture(self.index.read(i), self.background, at_least=scaled)
+            pixels = np.asarray(resize_picture(image, scaled, size))
+        except PictureError as error:
+            return str(error)
+        left, top = margins_cut(scaled, self.factor)
+        width, height = (side // self.factor * self.factor for side in scaled)
+        return torch.from_numpy(pixels[top : top + height, left : left + width].transpose(2, 0, 1).copy())
+
+
+@torch.inference_mode()
+def encode(vae: "AutoencoderKL", pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of the VAE's posterior for one picture.
+
+    Args:
+        pixels: (3, h, w) uint8, sides multiples of the VAE's factor.
+
+    Returns:
+        (2, C, h / factor, w / factor) float16 on the CPU.
+    """
+    inputs = pixels.to(vae.device).to(vae.dtype).div_(127.5).sub_(1)
+    posterior = vae.encode(inputs[None]).latent_dist
+    return torch.cat([posterior.mean, posterior.std]).to(DTYPE).cpu()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def _write_shard(
+    path: Path, rows: pa.Table, recipe: Recipe, vae: "AutoencoderKL", opened: Iterator[torch.Tensor | str]
+) -> None:
+    """Encode the pictures of a shard and write it, with all that the index needs in its metadata."""
+    latents, refused = {}, {}
+    for key, pixels in zip(rows["key"].to_pylist(), opened, strict=True):
+        if isinstance(pixels, str):
+            refused[key] = pixels
+        else:
+            latents[key] = encode(vae, pixels)
+            if not latents[key].isfinite().all():
+                raise UserError(
+                    f"the VAE's latents of {key} are no numbers or too large for {DTYPE}; it ran in {vae.dtype}: that "
+                    "of SDXL overflows in float16, and is right in float32"
+                )
+    parts = [ChannelStatistics.of(*tensor.float()) for tensor in latents.values()]
+    about = {
+        "recipe": recipe.to_json(),
+        "pictures": rows.to_pydict(),
+        "refused": refused,
+        "statistics": merge(parts).to_json() if parts else None,
+    }
+    tensors = {key: made(tensor, DTYPE_NAMES[DTYPE]) for key, tensor in latents.items()}
+    with atomic_write(path) as file:
+        write_tensors(file, tensors, {ABOUT: json.dumps(about, ensure_ascii=False)})
+
+
+def _read_shard(path: Path, rows: pa.Table, recipe: Recipe) -> tuple[Header, dict]:
+    """The header of a shard, and what its metadata say, if they say what they should."""
+    header = read_header(path)
+    try:
+        about = json.loads(header.metadata[ABOUT])
+        old_recipe, old_rows = Recipe.from_json(about["recipe"]), pa.table(about["pictures"], PICTURES)
+    except (KeyError, TypeError, ValueError, pa.ArrowException):
+        raise UserError(f"{path} is no shard of cached latents: choose another folder, or remove it") from None
+    if difference := recipe_difference(old_recipe, recipe) or row_difference(old_rows, rows):
+        raise UserError(stale(path.parent, difference))
+    return header, about
+
+
+def _write_index(folder: Path, rows: pa.Table, shards: dict[Path, np.ndarray], recipe: Recipe) -> None:
+    """Put together what the shards say."""
+    shard_of, offsets = np.full(len(rows), -1, np.int32), np.full(len(rows), -1, np.int64)
+    reasons = np.full(len(rows), None, object)
+    statistics, files = [], {}
+    for number, (path, pictures) in enumerate(shards.items()):
+        taken = rows.take(pictures)
+        header, about = _read_shard(path, taken, recipe)
+        shard_of[pictures] = number
+        for i, key in zip(pictures, taken["key"].to_pylist(), strict=True):
+            if key in about["refused"]:
+                reasons[i] = about["refused"][key]
+            else:
+                offsets[i] = header.data_start + header.tensors[key].begin
+        if about["statistics"]:
+            statistics.append(ChannelStatistics.from_json(about["statistics"]))
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": header.metadata[HASH]}
+    if not statistics:
+        i = next(i for i, reason in enumerate(reasons) if reason)
+        raise UserError(f"none of the pictures can be used; {rows['key'][i]}, for one: {reasons[i]}")
+    for field, values in zip(PLACES, (shard_of, offsets, reasons), strict=True):
+        rows = rows.append_column(field, pa.array(values, field.type))
+    about = {"recipe": recipe.to_json(), "statistics": merge(statistics).to_json(), "shards": files}
+    rows = rows.combine_chunks().replace_schema_metadata({ABOUT: json.dumps(about)})
+    with atomic_write(folder / INDEX) as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_table(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run_cache(
+    sources: Sequence[str | Path | Source],
+    out: str | Path,
+    bucket_sets: Sequence[Sequence[Size]],
+    *,
+    vae: str | Path,
+    config: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    margin: int = MARGIN,
+    background: Color = WHITE,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    verify: bool = False,
+    say: Callable[[str], None] = print,
+    **bucketing,
+) -> None:
+    """Cache the latents of all pictures of some sources, and say which cannot be used.
+
+    Args:
+        sources: see ``Source``, or their paths; captions are not looked at.
+        out: folder for the cache.
+        bucket_sets, bucketing: see ``bucket_pictures``.
+        vae, config, device, dtype: see ``load_vae``.
+        margin, background, workers, rank, world_size: see ``cache_latents``.
+        verify: read all shards again in the end, and compare their checksums.
+        say: takes each line of the report.
+
+    Raises:
+        UserError: see ``build_index``, ``bucket_pictures``, ``load_vae`` and ``cache_latents``.
+    """
+    encoder = load_vae(vae, config=config, device=device, dtype=dtype)  # a wrong name is told before all else
+    listed = [source if isinstance(source, Source) else Source(source) for source in sources]
+    index, unusable = build_index(listed, allow_missing_captions=True)
+    found = bucket_pictures(index.sizes, bucket_sets, **bucketing)
+    if rank == 0:
+        _say_refused(unusable, say)
+        counts = np.bincount(found.reason, minlength=len(REASONS))
+        for reason, count in zip(REASONS, counts.tolist(), strict=True):
+            if count and reason != REASONS[TAKEN]:
+                say(f"Left out, being {reason}: {count} pictures; `ztsnr buckets` lists them.")
+    cache = cache_latents(
+        out,
+        index,
+        found.assignment,
+        found.buckets,
+        encoder,
+        margin=margin,
+        background=background,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    if cache is None:
+        say(f"Process {rank} of {world_size} has made its shards; the last to end, or a new run, completes the cache.")
+        return
+    if verify:
+        cache.verify()
+    _say_refused(cache.refused, say)
+    say(f"{cache.has.sum()} pictures are cached in {cache.folder}. Their latents, channel by channel:")
+    for name in ("mean", "std"):
+        say(f"{name:4}  " + "  ".join(f"{number:9.5f}" for number in getattr(cache.statistics, name)))
+
+
+def _say_refused(pictures: pa.Table, say: Callable[[str], None]) -> None:
+    for key, reason in zip(pictures["key"].to_pylist(), pictures["reason"].to_pylist(), strict=True):
+        say(f"{key} cannot be used: {reason}")

@@ -1,0 +1,123 @@
+"""Pictures that cannot be used: the list of them, and when they are too many."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .epoch_plan import EpochPlan
+
+FEW = 1000  # pictures; sooner than after so many a share says little
+
+
+class Quarantine:
+    """The pictures that cannot be used, each with its reason, in a folder of JSONL files.
+
+    Each process appends to a file of its own, so that workers and ranks do not write into each other's lines; whoever
+    reads puts the files together.  To have a picture tried again remove its line, or the folder.
+
+    Args:
+        folder: made if it is not there; the same for all ranks and for a resumed run.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._run = secrets.token_hex(4)  # because machines and later runs have the same process ids
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror or error}") from None
+
+    def add(self, key: str, reason: str) -> None:
+        """List a picture.
+
+        Args:
+            key: of the picture in its index.
+            reason: why it cannot be used.
+        """
+        line = json.dumps({"picture": key, "reason": reason}, ensure_ascii=False) + "\n"
+        path = self.folder / f"{self._run}-{os.getpid()}.jsonl"
+        try:
+            with open(path, "ab") as file:
+                file.write(line.encode(errors="backslashreplace"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+    def listed(self) -> dict[str, str]:
+        """The reason of each picture, by its key, as all processes have found them so far.
+
+        Raises:
+            UserError: a file that cannot be read, or holds something else.
+        """
+        reasons = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            try:
+                lines = path.read_bytes().split(b"\n")
+                for line in lines[:-1]:  # behind the last newline is nothing, or what is just being written
+                    record = json.loads(line)
+                    reasons.setdefault(record["picture"], record["reason"])
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} is no list of pictures that cannot be used: remove it") from None
+        return reasons
+
+    def report(self, shown: int = 3) -> str:
+        """How many they are, the first of them, and where the others are."""
+        reasons = self.listed()
+        first = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:shown])
+        return (
+            f"{len(reasons)} pictures are listed in {self.folder} (remove it to have them tried again), the first are "
+            f"{first}"
+        )
+
+
+class UnusableShare:
+    """Watches how many of the pictures of this rank's steps cannot be used, and stops the run when they are too many.
+
+    The share is of the pictures seen so far, each counted once however many epochs it is in.  So that one picture at
+    the beginning is not too much, it is taken of FEW pictures, or of all if they are fewer, until as many are seen.
+
+    Args:
+        plan: of the steps.
+        quarantine: what the report is made from.
+        limit: the largest share allowed.
+
+    Raises:
+        UserError: a limit that is no share.
+    """
+
+    def __init__(self, plan: EpochPlan, quarantine: Quarantine, limit: float = 0.01):
+        if not 0 <= limit <= 1:
+            raise UserError(f"the share of unusable pictures allowed must be from 0 to 1, not {limit!r}")
+        self.quarantine, self.limit = quarantine, limit
+        self._least = min(FEW, int((plan.assignment >= 0).sum()))
+        self._is_seen = np.zeros(len(plan.assignment), bool)
+        self._seen, self._unusable = 0, set()
+
+    def check(self, planned: np.ndarray, shown: np.ndarray) -> None:
+        """Count the pictures of a step.
+
+        Args:
+            planned: (B,) those of the plan.
+            shown: (B,) those in the batch; where they are others, these cannot be used.
+
+        Raises:
+            UserError: too many cannot be used; the sentence is a report.
+        """
+        new = np.unique(planned[~self._is_seen[planned]])
+        self._is_seen[new] = True
+        self._seen += len(new)
+        self._unusable.update(planned[planned != shown].tolist())
+        if len(self._unusable) > self.limit * max(self._seen, self._least):
+            raise UserError(
+                f"{len(self._unusable)} of the {self._seen} pictures seen so far "
+                f"({len(self._unusable) / self._seen:.2%}) cannot be used, and {self.limit:.2%} are allowed: "
+                f"{self.quarantine.report()}"
+            )

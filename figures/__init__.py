@@ -1,0 +1,1 @@
+"""What pictures of results are drawn with: palette, axes, contact sheet, PNG."""

@@ -1,0 +1,261 @@
+"""Writing a file or a folder so that its name stands for the old content or for the whole new one, whatever happens
+meanwhile.
+
+A neighbour is written, brought to the disk and renamed.  A killed program leaves its neighbour behind: it is named
+``.NAME.RANDOM.unfinished``, and the next write of NAME removes it.  Who is still writing is told from who was killed by
+a lock on the neighbour, which the system lifts when the program ends, however it ends.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SUFFIX = ".unfinished"
+RANDOM = "[0-9a-f]{8}" + re.escape(SUFFIX)  # the end of a neighbour's name
+LONGEST_STEM = 50  # characters: with 4 bytes each and what is added, a name that every file system takes
+PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds; only where there are no locks
+ABANDONED = 3600  # seconds without a change; only where there are no locks
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file to write to, seekable, that takes the name ``path`` when the block ends without an error.
+
+    A file that is replaced passes on its permissions and, as far as we may, its owner and group; a symbolic link stays
+    and the file that it points to is replaced; other hard links keep the old content.  A new file gets the permissions
+    that the umask leaves.
+
+    Raises:
+        UserError: it cannot be written: no such folder, a read-only file, a full disk, ...  What was there before is
+            still there.  An OSError within the block is taken for such a one, so those of reading must be caught there.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        old = _replaceable(target)
+        _remove_leftovers(target)
+        file, temporary = _new_file(target, private=old is not None)
+        try:
+            with file:
+                if old is not None:
+                    _take_over_permissions(temporary, old)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is not None:  # before the lock is lifted
+                    os.replace(temporary, target)
+            if fcntl is None:  # where open files cannot be renamed
+                _patiently(os.replace, temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+    _sync_folder(target.parent)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a whole file or none; see ``atomic_write``.
+
+    Raises:
+        UserError: it cannot be written; what was there before is still there.
+    """
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make an output folder and check that files can be written there, before any work is done.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder") from None
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to write into, that takes the name ``path`` when the block ends without an error.
+
+    Raises:
+        UserError: see ``check_new``, before the block and after it; or it cannot be written.  An OSError within the
+            block is taken for such a one, so those of reading must be caught there.
+    """
+    target = Path(path)
+    check_new(target)
+    try:
+        _remove_leftovers(target)
+        with _new_folder(target) as temporary:
+            try:
+                yield temporary
+                _sync_tree(temporary)
+                check_new(target)  # the system would replace an empty folder
+                _patiently(os.rename, temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+    _sync_folder(target.parent)
+
+
+def check_new(path: Path) -> None:
+    """Refuse a name that is taken already, or in no folder."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already: choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _replaceable(target: Path) -> os.stat_result | None:
+    """The state of the file to be replaced, None if there is none; refuses what should not be replaced."""
+    if not target.parent.is_dir():
+        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
+    try:
+        old = target.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(old.st_mode):
+        raise UserError(f"{target} cannot be written: it is there and is no file")
+    # the system asks for permission to write into the folder only, and root for none
+    if not old.st_mode & 0o222 or not os.access(target, os.W_OK):
+        raise UserError(f"{target} cannot be written: it is read-only")
+    return old
+
+
+def _stem(target: Path) -> str:
+    return f".{target.name[:LONGEST_STEM]}."
+
+
+def _is_neighbour(name: str, target: Path) -> bool:
+    return re.fullmatch(re.escape(_stem(target)) + RANDOM, name) is not None
+
+
+def _new_neighbour(target: Path) -> Path:
+    return target.with_name(f"{_stem(target)}{secrets.token_hex(4)}{SUFFIX}")
+
+
+def _new_file(target: Path, private: bool) -> tuple[BinaryIO, Path]:
+    """A new locked neighbour of the target, and its path."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        temporary = _new_neighbour(target)
+        file = os.fdopen(os.open(temporary, flags, 0o600 if private else 0o666), "wb")
+        if _lock(file.fileno(), temporary):
+            return file, temporary
+        file.close()
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A new neighbour of the target that is a folder, locked within the block."""
+    with ExitStack() as opened:
+        while True:
+            temporary = _new_neighbour(target)
+            temporary.mkdir()
+            if fcntl is None:  # where folders cannot be opened
+                break
+            with suppress(FileNotFoundError):  # gone already
+                descriptor = os.open(temporary, os.O_RDONLY)
+                opened.callback(os.close, descriptor)
+                if _lock(descriptor, temporary):
+                    break
+        yield temporary
+
+
+def _lock(descriptor: int, temporary: Path) -> bool:
+    """Lock a new neighbour.  False if another writer took it for a leftover before."""
+    if fcntl is not None:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return temporary.exists()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed programs left of any file or folder in this folder, where no other write of it may come."""
+    _remove_abandoned(path for path in folder.iterdir() if re.fullmatch(rf"\..+\.{RANDOM}", path.name))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed programs left of the target."""
+    with suppress(OSError):
+        _remove_abandoned(path for path in target.parent.iterdir() if _is_neighbour(path.name, target))
+
+
+def _remove_abandoned(neighbours: Iterable[Path]) -> None:
+    for neighbour in list(neighbours):
+        with suppress(OSError):  # locked, so somebody is writing it; or gone by now; or a link, and not ours
+            _remove_if_abandoned(neighbour)
+
+
+def _remove_if_abandoned(neighbour: Path) -> None:
+    is_folder = stat.S_ISDIR(neighbour.lstat().st_mode)
+    remove = shutil.rmtree if is_folder else os.unlink
+    if fcntl is None:
+        last_change = max(path.lstat().st_mtime for path in (neighbour, *neighbour.rglob("*")))
+        if time.time() - last_change > ABANDONED:
+            remove(neighbour)
+        return
+    descriptor = os.open(neighbour, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove(neighbour)
+    finally:
+        os.close(descriptor)
+
+
+def _patiently(rename: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:
+    """Rename.  On Windows scanners and indexers hold a new file for a moment, so one refusal is not the last word."""
+    for seconds in PAUSES if fcntl is None else ():
+        try:
+            return rename(temporary, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return rename(temporary, target)
+
+
+def _take_over_permissions(temporary: Path, old: os.stat_result) -> None:
+    if hasattr(os, "chown"):
+        for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # one may be allowed without the other
+            with suppress(PermissionError):
+                os.chown(temporary, owner, group)
+    os.chmod(temporary, stat.S_IMODE(old.st_mode))
+
+
+def _sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(place, name), "r+b") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(place))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where this can be done; else the system does it a little later."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Fine-tuning the decoder of a VAE."""

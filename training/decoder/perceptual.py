@@ -1,0 +1,145 @@
+"""What tells a picture from its reconstruction: LPIPS, and a discriminator that learns it.
+
+L1 alone is least where a decoder is unsure and paints the average, which is blurred.  LPIPS (Zhang et al., arXiv
+1801.03924) compares features of a network for recognising things, and a discriminator of patches (Isola et al., arXiv
+1611.07004) learns what gives a reconstruction away; VQGAN (Esser et al., arXiv 2012.09841) joined the three, and so
+were the VAEs of Stable Diffusion trained (Rombach et al., arXiv 2112.10752).
+"""
+
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, model_info
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ...checkpoints.header import read_header
+from ...checkpoints.pipeline import HUB_ERRORS, HUB_TIMEOUT
+from ...errors import UserError
+from ...extras import needs
+
+VGG16 = "timm/vgg16.tv_in1k"  # on the Hugging Face hub: torchvision's weights, as safetensors
+MOST_ADAPTIVE = 1e4  # as VQGAN limits it
+EPSILON = 1e-6  # in the denominator of the adaptive weight, as in VQGAN's paper
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+def load_lpips(backbone: str | Path | None = None) -> nn.Module:
+    """LPIPS 0.1 on VGG16, frozen.
+
+    Called with two pictures (B, 3, H, W) in [-1, 1] it gives a map (B, 1, H, W).  The mean of the map is the published
+    number where H and W are multiples of 16: the maps of the layers are enlarged bilinearly, which keeps their means.
+
+    Args:
+        backbone: a .safetensors file of torchvision's VGG16 (names ``features.0.weight``, ...); by default it is taken
+            from the hub or its cache.  The heads on it, six kilobytes, are a part of the package ``lpips``.
+
+    Raises:
+        UserError: the package is not installed, or the weights cannot be had or are others.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        missing = (error.name or "lpips").split(".")[0]
+        raise UserError(f"{needs('LPIPS', missing)}, or set lpips_weight to 0") from None
+    path = _vgg16() if backbone is None else Path(backbone)
+    header = read_header(path)  # refuses pickles
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision")  # of how the package calls it
+        network = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=True, verbose=False)
+    wanted = network.net.state_dict()
+    # slice3.10.weight is torchvision's features.10.weight
+    names = {name: f"features.{name.split('.', 1)[1]}" for name in wanted}
+    for name, source in names.items():
+        if source not in header.tensors or header.tensors[source].shape != tuple(wanted[name].shape):
+            raise UserError(f"{path} does not hold the weights of torchvision's VGG16: {source} is missing or another")
+    try:
+        with safe_open(path, "pt") as file:  # of which the classifier, nine tenths, is not needed
+            network.net.load_state_dict({name: file.get_tensor(source).float() for name, source in names.items()})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return network.eval().requires_grad_(False)
+
+
+def _vgg16() -> Path:
+    try:
+        model_info(VGG16, timeout=HUB_TIMEOUT)
+        offline = False
+    except HUB_ERRORS:
+        offline = True  # asked without need, the client would try again for minutes
+    try:
+        return Path(hf_hub_download(VGG16, "model.safetensors", local_files_only=offline))
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"the VGG16 that LPIPS works on could not be had from the Hugging Face hub ({VGG16}): run once with "
+            "network, give a .safetensors file of it as lpips_backbone, or set lpips_weight to 0"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator
+
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN: says of each of many overlapping patches how real it looks (arXiv 1611.07004, appendix 6.1.2).
+
+    Its normalisation takes the statistics of the batch at hand, always, and so keeps none.
+
+    Args:
+        width: channels of the first layer.
+        layers: convolutions that halve the picture; with 3 a patch is 70 pixels wide, with 2 it is 34.
+        generator: of the weights, drawn from N(0, 0.02).
+
+    Called with (B, 3, H, W) in [-1, 1] it gives (B, 1, h, w), about H / 2**layers high.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3, *, generator: torch.Generator | None = None):
+        channels = [width * min(2**i, 8) for i in range(layers + 1)]
+        blocks = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(pairwise(channels)):
+            stride = 2 if i < layers - 1 else 1
+            blocks += [
+                nn.Conv2d(before, after, 4, stride, 1, bias=False),  # the normalisation has one
+                nn.BatchNorm2d(after, track_running_stats=False),
+                nn.LeakyReLU(0.2),
+            ]
+        super().__init__(*blocks, nn.Conv2d(channels[-1], 1, 4, 1, 1))
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1, 0.02, generator=generator)
+
+
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """What the discriminator makes least: real patches are to score above 1, others below -1 (arXiv 1705.02894).
+
+    Args:
+        real, fake: its scores, (B, 1, h, w) each.
+    """
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """The factor of the adversarial loss with which it pulls at the last layer as hard as the reconstruction's does.
+
+    lambda = |grad reconstruction| / (|grad adversarial| + 1e-6), the gradients being those of the decoder's last layer
+    (arXiv 2012.09841, equation 7); at most 10**4.
+
+    Args:
+        reconstruction, adversarial: losses of one graph, which is kept.
+        last: weight of the last layer.
+
+    Returns:
+        (), on the device and without a gradient.
+    """
+    pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    return (pulls[0] / (pulls[1] + EPSILON)).clamp(max=MOST_ADAPTIVE).detach()

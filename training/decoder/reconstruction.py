@@ -1,0 +1,95 @@
+"""How near the reconstructions of a VAE are to the pictures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from ...samplers.devices import to_float64
+
+MOST_SHOWN = 8  # pictures in a sheet
+
+# maps two pictures (B, 3, H, W) in [-1, 1] to how different they look, (B, 1, H, W)
+Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How near the reconstructions of held-out pictures are, each a mean over pictures.
+
+    Attributes:
+        pictures: how many.
+        l1: |x - y|, pixels in [-1, 1].
+        psnr: dB, of pixels as they are shown: 8 bits deep at most 255, not rounded.
+        lpips: None without the package.
+        psnr_in_boxes: dB, of the pixels in boxes; None without boxes.
+    """
+
+    pictures: int
+    l1: float
+    psnr: float
+    lpips: float | None
+    psnr_in_boxes: float | None
+
+    def __str__(self) -> str:
+        parts = [f"L1 {self.l1:.4f}", f"PSNR {self.psnr:.2f} dB"]
+        parts += [] if self.lpips is None else [f"LPIPS {self.lpips:.4f}"]
+        parts += [] if self.psnr_in_boxes is None else [f"PSNR in boxes {self.psnr_in_boxes:.2f} dB"]
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def evaluate(
+    vae: AutoencoderKL, examples: torch.Tensor, perceptual: Perceptual | None, batch_size: int
+) -> tuple[Scores, torch.Tensor]:
+    """Encode pictures, decode the means, and compare; all in float32.
+
+    Args:
+        examples: (N, 4, H, W) pixels in [-1, 1] and marks of boxes.
+
+    Returns:
+        the scores, and the first reconstructions, (at most MOST_SHOWN, 3, H, W) float32 on the CPU.
+    """
+    l1, psnr, lpips, in_boxes, shown = [], [], [], [], []
+    for data in examples.split(batch_size):
+        pixels = data[:, :3].to(vae.device)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        l1.append((decoded - pixels).abs().mean(dim=(1, 2, 3)))
+        squares = to_float64((decoded - pixels) / 2).square().mean(dim=1, keepdim=True)
+        psnr.append(-10 * squares.mean(dim=(1, 2, 3)).log10())
+        marks = data[:, 3:].to(squares.device)
+        marked = marks.sum(dim=(1, 2, 3)) > 0
+        of_boxes = (squares * marks).sum(dim=(1, 2, 3)) / marks.sum(dim=(1, 2, 3))
+        in_boxes.append(-10 * of_boxes[marked].log10())
+        if perceptual is not None:
+            lpips.append(perceptual(decoded, pixels).mean(dim=(1, 2, 3)))
+        if len(shown) * batch_size < MOST_SHOWN:
+            shown.append(decoded.cpu())
+    scores = Scores(
+        pictures=len(examples),
+        l1=torch.cat(l1).mean().item(),
+        psnr=torch.cat(psnr).mean().item(),
+        lpips=torch.cat(lpips).mean().item() if lpips else None,
+        psnr_in_boxes=torch.cat(in_boxes).mean().item() if any(map(len, in_boxes)) else None,
+    )
+    return scores, torch.cat(shown)[:MOST_SHOWN]
+
+
+def picture_sheet(columns: Mapping[str, torch.Tensor]) -> Image.Image:
+    """Pictures side by side.
+
+    Args:
+        columns: title -> (N, 3, H, W) in [-1, 1], one row a picture.
+    """
+    titles, (count, _, height, width) = list(columns), next(iter(columns.values())).shape
+    line = 16
+    sheet = Image.new("RGB", (len(titles) * width, line + count * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, pictures) in enumerate(columns.items()):
+        draw.text((column * width + 3, 2), title, fill="black")
+        pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for row, picture in enumerate(pixels):
+            sheet.paste(Image.fromarray(picture), (column * width, line + row * height))
+    return sheet

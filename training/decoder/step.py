@@ -1,0 +1,184 @@
+"""The step that trains a VAE's decoder, and the state it goes on from."""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from ...errors import UserError
+from ..ema import ConstantDecay, Ema
+from .export import TRAINED
+from .perceptual import PatchDiscriminator, adaptive_weight, hinge_loss
+from .reconstruction import Perceptual
+from .settings import VaeDecoderSettings
+
+BETAS = (0.5, 0.9)  # of Adam, as latent diffusion trains autoencoders: against an adversary, less momentum
+
+
+class DecoderTraining:
+    """A decoder in training: its weights and their average, the discriminator, and both optimizers.
+
+    Args:
+        vae: float32, on its device; its decoder and post_quant_conv are trained in place.
+        settings: of losses and optimizers.
+        perceptual: LPIPS; None if its weight is 0.
+    """
+
+    def __init__(self, vae: AutoencoderKL, settings: VaeDecoderSettings, perceptual: Perceptual | None):
+        self.vae, self.settings, self.perceptual = vae, settings, perceptual
+        vae.requires_grad_(False)
+        self.weights = {name: p for name, p in vae.named_parameters() if name.startswith(TRAINED)}
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        self.profile = ConstantDecay(settings.ema_decay)
+        self.ema = Ema(self.weights, [self.profile])
+        self.optimizer = _adamw(self.weights, settings)
+        self.discriminator, self.adversary = None, {}
+        if settings.discriminator_weight:
+            generator = torch.Generator().manual_seed(settings.seed)
+            self.discriminator = PatchDiscriminator(settings.discriminator_width, generator=generator).to(vae.device)
+            self.adversary = dict(self.discriminator.named_parameters())
+            self.discriminator_optimizer = _adamw(self.adversary, settings)
+        self.steps = 0  # done
+        self.is_finite = torch.ones((), dtype=torch.bool, device=vae.device)
+
+    def step(self, data: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step of the decoder, and one of the discriminator if it has begun.
+
+        Args:
+            data: (B, 4, H, W) pixels in [-1, 1] and marks of boxes, see ``load_crop``.
+            noise: (B, C, h, w) standard normal, of the samples of the posterior.
+
+        Returns:
+            the losses by name, each () on the device.
+        """
+        settings, (pixels, marks) = self.settings, (data[:, :3], data[:, 3:])
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+            latents = posterior.mean + posterior.std * noise
+        with self._computing():
+            decoded = self.vae.decode(latents).sample
+        decoded = decoded.float()
+        losses = self.reconstruction_losses(decoded, pixels, marks)
+        loss = losses["reconstruction"]
+        is_adversarial = self.discriminator is not None and self.steps >= settings.discriminator_start
+        if is_adversarial:
+            losses |= self.adversarial_losses(decoded, loss)
+            loss = loss + settings.discriminator_weight * losses["adaptive_weight"] * losses["adversarial"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        self.ema.update(self.steps)
+
+        if is_adversarial:
+            with self._computing():
+                real, fake = self.discriminator(pixels), self.discriminator(decoded.detach())
+            losses["discriminator"] = hinge_loss(real.float(), fake.float())
+            self.discriminator_optimizer.zero_grad()  # of what flowed through it into the decoder too
+            losses["discriminator"].backward()
+            self.discriminator_optimizer.step()
+        losses = {name: value.detach() for name, value in losses.items()}
+        self.is_finite &= torch.stack([*losses.values(), loss.detach()]).isfinite().all()
+        return losses
+
+    def reconstruction_losses(
+        self, decoded: torch.Tensor, pixels: torch.Tensor, marks: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """L1 and LPIPS, and their weighted sum, "reconstruction".
+
+        Inside boxes they are weighted; the weights of each picture have the mean 1.
+        """
+        settings = self.settings
+        weights = 1 + (settings.box_weight - 1) * marks
+        weights = weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+        losses = {"l1": ((decoded - pixels).abs() * weights).mean()}
+        total = settings.l1_weight * losses["l1"]
+        if self.perceptual is not None:
+            losses["lpips"] = (self.perceptual(decoded, pixels) * weights).mean()
+            total = total + settings.lpips_weight * losses["lpips"]
+        return {"reconstruction": total} | losses
+
+    def adversarial_losses(self, decoded: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the decoder is told by the discriminator, and the adaptive weight of that."""
+        with self._computing():
+            scores = self.discriminator(decoded)
+        adversarial = -scores.float().mean()
+        weight = adaptive_weight(reconstruction, adversarial, self.vae.decoder.conv_out.weight)
+        return {"adversarial": adversarial, "adaptive_weight": weight}
+
+    def check(self) -> None:
+        """Read from the device whether all losses so far were finite numbers, and the weights are.
+
+        Raises:
+            UserError: they are not.
+        """
+        # of finite losses the gradients may still not be so
+        norms = torch.stack(torch._foreach_norm([*self.weights.values(), *self.adversary.values()]))
+        if not (self.is_finite & norms.isfinite().all()):
+            raise UserError(
+                f"a loss or a weight was no finite number by step {self.steps}, and the run has stopped: lower "
+                "learning_rate, or compute in float32; the state saved last is sound"
+            )
+
+    def take_average(self) -> None:
+        """Put the moving average in the place of the weights."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.ema.tensors(self.profile)[name])
+
+    def _computing(self) -> torch.autocast:
+        is_half = self.settings.dtype == "bfloat16"
+        return torch.autocast(self.vae.device.type, dtype=torch.bfloat16, enabled=is_half)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Its state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors that the next step depends on, by name."""
+        tensors = _prefixed("weights", self.weights) | _prefixed("ema", self.ema.state_tensors())
+        tensors |= _prefixed("optimizer", _moments(self.optimizer, self.weights))
+        if self.discriminator is not None:
+            tensors |= _prefixed("discriminator", self.adversary)
+            tensors |= _prefixed("discriminator_optimizer", _moments(self.discriminator_optimizer, self.adversary))
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Take over what ``state`` gave after so many steps."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.split("/", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+        with torch.no_grad():
+            for prefix, weights in (("weights", self.weights), ("discriminator", self.adversary)):
+                for name, tensor in part(prefix).items():
+                    weights[name].copy_(tensor)
+        self.ema.load_state_tensors(part("ema"))
+        _load_moments(self.optimizer, self.weights, part("optimizer"))
+        if self.discriminator is not None:
+            _load_moments(self.discriminator_optimizer, self.adversary, part("discriminator_optimizer"))
+        self.steps = steps
+
+
+def _adamw(weights: Mapping[str, nn.Parameter], settings: VaeDecoderSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(weights.values(), settings.learning_rate, BETAS, weight_decay=0)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}/{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]  # by number of the weight; of none before the first step
+    return {f"{name}/{key}": tensor for i, name in enumerate(weights) for key, tensor in state.get(i, {}).items()}
+
+
+def _load_moments(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], moments: Mapping[str, torch.Tensor]
+) -> None:
+    state, numbers = {}, {name: i for i, name in enumerate(weights)}
+    for name, tensor in moments.items():
+        weight, key = name.rsplit("/", 1)
+        state.setdefault(numbers[weight], {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

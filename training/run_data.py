@@ -1,0 +1,204 @@
+"""The data of a run, put together as its settings say: which pictures, in which order, read how."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..canvas import Size
+from ..data.bucket_report import bucket_sets
+from ..data.bucketing import REASONS, TAKEN, TOO_FEW, bucket_pictures
+from ..data.captions import CaptionSettings
+from ..data.dataset import Load, PictureDataset, load_picture
+from ..data.epoch_plan import EpochPlan
+from ..data.latent_cache import LatentCache, load_latents
+from ..data.pictures import parse_color
+from ..data.quarantine import Quarantine
+from ..data.sources import PictureIndex, Source, build_index, split
+from ..data.tag_weights import PictureWeights, count_tags, frequency_weights, picture_weights, read_tags
+from ..errors import UserError
+from ..world import World
+from .config import DataSettings
+from .networks import Tokenize
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run.
+
+    Attributes:
+        index: of all pictures.
+        refused: those that cannot be used, and why.
+        left_out: reason -> how many pictures have no bucket.
+        plan: of training.
+        held_out: (M,) numbers of the pictures held out, and their buckets (M,).
+        load: reads a picture, as pixels or as latents.
+        cache: where latents come from, if they do.
+        weights: of the losses, if they are weighted.
+        fingerprint: of all that the order of pictures depends on, but the number of processes.
+    """
+
+    index: PictureIndex
+    refused: pa.Table
+    left_out: dict[str, int]
+    plan: EpochPlan
+    held_out: np.ndarray
+    held_out_buckets: np.ndarray
+    load: Load
+    cache: LatentCache | None
+    weights: PictureWeights | None
+    fingerprint: str
+
+    def dataset(self, quarantine: Quarantine, captions: CaptionSettings, tokenize: Tokenize) -> PictureDataset:
+        """The samples of training."""
+        return PictureDataset(
+            self.plan,
+            self.index,
+            self.load,
+            quarantine,
+            caption_settings=captions,
+            weights=self.weights.weights if self.weights else None,
+            tokenize=tokenize,
+        )
+
+
+def open_data(settings: DataSettings, seed: int, world: World, index_path: Path) -> TrainingData:
+    """Find the pictures, choose their buckets, hold some out, and plan the epochs.
+
+    Args:
+        index_path: where the index is written by the first process, for the others and for the workers.
+
+    Raises:
+        UserError: no pictures, none with a bucket, a batch that cannot be shared out, a cache of other pictures, ...
+    """
+    if settings.batch_size % world.size:
+        raise UserError(
+            f"data.batch_size = {settings.batch_size} cannot be shared out evenly to {world.size} processes"
+        )
+    # the first process alone reads the headers of all pictures
+    trouble = refused = None
+    if world.first:
+        try:
+            sources = [Source(**vars(source)) for source in settings.sources]
+            index, refused = build_index(sources, allow_missing_captions=settings.allow_missing_captions)
+            index.save(index_path)
+        except UserError as error:
+            trouble = str(error)
+    trouble, refused = world.tell((trouble, refused))
+    if trouble:
+        raise UserError(trouble)
+    index = PictureIndex.load(index_path)
+
+    cache = LatentCache(settings.latents) if settings.latents else None
+    training, held_out = split(index, settings.validation_share, salt=str(seed))
+    if cache is not None:
+        cache.check(index)
+        assignment, buckets, left_out = _cached_buckets(cache, training, settings.batch_size)
+    else:
+        assignment, buckets, left_out = _nearest_buckets(settings, index, training, held_out)
+    held_out = held_out[assignment[held_out] >= 0]
+    for_training = assignment.copy()
+    for_training[held_out] = -1
+    if not (for_training >= 0).any():
+        reasons = "; ".join(f"{count} are {reason}" for reason, count in left_out.items())
+        raise UserError(f"none of the {len(index)} pictures can be trained with: {reasons or 'all are held out'}")
+    repeats = index.repeats if (index.repeats != 1).any() else None
+    plan = EpochPlan(
+        for_training,
+        buckets,
+        batch_size=settings.batch_size,
+        world_size=world.size,
+        rank=world.rank,
+        seed=seed,
+        repeats=repeats,
+    )
+    if cache is not None:
+        load = partial(load_latents, cache=cache)
+    else:
+        load = partial(
+            load_picture,
+            index=index,
+            flip=settings.flip,
+            background=parse_color(settings.background, "data.background"),
+        )
+    return TrainingData(
+        index=index,
+        refused=refused,
+        left_out=left_out,
+        plan=plan,
+        held_out=held_out,
+        held_out_buckets=assignment[held_out],
+        load=load,
+        cache=cache,
+        weights=_weights(settings, index),
+        fingerprint=_fingerprint(index, plan),
+    )
+
+
+def _nearest_buckets(
+    settings: DataSettings, index: PictureIndex, training: np.ndarray, held_out: np.ndarray
+) -> tuple[np.ndarray, list[Size], dict[str, int]]:
+    """(N,) bucket of each picture, the buckets, and how many pictures are left out of training, by reason."""
+    limits = {
+        "max_aspect_error": settings.max_aspect_error,
+        "minimum_size": settings.min_size,
+        "no_upscale": settings.no_upscale,
+    }
+    assignment = np.full(len(index), -1)
+    found = bucket_pictures(
+        index.sizes[training],
+        bucket_sets(settings.buckets, settings.areas, settings.step, settings.limit),
+        batch_size=settings.batch_size,
+        repeats=index.repeats[training],
+        **limits,
+    )
+    assignment[training] = found.assignment
+    used = np.unique(found.assignment[found.assignment >= 0])
+    if len(held_out) and len(used):  # they take no other buckets than training has
+        near = bucket_pictures(index.sizes[held_out], [[found.buckets[i] for i in used]], **limits)
+        place = np.array([found.buckets.index(bucket) for bucket in near.buckets])
+        assignment[held_out] = np.where(near.assignment >= 0, place[near.assignment], -1)
+    counts = np.bincount(found.reason, minlength=len(REASONS)).tolist()
+    left_out = {reason: count for reason, count in zip(REASONS, counts, strict=True) if count}
+    left_out.pop(REASONS[TAKEN], None)
+    return assignment, found.buckets, left_out
+
+
+def _cached_buckets(
+    cache: LatentCache, training: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, list[Size], dict[str, int]]:
+    """As a cache has them.  Where a bucket does not fill a step, its pictures are left out: they cannot move."""
+    assignment, buckets = cache.bucketing
+    assignment = assignment.copy()
+    missing = int((assignment[training] < 0).sum())
+    counts = np.bincount(assignment[training][assignment[training] >= 0], minlength=len(buckets))
+    small = (assignment >= 0) & (counts[assignment] < batch_size)
+    assignment[small] = -1
+    left_out = {"not in the cache": missing, REASONS[TOO_FEW]: int(small[training].sum())}
+    return assignment, buckets, {reason: count for reason, count in left_out.items() if count}
+
+
+def _weights(settings: DataSettings, index: PictureIndex) -> PictureWeights | None:
+    if settings.tag_weights is None:
+        return None
+    chosen, separator = settings.tag_weights, settings.captions.separator
+    captions = index.table["captions"].to_pylist()
+    if chosen.table is not None:
+        tags = read_tags(chosen.table)
+    else:
+        tags = frequency_weights(count_tags(captions, separator), chosen.power)
+    return picture_weights(captions, tags, low=chosen.low, high=chosen.high, separator=separator, repeats=index.repeats)
+
+
+def _fingerprint(index: PictureIndex, plan: EpochPlan) -> str:
+    digest = hashlib.sha256()
+    for key in index.table["key"].to_pylist():
+        digest.update(key.encode(errors="surrogatepass") + b"\n")
+    digest.update(plan.assignment.astype("<i8").tobytes())
+    digest.update(repr((plan.buckets, plan.batch_size, plan.seed)).encode())
+    if plan.repeats is not None:
+        digest.update(plan.repeats.astype("<f8").tobytes())
+    return digest.hexdigest()
