@@ -22,6 +22,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from results import RESULTS, machine, markdown, write_section
 
 from ztsnr.canvas import area_buckets, novelai_buckets
 from ztsnr.data.bucketing import bucket_pictures
@@ -292,12 +293,6 @@ def faults(pictures: int = 20_000, batch_size: int = 8) -> str:
     )
 
 
-def markdown(table: list[list[str]]) -> str:
-    from sampler_accuracy import markdown  # with torch and diffusers, whose memory is not to be measured
-
-    return markdown(table)
-
-
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--pictures", type=click.IntRange(min=1), default=10_000_000, show_default=True)
 @click.option(
@@ -307,7 +302,6 @@ def markdown(table: list[list[str]]) -> str:
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--write/--no-write", default=True, show_default=True, help="Put the tables into RESULTS.md.")
 def main(pictures: int, loop_pictures: int, runs: int, batch: int, write: bool) -> None:
-    from sampler_accuracy import RESULTS, machine, write_section
 
     loop_pictures = min(loop_pictures, pictures)
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
 from ztsnr.checkpoints.forward import LIMIT, compare_forwards, find_comfyui

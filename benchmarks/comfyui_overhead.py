@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import click
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "comfyui"))
 

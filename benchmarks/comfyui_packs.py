@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 from comfyui_overhead import comfyui_worker
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
 HEADING = "ComfyUI packs"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 from comfyui_overhead import comfyui_worker
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
 STOCK = ["simple", "karras", "beta", "sgm_uniform"]

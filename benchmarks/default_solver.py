@@ -17,7 +17,8 @@ import click
 import numpy as np
 import torch
 from comfyui_peer import IdealNetwork
-from sampler_accuracy import CANVAS, RESULTS, machine, markdown, mixture_problem, modes_problem, write_section
+from results import RESULTS, machine, markdown, write_section
+from sampler_accuracy import CANVAS, mixture_problem, modes_problem
 from tqdm import tqdm
 
 from ztsnr.samplers import NoiseSchedule, step_schedule

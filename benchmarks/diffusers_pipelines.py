@@ -26,7 +26,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers_cases import ENTRIES, STEPS, Entry
-from sampler_accuracy import RESULTS, machine, write_section
+from results import RESULTS, machine, write_section
 from tabulate import tabulate
 from tiny_diffusers import LATENT, SIZE
 from torch.overrides import TorchFunctionMode

@@ -21,7 +21,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sampler_accuracy import RESULTS, machine, write_section
+from results import RESULTS, machine, write_section
 from scipy.stats import binomtest
 from small_networks import Levels, make_case
 from tabulate import tabulate

@@ -30,7 +30,8 @@ import torch
 from comfyui_peer import pack, save
 from guided_peer import SPACINGS, Pair, Record, find_res4lyf, latents
 from guided_problems import REFERENCE_STEPS, Guidance, GuidedProblem, problems
-from sampler_accuracy import RESULTS, is_deterministic, machine, markdown, parse_steps, write_section
+from results import RESULTS, machine, markdown, write_section
+from sampler_accuracy import is_deterministic, parse_steps
 from tqdm import tqdm
 
 from ztsnr.diagnostics import v_network

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from diffusers import AutoencoderKL
 from PIL import Image
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
 from ztsnr.data.dataset import Load, PictureDataset, load_picture, loader

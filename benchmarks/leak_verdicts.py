@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from leak_networks import FOLDER, KINDS, SHAPE, denoiser, schedule_of, trained
 from PIL import Image
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from scipy.stats import binomtest
 from tqdm import tqdm
 

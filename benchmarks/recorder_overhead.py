@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from tqdm import trange
 
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder

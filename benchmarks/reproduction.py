@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from sampler_accuracy import RESULTS, machine, write_section
+from results import RESULTS, machine, write_section
 from tabulate import tabulate
 
 from ztsnr.checkpoints.diffusers_folder import set_scheduler

@@ -15,11 +15,8 @@ prints the tables and puts them into benchmarks/RESULTS.md, with a line for ever
 """
 
 import datetime
-import importlib.metadata
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +32,7 @@ import diffusers
 import numpy as np
 import torch
 from comfyui_peer import IdealNetwork, pack, save, unpack
-from tabulate import tabulate
+from results import RESULTS, machine, markdown, write_section
 from tqdm import tqdm
 
 from ztsnr.diagnostics import reference_flow
@@ -52,7 +49,6 @@ from ztsnr.samplers import (
     to_denoised,
 )
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 HEADING = "Sampler accuracy"
 MEAN = -2.4  # latent channel mean of a black picture
 LEVELS = 127.5 / 2.4  # grey levels (of 255) in a latent unit
@@ -562,41 +558,6 @@ def targets(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report.
-
-
-def markdown(table: list[list[str]]) -> str:
-    first_number = 3 if "spacing" in table[0] else 1
-    align = ["left"] * first_number + ["right" if first_number == 3 else "left"] * (len(table[0]) - first_number)
-    return tabulate(table[1:], table[0], tablefmt="github", colalign=align, disable_numparse=True)
-
-
-def machine(comfyui: Path | None) -> str:
-    """Processor, system and versions."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: unknown")[1]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "numpy")]
-    if comfyui is not None:
-        version_file = comfyui / "comfyui_version.py"
-        found = re.search(r'__version__ = "(.*)"', version_file.read_text()) if version_file.exists() else None
-        versions.append(f"ComfyUI {found[1] if found else 'of unknown version'}")
-    system = f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}"
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{processor}, {threads}; {system}; {', '.join(versions)}"
-
-
-def write_section(path: Path, heading: str, text: str) -> None:
-    """Put a section of level 2 into a Markdown file in place of the one of that heading, or at its end."""
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n\nWritten by the scripts of this folder.\n"
-    section = f"## {heading}\n\n{text.strip()}\n"
-    pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-    if pattern.search(old):
-        new = pattern.sub(lambda found: section + "\n" * (found.end() < len(old)), old, count=1)
-    else:
-        new = f"{old.rstrip()}\n\n{section}"
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(new, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 EXPLANATIONS = {

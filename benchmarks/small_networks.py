@@ -18,7 +18,7 @@ import click
 import diffusers
 import numpy as np
 import torch
-from sampler_accuracy import RESULTS, machine, write_section
+from results import RESULTS, machine, write_section
 from tabulate import tabulate
 from tqdm import tqdm
 

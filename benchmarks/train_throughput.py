@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from sampler_accuracy import RESULTS, machine, markdown, write_section
+from results import RESULTS, machine, markdown, write_section
 from torch.nn.attention import sdpa_kernel
 
 from ztsnr.data.prefetch import sent

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, at sizes that take seconds."""
 
 import math
+import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -160,3 +161,17 @@ def test_exchange_keeps_the_problems(tmp_path):
 def test_a_folder_without_comfyui_ends_in_a_sentence(tmp_path):
     with pytest.raises(click.ClickException, match=r"worker failed[\s\S]*No module named 'comfy'"):
         list(bench.comfyui_rows(tmp_path, {"modes": bench.modes_problem([2])}))
+
+
+def test_a_table_is_written_without_torch(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import results; from pathlib import Path\n"
+        "table = results.markdown([['name', 'x'], ['one', '1']])\n"
+        f"results.write_section(Path({str(tmp_path / 'R.md')!r}), 'A', table)\n"
+        "print(results.machine(None)); print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "## A\n\n| name   | x   |" in (tmp_path / "R.md").read_text()

@@ -72,9 +72,7 @@ def test_faults_of_the_public_code():
 
 
 def test_whole_command(tmp_path, monkeypatch):
-    import sampler_accuracy
-
-    monkeypatch.setattr(sampler_accuracy, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
     arguments = ["--pictures", "3000", "--loop-pictures", "2000", "--runs", "2", "--batch", "8"]
     done = CliRunner().invoke(bench.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0
