@@ -161,3 +161,8 @@ def test_min_snr_weight():
     assert torch.equal(min_snr_weight(snr, prediction_type="sample"), snr.clamp(max=5))
     with pytest.raises(ValueError, match="prediction_type"):
         min_snr_weight(snr, prediction_type="v")
+
+
+def test_a_config_that_says_nothing_of_zero_snr_has_none():
+    assert NoiseSchedule.from_config({"beta_schedule": "scaled_linear"}).zero_terminal_snr is False
+    assert NoiseSchedule.from_config({"rescale_betas_zero_snr": True}).zero_terminal_snr is True
