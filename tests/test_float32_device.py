@@ -32,16 +32,22 @@ pytestmark = pytest.mark.xdist_group("float32 device")
 OWN_PROCESS = "ZTSNR_TEST_OF_ITS_OWN"
 
 
+@pytest.fixture(scope="module")
+def passed_together(request):
+    """Runs all tests that want a process of their own in one; torch looks for devices once, before a backward pass."""
+    names = [f"{item.path}::{item.name}" for item in request.session.items if "own_process" in item.fixturenames]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *dict.fromkeys(names)]
+    done = subprocess.run(command, env=os.environ | {OWN_PROCESS: "1"}, capture_output=True, text=True)
+    return done.stdout[-3000:] if done.returncode else None
+
+
 @pytest.fixture
 def own_process(request):
-    """Run the test in a process of its own: torch looks for devices once, before its first backward pass."""
-    if OWN_PROCESS in os.environ:
-        return
-    name = f"{request.path}::{request.node.name}"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", name]
-    done = subprocess.run(command, env=os.environ | {OWN_PROCESS: "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    pytest.skip("passed in a process of its own")
+    """Run the test in a process of its own, with others that want the same."""
+    if OWN_PROCESS not in os.environ:
+        trouble = request.getfixturevalue("passed_together")
+        assert trouble is None, trouble
+        pytest.skip("passed in a process of its own")
 
 
 @pytest.fixture(scope="module")

@@ -166,3 +166,9 @@ def test_min_snr_weight():
 def test_a_config_that_says_nothing_of_zero_snr_has_none():
     assert NoiseSchedule.from_config({"beta_schedule": "scaled_linear"}).zero_terminal_snr is False
     assert NoiseSchedule.from_config({"rescale_betas_zero_snr": True}).zero_terminal_snr is True
+
+
+def test_nearly_no_signal_is_not_zero_snr():
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 1e-12]))
+    assert not schedule.zero_terminal_snr
+    assert schedule.sigma_max == pytest.approx(1e6)
