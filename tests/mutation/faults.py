@@ -312,7 +312,7 @@ EMA = faults_of(
 
 LEAK = faults_of(
     "diagnostics",
-    "diagnostics/test_leak.py diagnostics/test_guidance_shift.py",
+    "diagnostics/test_limits.py diagnostics/test_leak.py diagnostics/test_guidance_shift.py",
     [
         ("LEAK_SHARE = 0.2 ", "LEAK_SHARE = 0.3 "),
         ("LEAST_PEAK = 1.5 ", "LEAST_PEAK = 2.0 "),
