@@ -84,7 +84,7 @@ STEPS = faults_of(
 
 SOLVERS = faults_of(
     "samplers",
-    "samplers/test_solvers.py samplers/test_sampling.py",
+    "samplers/test_steps_by_hand.py samplers/test_solvers.py samplers/test_sampling.py",
     [
         ("slope = weights[i][1] * min(1, lengths[i - 1] / lengths[i])", "slope = weights[i][1]"),
         (

@@ -1,0 +1,175 @@
+"""Single steps against formulas written out here: no order of convergence and no spread of samples hides a slip."""
+
+import math
+from itertools import count, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, sample
+from ztsnr.samplers.multistep import angle, inverse_sigmas, predictor
+from ztsnr.samplers.prediction import alpha_s, from_denoised
+from ztsnr.samplers.sampling import drive, start_run
+from ztsnr.samplers.solvers import _deis_table, angle_weights, multistep_table, unipc_weights
+
+STOCHASTIC = (
+    "euler_ancestral", "lcm", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver",
+)  # fmt: skip
+FINITE = (8.0, 5.0, 3.5, 2.0, 1.1, 0.6)
+
+
+def held(start, end):
+    """Weight of an x0 held over a step."""
+    (alpha, s), (alpha_end, s_end) = alpha_s(start), alpha_s(end)
+    return alpha_end - alpha * s_end / s
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_fresh_noise_keeps_the_variance(solver, eta):
+    """With x0 = 0 the state at sigma is noise of variance s^2, whatever the steps; each Gaussian is a unit vector."""
+    assert solver in SOLVERS
+    size = 16
+    fresh = (torch.eye(size, dtype=torch.float64)[i].view(1, size, 1, 1) for i in count(1))
+    sigmas = (6.0, 3.0, 1.5, 0.8)
+    x = torch.zeros(1, size, 1, 1, dtype=torch.float64)
+    x[0, 0] = alpha_s(sigmas[0])[1]
+    x = drive(start_run(solver, sigmas, eta), x, lambda x, sigma: torch.zeros_like(x), lambda: next(fresh))
+    assert x.square().sum().item() == pytest.approx(alpha_s(sigmas[-1])[1] ** 2, rel=1e-12)
+    assert solver == "lcm" or x[0, 0] != 0
+    assert x[0, 1:].any()
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_s_noise_scales_the_fresh_noise(solver):
+    """In sample and in the scheduler, by its config and by the step's argument."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = [math.inf, 6.0, 2.0, 0.9, 0.4, 0.0]
+    schedule = NoiseSchedule.sdxl()
+
+    def denoise(x, sigma):
+        return 0.3 * x
+
+    def by_sample(s_noise):
+        return sample(denoise, noise, sigmas, solver, generator=torch.Generator().manual_seed(1), s_noise=s_noise)
+
+    def by_scheduler(s_noise, in_step):
+        config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "solver": solver}
+        scheduler = ZTSNRScheduler(**config, **({} if in_step else {"s_noise": s_noise}))
+        scheduler.set_timesteps(sigmas=sigmas)
+        x, generator = noise, torch.Generator().manual_seed(1)
+        for t in scheduler.timesteps:
+            sigma = schedule.sigma(float(t))
+            v = from_denoised(denoise(x, sigma), x, sigma)
+            x = scheduler.step(v, t, x, generator, **({"s_noise": s_noise} if in_step else {})).prev_sample
+        return x
+
+    without = by_sample(0.0)
+    assert (by_sample(1.0) - without).abs().max() > 0.05
+    for factor in (1.0, 0.5):
+        expected = without + factor * (by_sample(1.0) - without)  # the model is linear
+        torch.testing.assert_close(by_sample(factor), expected, rtol=0, atol=1e-5)
+        for in_step in (False, True):
+            torch.testing.assert_close(by_scheduler(factor, in_step), expected, rtol=0, atol=1e-3)
+
+
+def test_deis_integrates_polynomials_in_log_sigma():
+    """eps = (log sigma)^k, k = 0, 1, 2, over sigma: the antiderivatives are sigma times polynomials in log sigma."""
+
+    def antiderivatives(sigma):
+        log = math.log(sigma)
+        return sigma * np.array([1, log - 1, log**2 - 2 * log + 2])
+
+    table = _deis_table(FINITE)
+    for i, (start, end) in enumerate(pairwise(FINITE)):
+        order = min(i + 1, 3)
+        nodes = np.log(FINITE[i - order + 1 : i + 1][::-1])
+        found = np.vander(nodes, order, increasing=True).T @ np.array(table[i])
+        expected = alpha_s(end)[0] * (antiderivatives(end) - antiderivatives(start))[:order]
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_unipc_solves_the_papers_moment_equations():
+    """Predictor and corrector of each step, as the fused table has them: a correction comes with the next step."""
+    table = multistep_table(unipc_weights, FINITE)
+    correction = np.zeros(3)
+    for i, (start, end) in enumerate(pairwise(FINITE)):
+        ratio, weights = table[i]
+        h = math.log(start / end)
+        predict = np.array([held(start, end), 0, 0])
+        if i:
+            slope = h / (2 * math.log(FINITE[i - 1] / start))
+            predict = held(start, end) * np.array([1 + slope, -slope, 0])
+        expected = predict + ratio * correction
+        np.testing.assert_allclose(weights, expected[: len(weights)], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(expected[len(weights) :], 0, atol=1e-12)
+
+        # the corrector of this step in terms of (x0 at its end, at its start, before)
+        if i == 0:
+            correct = held(start, end) * np.array([0.5, 0.5, 0])
+        else:
+            b = 1 - math.exp(-h)
+            phi_2 = 1 - b / h
+            phi_3 = 0.5 - phi_2 / h
+            r = -math.log(FINITE[i - 1] / start) / h
+            rho_old, rho_new = np.linalg.solve([[1, 1], [r, 1]], np.array([phi_2, 2 * phi_3]) / b)
+            old = rho_old / r
+            correct = held(start, end) * np.array([rho_new, 1 - rho_new - old, old])
+        correction = correct - np.array([0, *predict[:2]])
+
+
+def test_unipc_across_infinity_is_the_trapezoid_rule():
+    sigmas = (math.inf, 4.0, 2.0)
+    (_, first), (ratio, second) = multistep_table(unipc_weights, sigmas)
+    across, after = held(math.inf, 4.0), held(4.0, 2.0)
+    np.testing.assert_allclose(first, [across, 0], rtol=1e-12)
+    # corrected: x0 at infinity and at 4.0 by half each, where the predictor had the first one whole
+    np.testing.assert_allclose(second, [after + ratio * across / 2, -ratio * across / 2], rtol=1e-12)
+
+
+def test_a_slope_is_carried_no_further_than_it_was_measured():
+    angles = [math.pi / 2, 1.45, 1.15, 1.0, 0.5]  # steps of 0.12, 0.3, 0.15, 0.5
+    sigmas = (math.inf, *map(math.tan, angles[1:]))
+    unlimited = predictor(inverse_sigmas(sigmas), 2, angle)
+    lengths = -np.diff(angles)
+    for i in (1, 2, 3):
+        expected = unlimited[i][1] * min(1, lengths[i - 1] / lengths[i])
+        assert angle_weights(sigmas)[i][1] == pytest.approx(expected, rel=1e-9)
+        assert angle_weights(sigmas)[i].sum() == pytest.approx(held(sigmas[i], sigmas[i + 1]), rel=1e-9)
+    assert angle_weights(sigmas)[2][1] == pytest.approx(unlimited[2][1])
+
+
+def test_dpmpp_3m_sde_without_noise_is_k_diffusions():
+    """Its loop, in the variance-exploding state x / alpha and in lambda = -log sigma."""
+    generator = torch.Generator().manual_seed(2)
+    answers = torch.randn(len(FINITE) - 1, 1, 2, 3, 3, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64)
+
+    def run(solver):
+        given = iter(answers)
+        return drive(start_run(solver, FINITE, 0.0), start, lambda x, sigma: next(given))
+
+    x, past, lengths = start / alpha_s(FINITE[0])[0], [], []
+    for answer, (sigma, sigma_next) in zip(answers, pairwise(FINITE), strict=True):
+        h = math.log(sigma / sigma_next)
+        x = math.exp(-h) * x - math.expm1(-h) * answer
+        if past:
+            phi_2 = math.expm1(-h) / h + 1
+            r_0 = lengths[0] / h
+            d = d_0 = (answer - past[0]) / r_0
+            if len(past) > 1:
+                r_1 = lengths[1] / h
+                d_1 = (past[0] - past[1]) / r_1
+                bend = (d_0 - d_1) / (r_0 + r_1)
+                d = d_0 + bend * r_0
+                x = x - (phi_2 / h - 0.5) * bend
+            x = x + phi_2 * d
+        past, lengths = [answer, *past][:2], [h, *lengths][:2]
+    torch.testing.assert_close(run("dpmpp_3m_sde"), alpha_s(FINITE[-1])[0] * x, rtol=1e-10, atol=1e-12)
+
+
+def test_second_looks_lie_at_geometric_means_and_from_infinity_at_half_the_angle():
+    for solver, eta in (("dpmpp_sde", 1.0), ("dpmpp_2s_ancestral", 0.0)):
+        levels = start_run(solver, (math.inf, 9.0, 4.0, 0.0), eta).levels
+        assert levels == pytest.approx((math.inf, 18.0, 9.0, 6.0, 4.0)), solver
