@@ -382,6 +382,9 @@ PICTURES = [
             ("(0, 0, picture + 1, purpose)", "(0, 0, picture + 1, 0)"),
         ],
     ),
+    *faults_of("data/dataset.py", "data/test_dataset.py", [("div_(127.5)", "div_(128)")]),
+    *faults_of("data/picture_boxes.py", "data/test_picture_boxes.py", [("div_(127.5)", "div_(128)")]),
+    *faults_of("data/make_latent_cache.py", "data/test_latent_cache.py", [("div_(127.5)", "div_(128)")]),
     *faults_of(
         "data/tag_weights.py",
         "data/test_tag_weights.py",

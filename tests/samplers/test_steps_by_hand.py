@@ -125,7 +125,7 @@ def test_unipc_across_infinity_is_the_trapezoid_rule():
     across, after = held(math.inf, 4.0), held(4.0, 2.0)
     np.testing.assert_allclose(first, [across, 0], rtol=1e-12)
     # corrected: x0 at infinity and at 4.0 by half each, where the predictor had the first one whole
-    np.testing.assert_allclose(second, [after + ratio * across / 2, -ratio * across / 2], rtol=1e-12)
+    np.testing.assert_allclose(second, [after + ratio * across / 2, -ratio * across / 2, 0], rtol=1e-12)
 
 
 def test_a_slope_is_carried_no_further_than_it_was_measured():
