@@ -221,7 +221,7 @@ SCHEDULER = faults_of(
 
 PLAN = faults_of(
     "data/epoch_plan.py",
-    "data/test_epoch_plan.py",
+    "data/test_epoch_orders.py data/test_epoch_plan.py",
     [
         ("keys = self._random(epoch, ORDER, len(pictures))", "keys = self._random(0, ORDER, len(pictures))"),
         ("self._random(epoch, STEPS, len(bucket_of_step))", "self._random(0, STEPS, len(bucket_of_step))"),
