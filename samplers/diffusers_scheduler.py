@@ -23,7 +23,7 @@ from .cfg_pp import cfg_pp_state
 from .devices import send
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
-from .protocol import Run
+from .protocol import Run, find_solver, solver_names
 from .sampling import (
     Generators,
     advance,
@@ -34,7 +34,7 @@ from .sampling import (
     randn_like,
     start_run,
 )
-from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVERS
+from .solvers import DEFAULT_SOLVER
 from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, ZTSNRWarning, step_schedule, warn_of_finite_start
 
 # What a noise schedule and a network are in every diffusers config.
@@ -141,6 +141,11 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         guidance: float = DEFAULT_GUIDANCE,
         sigma_start: float | None = None,
     ):
+        if not isinstance(solver, str):
+            raise UserError(
+                f"solver must be a name, not {solver!r}, because configs are saved as JSON: register the function with "
+                "@solver and give its name"
+            )
         if trained_betas is not None:
             trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
             self.register_to_config(trained_betas=trained_betas, num_train_timesteps=len(trained_betas))
@@ -157,7 +162,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._step_schedule(1, denoise=0.5)
         start_run(solver, (1.0, 0.0), eta, s_noise)
 
-        self.order = 2 if solver in SECOND_LOOKS else 1  # network evaluations a step
+        self.order = find_solver(solver).evaluations  # network evaluations a step
         # until ``set_timesteps``, all that the model was trained with
         self.timesteps = torch.arange(self.schedule.last_timestep, -1, -1, dtype=torch.float32)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
@@ -444,7 +449,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.config.solver!r} they begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
             )
         if self.order == 2 and self._begin_index and not self._adds_noise:
-            once = ", ".join(name for name in SOLVERS if name not in SECOND_LOOKS)
+            once = ", ".join(name for name in solver_names() if find_solver(name).evaluations == 1)
             raise UserError(
                 f"solver {self.config.solver!r} evaluates twice a step and cannot go on with another scheduler's run, "
                 f"because diffusers' denoising_end cuts inside a step; use one of {once}"

@@ -9,8 +9,8 @@ import torch
 from ..errors import UserError
 from .cfg_pp import cfg_pp_state
 from .devices import send
-from .protocol import Noise, Run
-from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVER_FUNCTIONS, SOLVERS
+from .protocol import Noise, Run, Solver, find_solver
+from .solvers import DEFAULT_SOLVER
 
 Prediction = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # x0, or with CFG++ guided and unconditional x0
 Denoise = Callable[[torch.Tensor, float], Prediction]
@@ -21,7 +21,7 @@ def sample(
     denoise: Denoise,
     noise: torch.Tensor,
     sigmas: torch.Tensor | Sequence[float],
-    solver: str = DEFAULT_SOLVER,
+    solver: str | Solver = DEFAULT_SOLVER,
     *,
     eta: float = 1.0,
     s_noise: float = 1.0,
@@ -37,7 +37,7 @@ def sample(
         noise: (B, C, H, W) the state at sigmas[0]: unit Gaussian noise at infinity; for image to image,
             alpha * picture + s * noise.
         sigmas: (steps + 1,) from ``step_schedule``: decreasing, the first may be inf, the last may be 0.
-        solver: one of ``SOLVERS``.
+        solver: one of ``SOLVERS``, or a function that follows the solver protocol (``protocol``).
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` follow the deterministic flow.
         s_noise: standard deviation of that fresh noise, 1 by the theory (Karras et al., arXiv 2206.00364, S_noise).
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
@@ -90,29 +90,31 @@ def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = Non
 
 def advance(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
     """Take the network's answer x0 about x at ``run.sigma``; what to ask it about next, or the last state."""
-    x = SOLVER_FUNCTIONS[run.solver](run, x, x0, noise)
+    x = find_solver(run.solver).function(run, x, x0, noise or _no_noise)
     run.index += 1
     return x
 
 
-def start_run(solver: str, sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0) -> Run:
-    """A run before its first evaluation; see ``solvers`` for the protocol.
+def _no_noise() -> torch.Tensor:
+    raise AssertionError("this run was started without a source of noise, and its solver draws some")
+
+
+def start_run(solver: str | Solver, sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0) -> Run:
+    """A run before its first evaluation; see ``protocol``.
 
     Raises:
         UserError: an unknown solver, eta or s_noise below 0 or not finite.
     """
-    if solver not in SOLVER_FUNCTIONS:
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    entry = find_solver(solver)
     for name, value in (("eta", eta), ("s_noise", s_noise)):
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} must be a finite number >= 0, not {value}")
-    looks = 2 if solver in SECOND_LOOKS else 1
-    return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), looks)
+    return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), entry.evaluations)
 
 
-def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
+def evaluation_sigmas(solver: str | Solver, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
     """The noise level of every network evaluation: once a step, or twice for two-evaluation solvers."""
-    second_look, levels = SECOND_LOOKS.get(solver), []
+    second_look, levels = find_solver(solver).second_look, []
     for start, end in itertools.pairwise(sigmas):
         levels.append(start)
         if second_look is not None and end > 0:

@@ -20,7 +20,7 @@ import torch
 
 from .devices import send
 from .multistep import inverse_sigmas, noise_ratios
-from .protocol import Noise, Run, Sigmas
+from .protocol import Noise, Run, Sigmas, solver
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
 
 KEPT = MEMORY + 1  # values of x0 that a step looks at: a prediction's, and the one that its correction goes back to
@@ -40,6 +40,7 @@ SHARE_OF_TURN = torch.tensor([0.5, 1.0]).view(2, 1, 1)
 COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, -0.2]).view(2, 1), torch.tensor([-2.0, 2.0]).view(2, 1)
 
 
+@solver()
 def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Predictor-corrector in the span of Gaussian modes (``spectral``), with a secant step where x0 turns back."""
     if run.index == 0:
