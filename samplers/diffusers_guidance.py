@@ -71,7 +71,7 @@ def attach(
             f"attach needs a pipeline with a unet and a do_classifier_free_guidance, which {type(pipe).__name__} lacks"
         )
     if other := {base.__name__ for base in type(pipe).__mro__}.intersection(_OTHER_ORDER):
-        raise UserError(f"{other.pop()} orders its batch in another way than uncond, cond: attach cannot guide it")
+        raise UserError(f"attach does not support {other.pop()}: its batch is not ordered uncond, cond")
     if any(isinstance(hook, _Hook) and hook.pipe() is pipe for hook in pipe.unet._forward_hooks.values()):
         raise UserError("guidance is already attached to this pipeline: remove that handle first")
     _refuse_compiled(pipe.unet)
@@ -325,6 +325,6 @@ def _check_shares(exposure: float, contrast: float) -> None:
 def _refuse_compiled(unet: torch.nn.Module) -> None:
     if unet._compiled_call_impl is not None:
         raise UserError(
-            "this U-Net was compiled in place, by unet.compile(), and no longer calls new hooks: compile it by "
-            "pipe.unet = torch.compile(pipe.unet)"
+            "this U-Net was compiled in place, by unet.compile(), and no longer calls new hooks: use "
+            "pipe.unet = torch.compile(pipe.unet) instead"
         )

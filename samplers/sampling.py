@@ -42,15 +42,15 @@ def sample(
         s_noise: standard deviation of that fresh noise, 1 by the theory (Karras et al., arXiv 2206.00364, S_noise).
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
         cfg_pp: guide by CFG++ (``cfg_pp``): ``denoise`` returns a pair, the guided and the unconditional x0.
-        callback: called after every evaluation with (evaluation number, sigma, x, x0), x0 being the guided one; it must
-            not read the device if the loop is to stay free of synchronisation.
+        callback: called after every evaluation with (evaluation number, sigma, x, x0), x0 being the guided one; if it
+            reads a tensor on the host, every step waits for the GPU.
 
     Returns:
         (B, C, H, W) float32 state at sigmas[-1], the picture if that is 0.
 
     Raises:
-        UserError: unknown solver, bad sigmas, NaN noise, a model that returns another shape or device, or with
-            ``cfg_pp`` no pair.
+        UserError: an unknown solver, invalid sigmas, NaN in the noise, a model that returns another shape or device,
+            or no pair with ``cfg_pp``.
     """
     sigmas = check_sigmas(sigmas)
     if not noise.is_floating_point():
@@ -76,7 +76,7 @@ def sample(
 
 
 def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = None) -> torch.Tensor:
-    """Ask and advance until the run is done, in whatever precision x has; its last state.
+    """Ask and advance until the run is done, in the precision of x; return the last state.
 
     ``denoise`` may return a pair for CFG++, the guided and the unconditional x0.
     """
@@ -89,7 +89,7 @@ def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = Non
 
 
 def advance(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
-    """Take the network's answer x0 about x at ``run.sigma``; what to ask it about next, or the last state."""
+    """Take the network's answer x0 about x at ``run.sigma``; return what to ask it about next, or the last state."""
     x = find_solver(run.solver).function(run, x, x0, noise or _no_noise)
     run.index += 1
     return x
@@ -132,14 +132,18 @@ def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:
 
 
 def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
-    """Sigmas as floats, or a sentence that says what is wrong with them."""
+    """Sigmas as floats.
+
+    Raises:
+        UserError: fewer than two, NaN, negative, not decreasing, infinite after the first.
+    """
     values = tuple(float(s) for s in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas))
     if len(values) < 2:
-        raise UserError(f"sigmas need at least a beginning and an end, not {len(values)} value(s)")
+        raise UserError(f"sigmas need at least two values, a beginning and an end, not {len(values)}")
     if any(math.isnan(s) for s in values):
         raise UserError("sigmas hold NaN")
     if any(math.isinf(s) for s in values[1:]):
-        raise UserError("infinity may stand first in sigmas and nowhere else")
+        raise UserError("only the first sigma may be infinite")
     if any(after >= before for before, after in itertools.pairwise(values)):
         raise UserError("sigmas must decrease from each step to the next")
     if values[-1] < 0:
@@ -148,13 +152,13 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
 
 
 def check_generators(generator: Generators, x: torch.Tensor) -> None:
-    """A list of generators holds one a sample."""
+    """Raise unless a list of generators has one per sample."""
     if isinstance(generator, Sequence) and len(generator) != len(x):
-        raise UserError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+        raise UserError(f"{len(generator)} generators for a batch of {len(x)}: give one per sample, or a single one")
 
 
 def check_answer(answer: torch.Tensor, x: torch.Tensor) -> None:
-    """The model must answer for the state it was asked about."""
+    """Raise unless the answer has the shape and the device of the state."""
     if answer.shape != x.shape:
         raise UserError(f"the network returned shape {tuple(answer.shape)} for a state of shape {tuple(x.shape)}")
     if answer.device != x.device:

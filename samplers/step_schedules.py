@@ -75,7 +75,7 @@ def step_schedule(
         raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
     entry = find_spacing(spacing)
     if not 0 < denoise <= 1:
-        raise UserError(f"denoise must lie in (0, 1], not {denoise}; with nothing to denoise there is nothing to run")
+        raise UserError(f"denoise must lie in (0, 1], not {denoise}")
     if not (math.isfinite(guidance) and guidance >= 0):
         raise UserError(f"guidance must be a finite number of at least 0, not {guidance}")
     if rho is not None and entry.rho is None:

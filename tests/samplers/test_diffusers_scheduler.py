@@ -274,7 +274,7 @@ def test_a_solver_with_two_evaluations_does_not_go_on_with_a_run_that_diffusers_
     scheduler, x = ZTSNRScheduler(solver=solver), unit_noise(1, 4, 8, 8)
     scheduler.set_timesteps(8)
     scheduler.set_begin_index(6)
-    with pytest.raises(ValueError, match="evaluates twice a step and cannot go on with"):
+    with pytest.raises(ValueError, match="evaluates twice a step and cannot continue"):
         scheduler.step(x, scheduler.timesteps[6], x)
 
 
@@ -476,7 +476,7 @@ def test_a_range_starts_where_the_config_says(spacing):
         ({"timesteps": [999, math.nan]}, "timesteps must decrease"),
         ({"timesteps": []}, "a beginning and an end"),
         ({"sigmas": [1.0, 2.0]}, "sigmas must decrease"),
-        ({"sigmas": [5.0, math.inf]}, "infinity may stand first"),
+        ({"sigmas": [5.0, math.inf]}, "only the first sigma may be infinite"),
         ({"sigmas": [math.nan, 1.0]}, "NaN"),
         ({"num_inference_steps": 4, "latent_size": (0, 8)}, "at least 1 x 1"),
         ({"num_inference_steps": 4, "guidance": -2.0}, "guidance must be a finite number of at least 0, not -2"),
