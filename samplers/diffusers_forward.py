@@ -54,4 +54,4 @@ class ForwardProcess:
         u = 1 / self.schedule.sigma(timesteps).reshape(-1, *[1] * (like.ndim - 1))  # exactly 0 at sigma = inf
         s = (1 + u**2).rsqrt()
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return tuple(send(c.to(dtype), like.device) for c in (u * s, s))
+        return send((u * s).to(dtype), like.device), send(s.to(dtype), like.device)

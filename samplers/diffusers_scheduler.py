@@ -7,7 +7,7 @@ network's answer to the solver, so a pipeline takes exactly the steps that ``sam
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self, overload
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -28,6 +28,7 @@ from .sampling import (
     check_answer,
     check_generators,
     check_sigmas,
+    check_timesteps,
     evaluation_sigmas,
     randn_like,
     start_run,
@@ -146,8 +147,18 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------------------------
     # Configuration
 
+    @overload
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, *, return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any):
         """A scheduler from the config of this or any other variance-preserving diffusers scheduler; keywords override.
 
         Takes over another class's description of the model, not its settings of solver and spacing.
@@ -160,8 +171,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             ZTSNRWarning: neither the config nor the keywords mention v-prediction or zero terminal SNR.
         """
         foreign = isinstance(config, Mapping) and config.get("_class_name") != cls.__name__
-        if foreign:
-            config = describe_model(config)
+        config = describe_model(config) if foreign else config
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         if foreign:
             warn_of_plain_epsilon(config, kwargs)
@@ -169,7 +179,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         """Number of timesteps that the model was trained on."""
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -208,7 +218,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise UserError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
         if timesteps is not None:
-            levels = self.schedule.sigma(self._check_timesteps(timesteps)).tolist()
+            levels = self.schedule.sigma(check_timesteps(timesteps, self.schedule.last_timestep)).tolist()
         elif sigmas is not None:
             levels = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         else:
@@ -223,7 +233,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             )
         if num_inference_steps is None:
             warn_of_finite_start(self.schedule, levels[0], "the list of steps")
-        evaluations = evaluation_sigmas(self.config.solver, levels, self.config.eta)
+        evaluations = evaluation_sigmas(self.config["solver"], levels, self.config["eta"])
         self.timesteps = self.schedule.timestep(torch.tensor(evaluations, dtype=torch.float64)).float().to(device)
         self.sigmas = torch.tensor(levels, dtype=torch.float64)
         self.num_inference_steps = len(levels) - 1
@@ -308,9 +318,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise UserError("the steps are not chosen yet: call set_timesteps before step")
         if self._step_index == len(self.timesteps):
-            raise UserError(
-                f"all {self._step_index} evaluations of this run are done; call set_timesteps to begin another"
-            )
+            raise UserError(f"all {self._step_index} evaluations of this run are done; call set_timesteps again")
         if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             raise UserError(
                 f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance "
@@ -321,7 +329,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         if variance_noise is not None:
             check_answer(variance_noise, sample)
         run = self._run_at(timestep)
-        x, prediction_type = self._exact(sample), self.config.prediction_type
+        x, prediction_type = self._exact(sample), self.config["prediction_type"]
         x0 = to_denoised(model_output, x, run.sigma, prediction_type)
         if self.unconditional_output is not None:
             check_answer(self.unconditional_output, sample)
@@ -331,10 +339,10 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
 
         def noise() -> torch.Tensor:
             unit = randn_like(x, generator) if variance_noise is None else variance_noise.float()
-            return (self.config.s_noise if s_noise is None else s_noise) * unit
+            return (self.config["s_noise"] if s_noise is None else s_noise) * unit
 
         x = advance(run, x, x0, noise)
-        self._step_index += 1
+        self._step_index = self._run_begin + run.index
         given = x.to(sample.dtype)
         self._state = (x, given)
         if run.done:
@@ -350,9 +358,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         exact, given = self._state
         return sample.float() if given.dtype == torch.float32 else exact + (sample.float() - given.float())
 
-    # ------------------------------------------------------------------------------------------------------------------
-
-    def _step_schedule(self, steps: int, **settings: Any) -> torch.Tensor:
+    def _step_schedule(self, steps: Any, **settings: Any) -> torch.Tensor:
         config = {name: self.config[name] for name in ("spacing", "latent_size", "guidance", "sigma_start")}
         return step_schedule(self.schedule, steps, **config | settings)
 
@@ -376,24 +382,17 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
             return self._run
         self._forget()
         step, middle = divmod(self._step_index, self.order)
-        if middle or not 0 <= step < self.num_inference_steps:
+        if middle or not 0 <= step < (self.num_inference_steps or 0):
             raise UserError(
                 f"a run cannot begin at index {self._step_index}: the {self.num_inference_steps} steps of solver "
-                f"{self.config.solver!r} begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
+                f"{self.config['solver']!r} begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
             )
         if self.order == 2 and self._begin_index and not self._adds_noise:
             once = ", ".join(name for name in solver_names() if find_solver(name).evaluations == 1)
             raise UserError(
-                f"solver {self.config.solver!r} evaluates twice a step and cannot continue another scheduler's run, "
+                f"solver {self.config['solver']!r} evaluates twice a step and cannot continue another scheduler's run, "
                 f"because diffusers' denoising_end cuts inside a step; choose one of {once}"
             )
         self._run_begin = self._step_index
-        self._run = start_run(self.config.solver, self.sigmas[step:].tolist(), self.config.eta)
+        self._run = start_run(self.config["solver"], self.sigmas[step:].tolist(), self.config["eta"])
         return self._run
-
-    def _check_timesteps(self, timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor:
-        timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
-        last = self.schedule.last_timestep
-        if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
-            raise UserError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
-        return timesteps

@@ -88,7 +88,7 @@ def heun(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Ten
         return ddim(x, x0, start, end)
     x, x0_start = run.kept
     u = inverse_sigmas(run.ends)
-    weights = integral_weights(u, *u, angle)
+    weights = integral_weights(u, u[0], u[1], angle)
     return combine(alpha_s(end)[1] / alpha_s(start)[1], x, weights.tolist(), [x0_start, x0])
 
 

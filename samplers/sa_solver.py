@@ -36,7 +36,8 @@ def sa_solver_steps(sigmas: Sigmas, eta: float) -> tuple[Step, ...]:
     weights of x0 alone and folds into the next step.
     """
     count = len(sigmas) - 1
-    left = count - 1 if sigmas[-1] == 0 else math.inf  # steps before the last one, which only denoises
+    # steps before one to 0, which only denoises; without it, enough for every order
+    left = count - 1 if sigmas[-1] == 0 else count + CORRECTOR_ORDER
     steps, predict, correct = [], [], []
     for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
         if end == 0:

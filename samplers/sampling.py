@@ -63,14 +63,19 @@ def sample(
 
     def answer(x: torch.Tensor, sigma: float) -> Prediction:
         answered = denoise(x, sigma)
-        if cfg_pp and not (isinstance(answered, tuple) and len(answered) == 2):
-            raise UserError("with cfg_pp the model must return a pair: the guided and the unconditional x0")
-        predictions = answered if cfg_pp else (answered,)
+        predictions = answered if isinstance(answered, tuple) else (answered,)
+        if len(predictions) != (2 if cfg_pp else 1):
+            raise UserError(
+                "with cfg_pp the model must return a pair: the guided and the unconditional x0"
+                if cfg_pp
+                else "the model returned several predictions: return x0 alone, or set cfg_pp=True for CFG++"
+            )
         for x0 in predictions:
             check_answer(x0, x)
         if callback is not None:
             callback(run.index, sigma, x, predictions[0])
-        return (predictions[0].float(), predictions[1].float()) if cfg_pp else answered.float()
+        guided, *unconditional = (x0.float() for x0 in predictions)
+        return (guided, unconditional[0]) if cfg_pp else guided
 
     return drive(run, x, answer, lambda: s_noise * randn_like(x, generator))
 
@@ -149,6 +154,18 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     if values[-1] < 0:
         raise UserError("sigmas must not be negative")
     return values
+
+
+def check_timesteps(timesteps: torch.Tensor | Sequence[float], last: int) -> torch.Tensor:
+    """Timesteps as float64 on the CPU.
+
+    Raises:
+        UserError: not decreasing, or outside [0, last].
+    """
+    timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
+        raise UserError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
+    return timesteps
 
 
 def check_generators(generator: Generators, x: torch.Tensor) -> None:

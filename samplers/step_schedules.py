@@ -131,20 +131,22 @@ def _sigmas_of_range(
         raise UserError(
             f"sigma_start must be finite and in ({schedule.sigma_min:.4g}, {schedule.sigma_max:.4g}], not {sigma_start}"
         )
-    if infinite and sigma_start is None and canvas is None:
+    finite_steps = steps - 1 if infinite else steps
+    start = sigma_start or (None if infinite else schedule.sigma_max)
+    if start is not None:
+        first = start
+    elif canvas is not None:
+        first = entry.start(steps) * canvas
+    else:
         raise UserError(
             f"spacing {entry.name!r} needs latent_size=(height, width), because the noise that hides a canvas's mean "
             "grows with its size; or give sigma_start"
         )
-    finite_steps = steps - 1 if infinite else steps
-    start = sigma_start or (None if infinite else schedule.sigma_max)
     if entry.of == "canvas":
         sigmas = entry.function(finite_steps, canvas, start, schedule.sigma_min, guidance)
     else:
-        if start is None:
-            start = entry.start(steps) * canvas
         exponent = () if entry.rho is None else (entry.rho if rho is None else rho,)
-        sigmas = entry.function(finite_steps, schedule.sigma_min, start, *exponent)
+        sigmas = entry.function(finite_steps, schedule.sigma_min, first, *exponent)
     return np.concatenate([[math.inf], sigmas]) if infinite else sigmas
 
 

@@ -153,6 +153,13 @@ def test_every_room_is_packaged():
     assert set(packages) == {".".join(["ztsnr", *folder.parts]) for folder in folders}
 
 
+def test_type_checkers_are_told_that_the_package_is_typed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (ROOT / "py.typed").is_file()
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["ztsnr"]
+    assert "Typing :: Typed" in project["project"]["classifiers"]
+
+
 def test_importing_the_package_is_cheap():
     program = (
         "import time; start = time.perf_counter(); import ztsnr; took = time.perf_counter() - start; import sys;"

@@ -59,6 +59,8 @@ def test_noise_is_not_written_to():
         ({"generator": [torch.Generator()]}, "1 generators for a batch of 2"),
         ({"denoise": lambda x, sigma: x[:, :1]}, "shape"),
         ({"denoise": lambda x, sigma: x.to("meta")}, "on meta"),
+        ({"denoise": lambda x, sigma: (x, x)}, "return x0 alone, or set cfg_pp=True"),
+        ({"denoise": lambda x, sigma: (x, x, x), "cfg_pp": True}, "must return a pair"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message):
