@@ -22,6 +22,7 @@ from sampler_accuracy import CANVAS, mixture_problem, modes_problem
 from tqdm import tqdm
 
 from ztsnr.samplers import NoiseSchedule, step_schedule
+from ztsnr.samplers.flow_solvers import angle_weights, dpmpp_2m_weights, unipc_weights
 from ztsnr.samplers.multistep import (
     Coordinate,
     Weights,
@@ -33,7 +34,6 @@ from ztsnr.samplers.multistep import (
     predictor,
 )
 from ztsnr.samplers.sampling import drive, start_run
-from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, unipc_weights
 from ztsnr.samplers.spectral import mode_errors, spectral_weights
 
 SEEDS = (1, 2, 3)

@@ -198,7 +198,8 @@ class Row:
 
 def make_rows() -> list[Row]:
     """Exact infinity, and the finite starts that people use."""
-    from ..samplers.diffusers_scheduler import ZTSNRScheduler, stock_euler
+    from ..samplers import ZTSNRScheduler
+    from ..samplers.diffusers_config import stock_euler
 
     zero, plain = NoiseSchedule.sdxl(), NoiseSchedule.sdxl(zero_terminal_snr=False)
     ours = ZTSNRScheduler()

@@ -71,7 +71,7 @@ def attach(
             f"attach needs a pipeline with a unet and a do_classifier_free_guidance, which {type(pipe).__name__} lacks"
         )
     if other := {base.__name__ for base in type(pipe).__mro__}.intersection(_OTHER_ORDER):
-        raise UserError(f"{other.pop()} orders its batch in another way than uncond, cond: attach cannot guide it")
+        raise UserError(f"attach does not support {other.pop()}: its batch is not ordered uncond, cond")
     if any(isinstance(hook, _Hook) and hook.pipe() is pipe for hook in pipe.unet._forward_hooks.values()):
         raise UserError("guidance is already attached to this pipeline: remove that handle first")
     _refuse_compiled(pipe.unet)
@@ -176,7 +176,7 @@ class ExposureTrueGuidance(BaseGuidance):
     def new(self, **kwargs):
         """A copy with some settings changed."""
         scheduler = kwargs.pop("scheduler", self.scheduler)
-        copy = super().new(**kwargs)
+        copy: Any = super().new(**kwargs)
         copy.scheduler = scheduler
         return copy
 
@@ -213,8 +213,9 @@ class ExposureTrueGuidance(BaseGuidance):
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
         if self.scheduler is None:
             raise UserError("ExposureTrueGuidance needs the pipeline's scheduler: guider.scheduler = pipe.scheduler")
-        picture = self._picture(self.scheduler, pred_cond, *self._question)
-        self._question = None
+        question, self._question = self._question, None
+        assert question is not None  # the U-Net was asked before
+        picture = self._picture(self.scheduler, pred_cond, *question)
         uncond = exposure_true_prediction(pred_cond, pred_uncond, picture, self.exposure, self.contrast)
         pred = guide(pred_cond.float(), uncond, self.guidance_scale)
         if self.guidance_rescale > 0:
@@ -251,9 +252,9 @@ class ExposureTrueGuidance(BaseGuidance):
 class _Picture:
     """The picture x0 that a prediction stands for, up to a factor, read without waiting for the device."""
 
-    config = None
+    config: Any = None
 
-    def read(self, scheduler: SchedulerMixin) -> None:
+    def read(self, scheduler: Any) -> None:
         """Take prediction type and noise levels from a scheduler's config."""
         model = scheduler
         if not isinstance(scheduler, ZTSNRScheduler):
@@ -262,12 +263,12 @@ class _Picture:
             model = ZTSNRScheduler.from_config(scheduler.config, prediction_type=prediction_type)
         abar = model.schedule.alphas_cumprod
         self.config = scheduler.config
-        self.prediction_type = model.config.prediction_type
+        self.prediction_type = model.config["prediction_type"]
         # atan(1 / sigma) at every timestep: alpha is its sine, exactly 0 at a zero-terminal end
         self.angles = torch.atan2(abar.sqrt(), (1 - abar).sqrt()).float()
 
     def __call__(
-        self, scheduler: SchedulerMixin, prediction: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor | float
+        self, scheduler: Any, prediction: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor | float
     ) -> torch.Tensor:
         """(B, C, H, W), from what the network answered and the variance-preserving state it was asked about."""
         if scheduler.config is not self.config:
@@ -304,7 +305,7 @@ def _is_running(pipe: DiffusionPipeline) -> bool:
     return False
 
 
-def _hand_over(scheduler: SchedulerMixin, uncond: torch.Tensor) -> None:
+def _hand_over(scheduler: Any, uncond: torch.Tensor) -> None:
     _check_cfg_pp(scheduler)
     scheduler.unconditional_output = uncond
 
@@ -325,6 +326,6 @@ def _check_shares(exposure: float, contrast: float) -> None:
 def _refuse_compiled(unet: torch.nn.Module) -> None:
     if unet._compiled_call_impl is not None:
         raise UserError(
-            "this U-Net was compiled in place, by unet.compile(), and no longer calls new hooks: compile it by "
-            "pipe.unet = torch.compile(pipe.unet)"
+            "this U-Net was compiled in place, by unet.compile(), and no longer calls new hooks: use "
+            "pipe.unet = torch.compile(pipe.unet) instead"
         )

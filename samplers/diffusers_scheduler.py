@@ -4,14 +4,11 @@ It keeps no arithmetic of its own.  ``set_timesteps`` asks ``step_schedule`` for
 network's answer to the solver, so a pipeline takes exactly the steps that ``sample`` takes.
 """
 
-import inspect
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self, overload
 
-import diffusers
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -20,46 +17,24 @@ from diffusers.utils import BaseOutput
 
 from ..errors import UserError
 from .cfg_pp import cfg_pp_state
-from .devices import send
+from .diffusers_config import FOR_OTHER_CLASSES, MODEL_KEYS, describe_model, warn_of_plain_epsilon
+from .diffusers_forward import NO_STEP_LEFT, ForwardProcess
 from .noise_schedule import NoiseSchedule
 from .prediction import check_prediction_type, to_denoised
-from .protocol import Run
+from .protocol import Run, find_solver, solver_names
 from .sampling import (
     Generators,
     advance,
     check_answer,
     check_generators,
     check_sigmas,
+    check_timesteps,
     evaluation_sigmas,
     randn_like,
     start_run,
 )
-from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVERS
-from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, ZTSNRWarning, step_schedule, warn_of_finite_start
-
-# What a noise schedule and a network are in every diffusers config.
-_MODEL_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-# Means nothing here.  Other classes read it when they take over our config, and their own defaults are wrong for latent
-# models: a spacing that never runs t = T, x0 clipped to [-1, 1], PNDM's Runge-Kutta warm-up.
-_FOR_OTHER_CLASSES = {
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-    "steps_offset": 1,
-    "skip_prk_steps": True,
-}
-
-
-_NO_STEP_LEFT = (
-    "no step is left to run: strength times the number of steps is below 1; raise the strength or the number of steps"
-)
+from .solvers import DEFAULT_SOLVER
+from .step_schedules import DEFAULT_GUIDANCE, DEFAULT_SPACING, step_schedule, warn_of_finite_start
 
 
 @dataclass
@@ -75,7 +50,7 @@ class ZTSNRSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
+class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
     """Exact zero-terminal-SNR sampling in diffusers pipelines, with any solver and spacing of this package.
 
     The state is variance-preserving, x = alpha x0 + s eps with alpha^2 + s^2 = 1: the network's input needs no scaling,
@@ -84,35 +59,35 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
     changed meanwhile.  Timesteps are float32 and fractional, t(sigma) without rounding.
 
     ``from_config`` takes over betas, number of timesteps, prediction type and zero-SNR flag of any other scheduler:
-    ``pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)``; what the config does not say is that other
-    class's default.  Keywords win: add ``prediction_type="v_prediction", rescale_betas_zero_snr=True`` where a
+    ``pipe.scheduler = ZTSNRScheduler.from_config(pipe.scheduler.config)``; what the config leaves out is that other
+    class's default.  Keywords override: add ``prediction_type="v_prediction", rescale_betas_zero_snr=True`` where a
     zero-terminal model was published with a plain config.
 
     Everything that a run's next steps depend on is data: copies and pickles of the scheduler, or of its ``__dict__``,
-    go on with the same steps, as tiled pipelines need it.  Set to another step, it begins a new history there.
+    continue with the same steps, which tiled pipelines rely on.  Set to another step, it starts a new history there.
 
     A run split by ``denoising_end`` and ``denoising_start`` equals the whole one for solvers without memory.  Multistep
-    solvers begin their history anew in the second half; those that evaluate twice a step are refused there, because
+    solvers start a new history in the second half; those that evaluate twice a step raise an error there, because
     diffusers cuts inside a step.  Both halves need a scheduler with this scaling of the state (this class, DDIM,
     DPM-Solver, UniPC): diffusers' Euler and Heun schedulers keep x / alpha instead, and lose contrast.
 
-    CFG++ (arXiv 2406.08070): set ``unconditional_output``, (B, C, H, W), to what the network answered without the
-    prompt, and the next ``step`` keeps the noise of that prediction and takes it off again.  ``attach`` and
+    CFG++ (arXiv 2406.08070): set ``unconditional_output``, (B, C, H, W), to the network's answer without the prompt;
+    the next ``step`` keeps the noise of that prediction and clears the attribute.  ``attach`` and
     ``ExposureTrueGuidance`` do so with ``cfg_pp=True``.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the betas the network was trained with;
-            see ``make_betas``.  trained_betas (T + 1,), if given, stands for all of the others.
+            see ``make_betas``.  trained_betas (T + 1,), if given, replaces all of the others.
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``.
         rescale_betas_zero_snr: rescale the betas to zero terminal SNR (arXiv 2305.08891, Algorithm 1).
         solver: one of ``SOLVERS``.
         spacing: one of ``SPACINGS``.
         latent_size: (height, width) of the latents, by default those of a 1024 x 1024 picture.  Pipelines choose the
-            steps before they know the canvas, so it is configured: some spacings start where the noise hides the mean
+            steps before they know the canvas, so it is a setting: some spacings start where the noise hides the mean
             of a canvas of this size.  ``set_timesteps`` takes it too.
-        guidance: scale of classifier-free guidance that the steps are for, 1 without; pipelines do not tell it either.
-            ``spectral`` alone uses it.  ``set_timesteps`` takes it too.
-        sigma_start: first finite sigma of the spacings that choose sigmas, instead of the one that latent_size gives.
+        guidance: scale of classifier-free guidance that the steps are made for, 1 without; pipelines do not pass it on.
+            Only ``spectral`` uses it.  ``set_timesteps`` takes it too.
+        sigma_start: first finite sigma of the spacings that choose sigmas, instead of the one from latent_size.
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` deterministic.
         s_noise: standard deviation of that fresh noise, 1 by the theory.
 
@@ -141,24 +116,29 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         guidance: float = DEFAULT_GUIDANCE,
         sigma_start: float | None = None,
     ):
+        if not isinstance(solver, str):
+            raise UserError(
+                f"solver must be a name, not {solver!r}, because configs are saved as JSON: register the function with "
+                "@solver and give its name"
+            )
         if trained_betas is not None:
             trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
             self.register_to_config(trained_betas=trained_betas, num_train_timesteps=len(trained_betas))
-        # Values that equal our defaults are forgotten when another class reads our config, unless they count as given.
-        forgettable = set(self.config.get("_use_default_values", ())).difference(_MODEL_KEYS)
-        self.register_to_config(**_FOR_OTHER_CLASSES, _use_default_values=sorted(forgettable))
+        # diffusers drops values that equal our defaults when another class reads our config, unless listed as given.
+        forgettable = set(self.config.get("_use_default_values", ())).difference(MODEL_KEYS)
+        self.register_to_config(**FOR_OTHER_CLASSES, _use_default_values=sorted(forgettable))
 
         self.schedule = NoiseSchedule.from_config(self.config)
         abar = self.schedule.alphas_cumprod
         self.alphas_cumprod = abar.float()
         self.betas = torch.cat([1 - abar[:1], 1 - abar[1:] / abar[:-1]]).float()
         check_prediction_type(prediction_type, self.schedule.zero_terminal_snr)
-        # Both refuse settings that they cannot run.  At denoise 1, ``leading`` would warn.
+        # Both raise on settings that they cannot run.  At denoise 1, ``leading`` would warn.
         self._step_schedule(1, denoise=0.5)
         start_run(solver, (1.0, 0.0), eta, s_noise)
 
-        self.order = 2 if solver in SECOND_LOOKS else 1  # network evaluations a step
-        # until ``set_timesteps``, all that the model was trained with
+        self.order = find_solver(solver).evaluations  # network evaluations a step
+        # until ``set_timesteps``, every timestep that the model was trained on
         self.timesteps = torch.arange(self.schedule.last_timestep, -1, -1, dtype=torch.float32)
         self.sigmas = torch.cat([self.schedule.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
         self.num_inference_steps: int | None = None
@@ -167,36 +147,39 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------------------------
     # Configuration
 
+    @overload
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs):
-        """A scheduler from the config of this or any other variance-preserving diffusers scheduler; keywords win.
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, *, return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any):
+        """A scheduler from the config of this or any other variance-preserving diffusers scheduler; keywords override.
 
-        The solver's and spacing's settings of other classes are not taken over, their description of the model is.
+        Takes over another class's description of the model, not its settings of solver and spacing.
 
         Raises:
-            UserError: the config of a scheduler without betas (flow matching, EDM) or with other ones (CogVideoX), or
-                one this class refuses.
+            UserError: the config of a scheduler without betas (flow matching, EDM) or with shifted ones (CogVideoX), or
+                with settings that ``__init__`` raises on.
 
         Warns:
-            ZTSNRWarning: neither the config nor the keywords say that the model predicts v or has zero terminal SNR.
+            ZTSNRWarning: neither the config nor the keywords mention v-prediction or zero terminal SNR.
         """
         foreign = isinstance(config, Mapping) and config.get("_class_name") != cls.__name__
-        if foreign:
-            config = _describe_model(config)
+        config = describe_model(config) if foreign else config
         made = super().from_config(config, return_unused_kwargs, **kwargs)
-        if foreign and not (_told_by_config(config) or _told_by_user(kwargs)):
-            warnings.warn(
-                "this config says neither v-prediction nor zero terminal SNR, so the model is sampled as a plain "
-                'epsilon one; for a ZTSNR model add prediction_type="v_prediction", rescale_betas_zero_snr=True, or '
-                'prediction_type="epsilon" if it is an epsilon one indeed',
-                ZTSNRWarning,
-                stacklevel=2,
-            )
+        if foreign:
+            warn_of_plain_epsilon(config, kwargs)
         return made
 
     def __len__(self) -> int:
-        """Number of timesteps that the model was trained with."""
-        return self.config.num_train_timesteps
+        """Number of timesteps that the model was trained on."""
+        return self.config["num_train_timesteps"]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -227,15 +210,15 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             sigma_start: first finite sigma of this run, instead of the config's.
 
         Raises:
-            UserError: none or several of the three, levels that do not decrease or that the schedule does not have.
+            UserError: none or several of the three, levels that do not decrease or lie outside the schedule.
 
         Warns:
-            ZTSNRWarning: a zero-terminal model, and steps that do not begin at infinity.
+            ZTSNRWarning: the model has zero terminal SNR, and the steps do not begin at infinity.
         """
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise UserError("set_timesteps takes exactly one of num_inference_steps, timesteps and sigmas")
         if timesteps is not None:
-            levels = self.schedule.sigma(self._check_timesteps(timesteps)).tolist()
+            levels = self.schedule.sigma(check_timesteps(timesteps, self.schedule.last_timestep)).tolist()
         elif sigmas is not None:
             levels = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas)]
         else:
@@ -250,7 +233,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             )
         if num_inference_steps is None:
             warn_of_finite_start(self.schedule, levels[0], "the list of steps")
-        evaluations = evaluation_sigmas(self.config.solver, levels, self.config.eta)
+        evaluations = evaluation_sigmas(self.config["solver"], levels, self.config["eta"])
         self.timesteps = self.schedule.timestep(torch.tensor(evaluations, dtype=torch.float64)).float().to(device)
         self.sigmas = torch.tensor(levels, dtype=torch.float64)
         self.num_inference_steps = len(levels) - 1
@@ -264,11 +247,11 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         """
         self._begin_run(begin_index)
         if self.num_inference_steps is not None and begin_index >= len(self.timesteps):
-            raise UserError(_NO_STEP_LEFT)
+            raise UserError(NO_STEP_LEFT)
 
     @property
     def begin_index(self) -> int | None:
-        """Where the pipeline said the run begins, or None."""
+        """Index in ``timesteps`` at which the pipeline set the run to begin, or None."""
         return self._begin_index
 
     @property
@@ -288,10 +271,12 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         return int(found[-1])
 
     def _init_step_index(self, timestep: float | torch.Tensor) -> None:
-        """Go to the step of a timestep, or to where the pipeline said the run begins; pipelines call this by name."""
-        begin = self._begin_index
-        self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        """Go to the step of a timestep, or to the pipeline's begin index; some pipelines call this themselves."""
+        self._step_index = self._first_index(timestep)
         self._forget()
+
+    def _first_index(self, timestep: float | torch.Tensor) -> int:
+        return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
@@ -311,7 +296,7 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         *,
         s_noise: float | None = None,
     ) -> ZTSNRSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Take the network's answer about ``sample`` and move on to the next state.
+        """Take the network's answer about ``sample``; return the next state.
 
         Nothing here reads the device, except the very first ``timestep`` of a run whose begin index was not set.
 
@@ -331,20 +316,20 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
             UserError: called before ``set_timesteps`` or after the last step, or with tensors that do not match.
         """
         if self.num_inference_steps is None:
-            raise UserError("call set_timesteps before step: the steps are not chosen yet")
+            raise UserError("the steps are not chosen yet: call set_timesteps before step")
         if self._step_index == len(self.timesteps):
-            raise UserError(f"all {self._step_index} evaluations of this run are done; call set_timesteps for another")
+            raise UserError(f"all {self._step_index} evaluations of this run are done; call set_timesteps again")
         if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             raise UserError(
                 f"the network returned {model_output.shape[1]} channels for {sample.shape[1]}: it predicts a variance "
-                "as well, which no solver here uses; pass the first half of the channels"
+                "too, which no solver here uses; pass only the first half of the channels"
             )
         check_answer(model_output, sample)
         check_generators(generator, sample)
         if variance_noise is not None:
             check_answer(variance_noise, sample)
         run = self._run_at(timestep)
-        x, prediction_type = self._exact(sample), self.config.prediction_type
+        x, prediction_type = self._exact(sample), self.config["prediction_type"]
         x0 = to_denoised(model_output, x, run.sigma, prediction_type)
         if self.unconditional_output is not None:
             check_answer(self.unconditional_output, sample)
@@ -354,10 +339,10 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
 
         def noise() -> torch.Tensor:
             unit = randn_like(x, generator) if variance_noise is None else variance_noise.float()
-            return (self.config.s_noise if s_noise is None else s_noise) * unit
+            return (self.config["s_noise"] if s_noise is None else s_noise) * unit
 
         x = advance(run, x, x0, noise)
-        self._step_index += 1
+        self._step_index = self._run_begin + run.index
         given = x.to(sample.dtype)
         self._state = (x, given)
         if run.done:
@@ -367,60 +352,20 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         return ZTSNRSchedulerOutput(prev_sample=given, pred_original_sample=x0)
 
     def _exact(self, sample: torch.Tensor) -> torch.Tensor:
-        """The state in float32: what was kept of it, and what the pipeline has changed in the rounded one since."""
+        """The state in float32: the one kept, plus what the pipeline has changed in the rounded one since."""
         if self._state is None or self._state[0].shape != sample.shape or self._state[0].device != sample.device:
             return sample.float()
         exact, given = self._state
         return sample.float() if given.dtype == torch.float32 else exact + (sample.float() - given.float())
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The forward process
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha x0 + s eps; at a zero-terminal t = T exactly the noise.
-
-        Args:
-            original_samples: (B, C, H, W) pictures x0.
-            noise: (B, C, H, W) unit Gaussian eps.
-            timesteps: () or (B,), fractional or whole.  B may be 1 in any of the three: it stands for all then.
-
-        Returns:
-            (B, C, H, W) in the dtype of ``original_samples``; the sum is taken in float32 at least.
-        """
-        self._adds_noise = True
-        alpha, s = self._alpha_s(timesteps, original_samples)
-        return (alpha * original_samples + s * noise).to(original_samples.dtype)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = alpha eps - s x0, the target of v-prediction; at a zero-terminal t = T exactly -x0.
-
-        Shapes and dtypes as in ``add_noise``, ``sample`` being the picture x0 (arXiv 2202.00512).
-        """
-        alpha, s = self._alpha_s(timesteps, sample)
-        return (alpha * noise - s * sample).to(sample.dtype)
-
-    def _alpha_s(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha(t) and s(t) shaped (B or 1, 1, ...), on the device of ``like``."""
-        timesteps = torch.as_tensor(timesteps).reshape(-1)
-        if len(timesteps) == 0:
-            raise UserError(_NO_STEP_LEFT)
-        if len(timesteps) != len(like) and 1 not in (len(timesteps), len(like)):
-            raise UserError(f"{len(timesteps)} timesteps for a batch of {len(like)}: give one a sample, or one")
-        u = 1 / self.schedule.sigma(timesteps).reshape(-1, *[1] * (like.ndim - 1))  # exactly 0 at sigma = inf
-        s = (1 + u**2).rsqrt()
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return tuple(send(c.to(dtype), like.device) for c in (u * s, s))
-
-    # ------------------------------------------------------------------------------------------------------------------
-
-    def _step_schedule(self, steps: int, **settings: Any) -> torch.Tensor:
+    def _step_schedule(self, steps: Any, **settings: Any) -> torch.Tensor:
         config = {name: self.config[name] for name in ("spacing", "latent_size", "guidance", "sigma_start")}
         return step_schedule(self.schedule, steps, **config | settings)
 
     def _begin_run(self, begin_index: int | None) -> None:
         self._begin_index = begin_index
         self._step_index: int | None = None
-        self._adds_noise = False  # whether the run begins with a noised picture
+        self._adds_noise = False  # True if the run begins with a noised picture
         self.unconditional_output: torch.Tensor | None = None  # consumed by the next step, which is one of CFG++
         self._forget()
 
@@ -430,72 +375,24 @@ class ZTSNRScheduler(SchedulerMixin, ConfigMixin):
         self._state: tuple[torch.Tensor, torch.Tensor] | None = None  # in float32, and as it was given out
 
     def _run_at(self, timestep: float | torch.Tensor) -> Run:
-        """The run, at the evaluation that ``_step_index`` names; a new one where that is not the next of the last."""
+        """The run at the evaluation ``_step_index``; a new one unless that is the next evaluation of the last run."""
         if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+            self._step_index = self._first_index(timestep)
         if self._run is not None and self._run_begin + self._run.index == self._step_index:
             return self._run
         self._forget()
         step, middle = divmod(self._step_index, self.order)
-        if middle or not 0 <= step < self.num_inference_steps:
+        if middle or not 0 <= step < (self.num_inference_steps or 0):
             raise UserError(
-                f"a run cannot begin at index {self._step_index}: with {self.num_inference_steps} steps of solver "
-                f"{self.config.solver!r} they begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
+                f"a run cannot begin at index {self._step_index}: the {self.num_inference_steps} steps of solver "
+                f"{self.config['solver']!r} begin at 0, {self.order}, ... {len(self.timesteps) - 1}"
             )
         if self.order == 2 and self._begin_index and not self._adds_noise:
-            once = ", ".join(name for name in SOLVERS if name not in SECOND_LOOKS)
+            once = ", ".join(name for name in solver_names() if find_solver(name).evaluations == 1)
             raise UserError(
-                f"solver {self.config.solver!r} evaluates twice a step and cannot go on with another scheduler's run, "
-                f"because diffusers' denoising_end cuts inside a step; use one of {once}"
+                f"solver {self.config['solver']!r} evaluates twice a step and cannot continue another scheduler's run, "
+                f"because diffusers' denoising_end cuts inside a step; choose one of {once}"
             )
         self._run_begin = self._step_index
-        self._run = start_run(self.config.solver, self.sigmas[step:].tolist(), self.config.eta)
+        self._run = start_run(self.config["solver"], self.sigmas[step:].tolist(), self.config["eta"])
         return self._run
-
-    def _check_timesteps(self, timesteps: Sequence[float] | torch.Tensor) -> torch.Tensor:
-        timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
-        last = self.schedule.last_timestep
-        if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
-            raise UserError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
-        return timesteps
-
-
-def _told_by_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of any but a plain epsilon model, or was ours once, when the user has been told."""
-    return config["rescale_betas_zero_snr"] or config["prediction_type"] != "epsilon" or "solver" in config
-
-
-def _told_by_user(keywords: Mapping[str, Any]) -> bool:
-    return "prediction_type" in keywords or "rescale_betas_zero_snr" in keywords
-
-
-def _describe_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Another scheduler's config, with what it leaves unsaid about the model put into words."""
-    name = config.get("_class_name")  # absent from the config of a scheduler that was constructed, not loaded
-    scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    defaults = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
-        signature = inspect.signature(scheduler_class.__init__).parameters
-        defaults |= {key: signature[key].default for key in _MODEL_KEYS if key in signature}
-    # values that equal a class's defaults are forgotten when a config changes class; those of the model must not be
-    forgettable = [key for key in config.get("_use_default_values", ()) if key not in _MODEL_KEYS]
-    said = {key: value for key, value in config.items() if key != "timestep_spacing"}
-    model = {**defaults, **said, "_use_default_values": forgettable}
-    if model.get("beta_schedule") is None and model.get("trained_betas") is None:
-        raise UserError(
-            f"the config of {name or 'that scheduler'} has no betas: ZTSNRScheduler is for variance-preserving models, "
-            "not for flow matching or EDM"
-        )
-    if model.get("snr_shift_scale", 1.0) != 1.0:
-        raise UserError(
-            f"the config of {name or 'that scheduler'} shifts its noise levels (snr_shift_scale "
-            f"{model['snr_shift_scale']:g}): ZTSNRScheduler has no such table"
-        )
-    return model
-
-
-def stock_euler(**config: Any) -> diffusers.EulerDiscreteScheduler:
-    """diffusers' own Euler scheduler for a Stable Diffusion v-prediction model: what to compare with."""
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return diffusers.EulerDiscreteScheduler(**betas, prediction_type="v_prediction", **config)

@@ -9,12 +9,13 @@ import torch
 
 from .multistep import gauss_legendre
 from .prediction import alpha_s
-from .protocol import Noise, Run, Sigmas
+from .protocol import Noise, Run, Sigmas, solver
 from .stochastic_multistep import Step, take_step
 
 ORDER = 3
 
 
+@solver(stochastic=True)
 def er_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise, order: int = ORDER) -> torch.Tensor:
     """ER-SDE-Solver of order 1, 2 or 3, which each run works up to; eta = 0 is the order's solver of the flow."""
     return take_step(run, x, x0, er_sde_steps(run.sigmas, run.eta, order), noise)

@@ -6,7 +6,7 @@ alpha^2 + s^2 = 1.  sigma = s / alpha is the same number in the scaling of k-dif
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -156,6 +156,10 @@ class NoiseSchedule:
         """sigma(T); infinity under zero terminal SNR."""
         return self.sigma(float(self.last_timestep))
 
+    @overload
+    def sigma(self, t: float) -> float: ...
+    @overload
+    def sigma(self, t: torch.Tensor) -> torch.Tensor: ...
     def sigma(self, t: Number) -> Number:
         """Noise level at timestep t, in units of the signal (k-diffusion's sigma).
 
@@ -175,6 +179,10 @@ class NoiseSchedule:
         angle = torch.lerp(angles.take(below), angles.take(below + 1), t - below)
         return (angle.cos() / angle.sin()).abs()  # of -angle, and positive where the angle is a zero of either sign
 
+    @overload
+    def timestep(self, sigma: float) -> float: ...
+    @overload
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor: ...
     def timestep(self, sigma: Number) -> Number:
         """The fractional timestep whose noise level is sigma; the inverse of ``sigma``.
 

@@ -9,7 +9,7 @@ import torch
 
 from .multistep import lagrange, predict_and_correct
 from .prediction import alpha_s
-from .protocol import Noise, Run, Sigmas
+from .protocol import Noise, Run, Sigmas, solver
 from .stochastic_multistep import Step, take_step
 
 PREDICTOR_ORDER = 3
@@ -22,6 +22,7 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 _LONG = 40.0  # e^-40 is below the rounding of float64
 
 
+@solver(stochastic=True)
 def sa_solver(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """SA-Solver in data prediction, predictor of order 3, corrector of order 4; tau = eta within ``NOISY``, else 0."""
     return take_step(run, x, x0, sa_solver_steps(run.sigmas, run.eta), noise)
@@ -35,7 +36,8 @@ def sa_solver_steps(sigmas: Sigmas, eta: float) -> tuple[Step, ...]:
     weights of x0 alone and folds into the next step.
     """
     count = len(sigmas) - 1
-    left = count - 1 if sigmas[-1] == 0 else math.inf  # steps before the last one, which only denoises
+    # steps before one to 0, which only denoises; without it, enough for every order
+    left = count - 1 if sigmas[-1] == 0 else count + CORRECTOR_ORDER
     steps, predict, correct = [], [], []
     for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
         if end == 0:

@@ -9,8 +9,8 @@ import torch
 from ..errors import UserError
 from .cfg_pp import cfg_pp_state
 from .devices import send
-from .protocol import Noise, Run
-from .solvers import DEFAULT_SOLVER, SECOND_LOOKS, SOLVER_FUNCTIONS, SOLVERS
+from .protocol import Noise, Run, Solver, find_solver
+from .solvers import DEFAULT_SOLVER
 
 Prediction = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # x0, or with CFG++ guided and unconditional x0
 Denoise = Callable[[torch.Tensor, float], Prediction]
@@ -21,7 +21,7 @@ def sample(
     denoise: Denoise,
     noise: torch.Tensor,
     sigmas: torch.Tensor | Sequence[float],
-    solver: str = DEFAULT_SOLVER,
+    solver: str | Solver = DEFAULT_SOLVER,
     *,
     eta: float = 1.0,
     s_noise: float = 1.0,
@@ -37,20 +37,20 @@ def sample(
         noise: (B, C, H, W) the state at sigmas[0]: unit Gaussian noise at infinity; for image to image,
             alpha * picture + s * noise.
         sigmas: (steps + 1,) from ``step_schedule``: decreasing, the first may be inf, the last may be 0.
-        solver: one of ``SOLVERS``.
+        solver: one of ``SOLVERS``, or a function that follows the solver protocol (``protocol``).
         eta: share of fresh noise of the stochastic solvers; 0 makes all but ``lcm`` follow the deterministic flow.
         s_noise: standard deviation of that fresh noise, 1 by the theory (Karras et al., arXiv 2206.00364, S_noise).
         generator: source of that noise; a list gives each sample its own, so that a batch equals single runs.
         cfg_pp: guide by CFG++ (``cfg_pp``): ``denoise`` returns a pair, the guided and the unconditional x0.
-        callback: called after every evaluation with (evaluation number, sigma, x, x0), x0 being the guided one; it must
-            not read the device if the loop is to stay free of synchronisation.
+        callback: called after every evaluation with (evaluation number, sigma, x, x0), x0 being the guided one; if it
+            reads a tensor on the host, every step waits for the GPU.
 
     Returns:
         (B, C, H, W) float32 state at sigmas[-1], the picture if that is 0.
 
     Raises:
-        UserError: unknown solver, bad sigmas, NaN noise, a model that returns another shape or device, or with
-            ``cfg_pp`` no pair.
+        UserError: an unknown solver, invalid sigmas, NaN in the noise, a model that returns another shape or device,
+            or no pair with ``cfg_pp``.
     """
     sigmas = check_sigmas(sigmas)
     if not noise.is_floating_point():
@@ -63,20 +63,25 @@ def sample(
 
     def answer(x: torch.Tensor, sigma: float) -> Prediction:
         answered = denoise(x, sigma)
-        if cfg_pp and not (isinstance(answered, tuple) and len(answered) == 2):
-            raise UserError("with cfg_pp the model must return a pair: the guided and the unconditional x0")
-        predictions = answered if cfg_pp else (answered,)
+        predictions = answered if isinstance(answered, tuple) else (answered,)
+        if len(predictions) != (2 if cfg_pp else 1):
+            raise UserError(
+                "with cfg_pp the model must return a pair: the guided and the unconditional x0"
+                if cfg_pp
+                else "the model returned several predictions: return x0 alone, or set cfg_pp=True for CFG++"
+            )
         for x0 in predictions:
             check_answer(x0, x)
         if callback is not None:
             callback(run.index, sigma, x, predictions[0])
-        return (predictions[0].float(), predictions[1].float()) if cfg_pp else answered.float()
+        guided, *unconditional = (x0.float() for x0 in predictions)
+        return (guided, unconditional[0]) if cfg_pp else guided
 
     return drive(run, x, answer, lambda: s_noise * randn_like(x, generator))
 
 
 def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = None) -> torch.Tensor:
-    """Ask and advance until the run is done, in whatever precision x has; its last state.
+    """Ask and advance until the run is done, in the precision of x; return the last state.
 
     ``denoise`` may return a pair for CFG++, the guided and the unconditional x0.
     """
@@ -89,30 +94,32 @@ def drive(run: Run, x: torch.Tensor, denoise: Denoise, noise: Noise | None = Non
 
 
 def advance(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
-    """Take the network's answer x0 about x at ``run.sigma``; what to ask it about next, or the last state."""
-    x = SOLVER_FUNCTIONS[run.solver](run, x, x0, noise)
+    """Take the network's answer x0 about x at ``run.sigma``; return what to ask it about next, or the last state."""
+    x = find_solver(run.solver).function(run, x, x0, noise or _no_noise)
     run.index += 1
     return x
 
 
-def start_run(solver: str, sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0) -> Run:
-    """A run before its first evaluation; see ``solvers`` for the protocol.
+def _no_noise() -> torch.Tensor:
+    raise AssertionError("this run was started without a source of noise, and its solver draws some")
+
+
+def start_run(solver: str | Solver, sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0) -> Run:
+    """A run before its first evaluation; see ``protocol``.
 
     Raises:
         UserError: an unknown solver, eta or s_noise below 0 or not finite.
     """
-    if solver not in SOLVER_FUNCTIONS:
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    entry = find_solver(solver)
     for name, value in (("eta", eta), ("s_noise", s_noise)):
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} must be a finite number >= 0, not {value}")
-    looks = 2 if solver in SECOND_LOOKS else 1
-    return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), looks)
+    return Run(solver, tuple(sigmas), eta, tuple(evaluation_sigmas(solver, sigmas, eta)), entry.evaluations)
 
 
-def evaluation_sigmas(solver: str, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
+def evaluation_sigmas(solver: str | Solver, sigmas: Sequence[float], eta: float = 1.0) -> list[float]:
     """The noise level of every network evaluation: once a step, or twice for two-evaluation solvers."""
-    second_look, levels = SECOND_LOOKS.get(solver), []
+    second_look, levels = find_solver(solver).second_look, []
     for start, end in itertools.pairwise(sigmas):
         levels.append(start)
         if second_look is not None and end > 0:
@@ -130,14 +137,18 @@ def randn_like(x: torch.Tensor, generator: Generators = None) -> torch.Tensor:
 
 
 def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
-    """Sigmas as floats, or a sentence that says what is wrong with them."""
+    """Sigmas as floats.
+
+    Raises:
+        UserError: fewer than two, NaN, negative, not decreasing, infinite after the first.
+    """
     values = tuple(float(s) for s in (sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas))
     if len(values) < 2:
-        raise UserError(f"sigmas need at least a beginning and an end, not {len(values)} value(s)")
+        raise UserError(f"sigmas need at least two values, a beginning and an end, not {len(values)}")
     if any(math.isnan(s) for s in values):
         raise UserError("sigmas hold NaN")
     if any(math.isinf(s) for s in values[1:]):
-        raise UserError("infinity may stand first in sigmas and nowhere else")
+        raise UserError("only the first sigma may be infinite")
     if any(after >= before for before, after in itertools.pairwise(values)):
         raise UserError("sigmas must decrease from each step to the next")
     if values[-1] < 0:
@@ -145,14 +156,26 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
+def check_timesteps(timesteps: torch.Tensor | Sequence[float], last: int) -> torch.Tensor:
+    """Timesteps as float64 on the CPU.
+
+    Raises:
+        UserError: not decreasing, or outside [0, last].
+    """
+    timesteps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    if not ((timesteps >= 0) & (timesteps <= last)).all() or not (timesteps.diff() < 0).all():
+        raise UserError(f"timesteps must decrease and lie in [0, {last}], not {timesteps.tolist()}")
+    return timesteps
+
+
 def check_generators(generator: Generators, x: torch.Tensor) -> None:
-    """A list of generators holds one a sample."""
+    """Raise unless a list of generators has one per sample."""
     if isinstance(generator, Sequence) and len(generator) != len(x):
-        raise UserError(f"{len(generator)} generators for a batch of {len(x)}: give one a sample, or a single one")
+        raise UserError(f"{len(generator)} generators for a batch of {len(x)}: give one per sample, or a single one")
 
 
 def check_answer(answer: torch.Tensor, x: torch.Tensor) -> None:
-    """The model must answer for the state it was asked about."""
+    """Raise unless the answer has the shape and the device of the state."""
     if answer.shape != x.shape:
         raise UserError(f"the network returned shape {tuple(answer.shape)} for a state of shape {tuple(x.shape)}")
     if answer.device != x.device:

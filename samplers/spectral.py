@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..errors import UserError
 from .multistep import Weights, gauss_legendre, inverse_sigmas, noise_ratios, predict_and_correct
 
 MEMORY = 4  # x0 values that a step looks at while x0 moves smoothly
@@ -181,7 +182,7 @@ def finish_table(sigmas: np.ndarray, predict: Weights, correct: Weights) -> Weig
     _, history = carry_modes(sigmas, [*fused[:-1], np.zeros_like(fused[-1])], modes)
     x0 = np.stack(history[:MEMORY], axis=-2) / modes[..., None, :]
     design, target, held = x0[..., 1:, :] - x0[..., :1, :], 1 - x0[..., 0, :], np.ones(modes.shape[:-1])
-    importance = np.ones_like(target)
+    importance, last = np.ones_like(target), predict[-1]
     for _ in range(30):
         last = _least_squares(design * importance[..., None, :], target * importance, held, 1e-5)
         residual = np.abs(target - (last[..., None, 1:] @ design)[..., 0, :])
@@ -270,7 +271,10 @@ def spectral_sigmas(
         reach = min(max((steps + 1) / min(STEPS_PER_START[0] + guidance - 1, STEPS_PER_START[1]), 1), START)
     else:
         reach = min(steps / STEPS_PER_START[0], START)
-    canvas = start / reach if canvas is None else canvas
+    if canvas is None:
+        if start is None:
+            raise UserError("the spectral spacing needs the canvas length or the first sigma")
+        canvas = start / reach
     starts = np.array([reach * canvas if start is None else start])
     if start is None and steps < 8 and guidance <= 1:
         starts = starts * 2.0 ** -np.arange(8)

@@ -13,14 +13,14 @@ All that the choice needs are inner products of the coarse part of each sample; 
 import itertools
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .devices import send
 from .multistep import inverse_sigmas, noise_ratios
-from .protocol import Noise, Run, Sigmas
+from .protocol import Noise, Run, Sigmas, solver
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
 
 KEPT = MEMORY + 1  # values of x0 that a step looks at: a prediction's, and the one that its correction goes back to
@@ -40,6 +40,7 @@ SHARE_OF_TURN = torch.tensor([0.5, 1.0]).view(2, 1, 1)
 COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, -0.2]).view(2, 1), torch.tensor([-2.0, 2.0]).view(2, 1)
 
 
+@solver()
 def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Predictor-corrector in the span of Gaussian modes (``spectral``), with a secant step where x0 turns back."""
     if run.index == 0:
@@ -91,28 +92,33 @@ class _Seen:
         self.predicted = x.new_zeros(KEPT, len(x))
         self.turn, self.trust, self._bold = x.new_zeros(len(x)), x.new_ones(len(x)), x.new_ones(len(x))
         self._rows: list[torch.Tensor] = []
-        self._x0 = self._state = self.size = self.changes = self.power = None
+        self.size, self.distance = x.new_zeros(len(x)), x.new_zeros(len(x))
+        self.changes: torch.Tensor | None = None
+        self.power: torch.Tensor | None = None
+        self._x0: torch.Tensor | None = None
+        self._state: torch.Tensor | None = None
 
     def step(self, number: int) -> "_Step":
         """One of the run's steps."""
-        return _Step(*self._floats[number], *(table[number] for table in self._tables))
+        fields: tuple[Any, ...] = (*self._floats[number], *(table[number] for table in self._tables))
+        return _Step(*fields)
 
     def see(self, x: torch.Tensor, x0: torch.Tensor, step: "_Step") -> None:
         """The state that the network was asked about, and its answer."""
-        x0_before, self._x0 = self._x0, _coarse(x0)
-        state_before, self._state = self._state, None
-        if step.alpha > 0:  # X has no value at infinity
-            self._state = _coarse(x) / step.alpha
+        coarse = _coarse(x0)
+        state = _coarse(x) / step.alpha if step.alpha > 0 else None  # X has no value at infinity
+        x0_before, self._x0 = self._x0, coarse
+        state_before, self._state = self._state, state
         if x0_before is None:
             return
-        newest = self._x0 - x0_before
+        newest = coarse - x0_before
         rows = self._rows = [newest, *self._rows[: MEMORY - 1]]
         known = len(rows)
-        if state_before is not None:
-            rows = [*rows, state_before - self._state, self._state - self._x0]
-        rows = torch.cat(rows).view(len(rows), *newest.shape)
-        self.changes = rows[:known]
-        products = (rows * newest).sum(-1)
+        if state_before is not None and state is not None:
+            rows = [*rows, state_before - state, state - coarse]
+        stacked = torch.cat(rows).view(len(rows), *newest.shape)
+        self.changes = stacked[:known]
+        products = (stacked * newest).sum(-1)
         length = products[0].clamp(min=SMALL)
         along = products / length
         self.fallen = along[:known].cumsum(0)
@@ -154,6 +160,7 @@ class _Seen:
         # <weights . x0, -d_0> / <d_0, d_0>, beyond what the sum of the weights times the newest x0 gives
         corrected, predicted = (weights[:, 1 : len(self.fallen) + 1] * self.fallen).sum(1).unbind(0)
         held = 1 - step.sigma_ratio  # f for J = 0
+        assert self.power is not None
         decayed = torch.expm1(self.power * math.log(step.sigma_ratio))  # -f (1 - J)
         wanted = (decayed / self.power).add_(held).mul_(self.distance)
         wanted.addcmul_(decayed.add_(held), corrected, value=-1 / step.alpha)
@@ -195,7 +202,7 @@ class _Step(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _tables(sigmas: Sigmas) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
+def _tables(sigmas: Sigmas) -> tuple[list[tuple[Any, ...]], list[np.ndarray]]:
     """Of each step the floats of ``_Step``, and its weights: (N, ...) of each kind."""
     u, ratios = inverse_sigmas(sigmas), noise_ratios(sigmas)
     modes_only, correct_bold = spectral_table(sigmas)

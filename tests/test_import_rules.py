@@ -143,7 +143,7 @@ def test_circles_are_found():
 
 def test_the_rules_can_fail():
     source = ROOT / "samplers" / "sampling.py"
-    assert "ztsnr.samplers.solvers.SOLVERS" in set(imports_of(source))
+    assert "ztsnr.samplers.solvers.DEFAULT_SOLVER" in set(imports_of(source))
     assert any(name.split(".")[0] == "torch" for name in imports_of(source))
 
 
@@ -151,6 +151,13 @@ def test_every_room_is_packaged():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}
     assert set(packages) == {".".join(["ztsnr", *folder.parts]) for folder in folders}
+
+
+def test_type_checkers_are_told_that_the_package_is_typed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (ROOT / "py.typed").is_file()
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["ztsnr"]
+    assert "Typing :: Typed" in project["project"]["classifiers"]
 
 
 def test_importing_the_package_is_cheap():

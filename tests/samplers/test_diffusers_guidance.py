@@ -418,7 +418,7 @@ def test_what_attach_refuses(pipeline, networks):
     other = StableDiffusionInstructPix2PixPipeline(
         **parts, scheduler=ZTSNRScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    with pytest.raises(ValueError, match="orders its batch in another way"):
+    with pytest.raises(ValueError, match="its batch is not ordered uncond, cond"):
         attach(other)
     with pytest.raises(ValueError, match="which DDIMPipeline lacks"):
         attach(diffusers.DDIMPipeline(networks["sd"], DDIMScheduler()))

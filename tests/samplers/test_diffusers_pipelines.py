@@ -333,7 +333,7 @@ def test_a_multistep_solver_begins_its_history_anew_in_the_second_half(pipeline,
 
 @pytest.mark.parametrize("solver", ["heun", "dpmpp_2s_ancestral", "dpmpp_sde"])
 def test_a_two_evaluation_solver_does_not_split(pipeline, solver):
-    with pytest.raises(ValueError, match="cannot go on with another scheduler's run"):
+    with pytest.raises(ValueError, match="cannot continue another scheduler's run"):
         two_halves(pipeline, solver, 0.5)
 
 

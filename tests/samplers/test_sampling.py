@@ -50,8 +50,8 @@ def test_noise_is_not_written_to():
         ({"sigmas": [1.0]}, "beginning and an end"),
         ({"sigmas": [1.0, 2.0, 0.0]}, "must decrease"),
         ({"sigmas": [2.0, 2.0, 0.0]}, "must decrease"),
-        ({"sigmas": [math.inf, math.inf, 0.0]}, "nowhere else"),
-        ({"sigmas": [5.0, math.inf, 0.0]}, "nowhere else"),
+        ({"sigmas": [math.inf, math.inf, 0.0]}, "only the first sigma"),
+        ({"sigmas": [5.0, math.inf, 0.0]}, "only the first sigma"),
         ({"sigmas": [5.0, math.nan, 0.0]}, "NaN"),
         ({"sigmas": [5.0, 1.0, -0.5]}, "negative"),
         ({"eta": -1.0}, "eta must be"),
@@ -59,6 +59,8 @@ def test_noise_is_not_written_to():
         ({"generator": [torch.Generator()]}, "1 generators for a batch of 2"),
         ({"denoise": lambda x, sigma: x[:, :1]}, "shape"),
         ({"denoise": lambda x, sigma: x.to("meta")}, "on meta"),
+        ({"denoise": lambda x, sigma: (x, x)}, "return x0 alone, or set cfg_pp=True"),
+        ({"denoise": lambda x, sigma: (x, x, x), "cfg_pp": True}, "must return a pair"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message):

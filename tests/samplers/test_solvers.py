@@ -10,8 +10,8 @@ import torch
 from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import SOLVERS
 from ztsnr.samplers.prediction import alpha_s
+from ztsnr.samplers.protocol import find_solver
 from ztsnr.samplers.sampling import advance, drive, evaluation_sigmas, randn_like, sample, start_run
-from ztsnr.samplers.solvers import SECOND_LOOKS
 
 STDS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).reshape(1, 3, 1, 1)
 GAUSSIAN = GaussianModes(std=STDS)
@@ -136,7 +136,7 @@ def test_an_edited_state_keeps_its_edit(solver):
     x = torch.randn(1, 1, 2, 2, dtype=torch.float64)
     run = start_run(solver, (math.inf, 20.0, 4.0, 1.0, 0.0), eta=0.0)
     known = torch.full_like(x, 0.25)
-    evaluations = 2 if solver in SECOND_LOOKS else 1
+    evaluations = find_solver(solver).evaluations
     for _ in range(2 * evaluations):
         x = advance(run, x, known)
     assert run.sigma == 4.0
@@ -153,7 +153,7 @@ def test_evaluation_sigmas():
     sigmas = [math.inf, 20.0, 4.0, 1.0, 0.0]
     for solver in SOLVERS:
         visited = evaluation_sigmas(solver, sigmas)
-        if solver in SECOND_LOOKS:
+        if find_solver(solver).evaluations == 2:
             assert visited[::2] == sigmas[:-1]
             assert len(visited) == 2 * 4 - 1
         else:

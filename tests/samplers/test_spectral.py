@@ -8,10 +8,10 @@ import torch
 
 from ztsnr.diagnostics import GaussianModes
 from ztsnr.samplers import NoiseSchedule, sample, step_schedule
+from ztsnr.samplers.flow_solvers import angle_weights, dpmpp_2m_weights, euler_weights, unipc_weights
 from ztsnr.samplers.multistep import angle as angle_coordinate
 from ztsnr.samplers.multistep import integral_weights, inverse_sigmas, noise_ratios, predict_and_correct, predictor
 from ztsnr.samplers.prediction import alpha_s
-from ztsnr.samplers.solvers import angle_weights, dpmpp_2m_weights, euler_weights, unipc_weights
 from ztsnr.samplers.spectral import decision_table, finish_table, mode_errors, spectral_table, spectral_weights
 from ztsnr.samplers.spectral_solver import _Seen
 

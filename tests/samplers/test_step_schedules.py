@@ -239,7 +239,7 @@ def test_denoise_drops_the_head(steps, denoise, whole):
         ({"latent_size": (8, 8), "guidance": math.nan}, "guidance must be a finite number"),
         ({"latent_size": (8, 8), "guidance": math.inf}, "guidance must be a finite number"),
         ({"spacing": "trailing", "sigma_start": 50.0}, "takes no sigma_start"),
-        ({"spacing": "trailing", "rho": 7.0}, "rho belongs to"),
+        ({"spacing": "trailing", "rho": 7.0}, "takes no rho; leave it out, or choose karras and polyexponential"),
         ({"spacing": "karras", "sigma_start": 9.0, "rho": 0.0}, "positive"),
         ({"spacing": "trailing", "denoise": 0}, "denoise"),
         ({"spacing": "trailing", "denoise": 1.5}, "denoise"),
