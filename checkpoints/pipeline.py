@@ -9,7 +9,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
 from .components import check_classes, check_networks  # and with it our scheduler, which a folder may name
 from .header import PICKLES, SUFFIXES, read_header
+from .hub import from_hub, is_hub_name
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
 from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
@@ -31,15 +32,6 @@ from .schedule_shift import set_shift, shift_of_metadata
 from .settings import read_settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HUB_TIMEOUT = 10  # seconds
-# The client's own, and with them that of its HTTP library, whichever that is; ValueError for an answer that is no JSON,
-# RuntimeError from the downloader of the hub's new storage.
-HUB_ERRORS = (
-    *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
-    OSError,
-    ValueError,
-    RuntimeError,
-)
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 # What a single file lacks, its settings and tokenizers, is the same for all models of a kind.  (Stability AI withdrew
@@ -57,7 +49,6 @@ _TEXT_ENCODERS = {
     f"{OPEN_CLIP}token_embedding.weight",
     f"{SDXL_OPEN_CLIP}positional_embedding",
 }
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ def _check_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"the device {device} cannot be used: {_first_line(error)}") from None
+        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from None
     return device
 
 
@@ -147,27 +138,12 @@ def _find(model: str | Path) -> Path:
     name = os.fspath(model)
     if os.path.exists(name):
         return Path(name)
-    if Path(name).suffix.lower() in SUFFIXES + PICKLES or not _HUB_NAME.fullmatch(name):
+    if Path(name).suffix.lower() in SUFFIXES + PICKLES or not is_hub_name(name):
         raise UserError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
     way_out = "it is no folder here either; run once with network, or give a folder or file"
-    index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
+    index = from_hub(hf_hub_download, name, way_out, filename="model_index.json")
     _check_parts(index.parent)  # before gigabytes are loaded
-    return _from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
-
-
-def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> Path:
-    """What ``fetch(name, **options)`` brings, from the cache alone if the hub does not answer."""
-    trouble = None
-    try:
-        model_info(name, timeout=HUB_TIMEOUT)
-    except HUB_ERRORS as error:
-        trouble = error
-    try:
-        # asked without need, the client would try again for minutes
-        return Path(fetch(name, local_files_only=trouble is not None, **options))
-    except HUB_ERRORS as error:
-        reason = _first_line(trouble or error.__cause__ or error)
-        raise UserError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
+    return from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
 
 
 def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
@@ -180,12 +156,12 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
         )
     if os.path.isdir(name):
         folder = Path(name)
-    elif _HUB_NAME.fullmatch(name):
+    elif is_hub_name(name):
         way_out = (
             "a single file needs the settings and tokenizers of its kind; run once with network, or give any diffusers "
             "folder of the same kind as config"
         )
-        folder = _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
+        folder = from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
     else:
         raise UserError(f"there is no folder {name} to take the settings from")
     _check_programs(folder)
@@ -365,24 +341,27 @@ def _variant(folder: Path) -> str | None:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Make one sentence of what libraries raise in the block for files that are damaged or do not fit together.
+    """Turn what libraries raise in the block, for files that are damaged or do not fit together, into a UserError.
 
-    For settings that make no sense they raise anything: TypeError, AttributeError, ZeroDivisionError, and the
-    tokenizers library Exception itself.  So what counts is whose line raised it: what one of this package raises is a
-    bug, and passes, unless it is a sentence already.
+    Only the libraries' own failures: an exception that a line of this package raises is a bug and passes through,
+    unless it is a UserError already, or an OSError of a file that cannot be read.
     """
     try:
         with warnings.catch_warnings():
             # the name that every diffusers until 1.0 understands
             warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
+    # The one broad catch here.  No list of classes is enough: for settings that make no sense, libraries raise
+    # TypeError, KeyError, ZeroDivisionError and more, and tokenizers, written in Rust, raises Exception itself.  So the
+    # class says nothing; what decides is whose line raised it.
     except Exception as error:
-        if _raised_by_this_package(error) and not isinstance(error, (OSError, UserError)):
+        if _raised_by_this_package(error) and not isinstance(error, OSError | UserError):
             raise
-        raise UserError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def _raised_by_this_package(error: Exception) -> bool:
+    """True if the innermost frame of the traceback, the line that raised, is of this package."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"].startswith(__package__.removesuffix("checkpoints"))
 
@@ -410,7 +389,3 @@ def set_latent_scaling(pipeline: DiffusionPipeline, scaling: LatentScaling) -> N
 
 def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, torch.nn.Module]]:
     return ((name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
