@@ -27,8 +27,8 @@ from .architecture import (
 from .header import PICKLES, Header, read_header
 from .latent_scaling import LatentScaling
 from .markers import find_marks, read_scheduler_config, settle
-from .programs import SDXL_FAMILY, Marked, ProgramRow
 from .programs import rows as program_rows
+from .reading import SDXL_FAMILY, Marked, ProgramRow
 from .schedule_shift import METADATA, shift_of_metadata
 
 _PREFIX = "model.diffusion_model."
