@@ -161,21 +161,21 @@ def test_text_encoders_that_diffusers_does_not_see(tiny, plain, tmp_path):
     old = {name.replace("conditioner.embedders.0", "cond_stage_model"): t for name, t in load_file(path).items()}
     old = {name.replace(".text_model.", "."): t for name, t in old.items() if "embedders.1" not in name}
     save_file(old, path)
-    with pytest.raises(ValueError, match=r"tiny\.safetensors has text encoders that diffusers does not see"):
+    with pytest.raises(ValueError, match=r"tiny\.safetensors has text encoders that diffusers does not find"):
         load_pipeline(path, config=tiny)
 
 
 def test_settings_with_a_program(folder, plain, tmp_path):
     path = write_single_file(plain, tmp_path / "tiny.safetensors")
     (folder / "scheduler" / "mine.py").touch()
-    with pytest.raises(ValueError, match=r"copy holds a program, mine\.py, and"):
+    with pytest.raises(ValueError, match=r"copy has a program, mine\.py, and"):
         load_pipeline(path, config=folder)
 
 
 def test_settings_that_lack_a_tokenizer(folder, plain, tmp_path):
     path = write_single_file(plain, tmp_path / "tiny.safetensors")
     shutil.rmtree(folder / "tokenizer_2")
-    with pytest.raises(ValueError, match=r"copy has no tokenizer_2: a whole model is needed"):
+    with pytest.raises(ValueError, match=r"copy has no tokenizer_2: give a whole model"):
         load_pipeline(path, config=folder)
 
 
@@ -242,12 +242,12 @@ def test_schedulers_built_from_the_config_are_right(folder, plain, kind, zero_te
 def test_stable_diffusion_2_must_say_what_it_predicts(tmp_path, write_checkpoint):
     shapes = whole_file(text=1024, sizes=None, depths=((1, 1), (1, 1), (1, 1), (0, 0)))
     path = write_checkpoint(tmp_path / "a.safetensors", shapes)
-    with pytest.raises(ValueError, match=r"SD 2\.x comes as epsilon and as v-prediction: give prediction_type"):
+    with pytest.raises(ValueError, match=r"SD 2\.x comes as epsilon and as v-prediction: set prediction_type"):
         load_pipeline(path)
 
 
 def test_a_contradiction_is_refused(tiny):
-    with pytest.raises(ValueError, match="epsilon model with zero terminal SNR, which cannot be"):
+    with pytest.raises(ValueError, match="epsilon model with zero terminal SNR, which cannot work"):
         load_pipeline(tiny, prediction_type="epsilon")
 
 
@@ -279,15 +279,18 @@ REFINER = {"channels": 384, "text": 1280, "sizes": 2560, "depths": ((0, 0), (4, 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"double_blocks.0.img_attn.norm.key_norm.scale": (128,)}, "is Flux, and zero-terminal-SNR sampling is for"),
-        ({"joint_blocks.0.context_block.attn.qkv.weight": (8, 8)}, "is Stable Diffusion 3, and"),
-        (whole_file(**REFINER), "is SDXL refiner, and"),
-        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, "is a LoRA, which .* merge it"),
-        (whole_file(vae=False, clip=False), "holds a U-Net without text encoders and VAE: a whole checkpoint"),
-        (whole_file(vae=False), "holds a U-Net without VAE: a whole checkpoint"),
-        (whole_file(clip=False), "holds a U-Net without text encoders: a whole checkpoint"),
-        ({"something.weight": (1,)}, "is no model of Stable Diffusion"),
-        (whole_file(depths=((0, 0), (2, 2), (4, 4))), "is of SSD-1B, and where to get its settings is not known here"),
+        (
+            {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
+            "is Flux, but zero-terminal-SNR sampling supports only",
+        ),
+        ({"joint_blocks.0.context_block.attn.qkv.weight": (8, 8)}, "is Stable Diffusion 3, but"),
+        (whole_file(**REFINER), "is SDXL refiner, but"),
+        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, "is a LoRA, not a whole model: merge it"),
+        (whole_file(vae=False, clip=False), "has a U-Net without text encoders and VAE: give a whole checkpoint"),
+        (whole_file(vae=False), "has a U-Net without VAE: give a whole checkpoint"),
+        (whole_file(clip=False), "has a U-Net without text encoders: give a whole checkpoint"),
+        ({"something.weight": (1,)}, "is not a model of Stable Diffusion"),
+        (whole_file(depths=((0, 0), (2, 2), (4, 4))), "has SSD-1B, for which no settings are known"),
     ],
 )
 def test_single_files_of_another_kind(tmp_path, write_checkpoint, shapes, message):
@@ -298,23 +301,23 @@ def test_single_files_of_another_kind(tmp_path, write_checkpoint, shapes, messag
 
 def test_the_other_suffix_must_be_renamed(tmp_path, write_checkpoint):
     path = write_checkpoint(tmp_path / "a.sft", whole_file() | {"v_pred": (0,)})
-    with pytest.raises(ValueError, match="must be renamed"):
+    with pytest.raises(ValueError, match="^rename "):
         load_pipeline(path)
 
 
 def test_folders_of_another_kind(folder, tmp_path):
     edit(folder / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
-    with pytest.raises(ValueError, match="is a model for StableDiffusionXLInpaintPipeline, and only"):
+    with pytest.raises(ValueError, match="is a model for StableDiffusionXLInpaintPipeline, but only"):
         load_pipeline(folder)
     shutil.rmtree(folder / "unet")
     edit(folder / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match="is a model for FluxPipeline, and only"):
+    with pytest.raises(ValueError, match="is a model for FluxPipeline, but only"):
         load_pipeline(folder)
     (folder / "model_index.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is no diffusers folder of a whole model"):
+    with pytest.raises(ValueError, match="is not a diffusers folder of a whole model"):
         load_pipeline(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is no diffusers folder"):
+    with pytest.raises(ValueError, match="is not a diffusers folder"):
         load_pipeline(tmp_path / "empty")
 
 
@@ -337,7 +340,7 @@ def test_a_folder_that_lacks_a_weight(folder, part):
 
 def test_a_folder_saved_without_text_encoders(folder):
     edit(folder / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
-    with pytest.raises(ValueError, match="copy has no text_encoder and no tokenizer: a whole model is needed"):
+    with pytest.raises(ValueError, match="copy has no text_encoder and no tokenizer: give a whole model"):
         load_pipeline(folder)
 
 
@@ -356,7 +359,7 @@ def test_pickles_are_never_opened(folder, tmp_path, part):
     weights.with_name(name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     load_pipeline(folder)  # it is not even looked at while the other is there
     weights.unlink()
-    with pytest.raises(ValueError, match=r"is a pickle, which may run any program .* take the \.safetensors"):
+    with pytest.raises(ValueError, match=r"is a pickle, which may run any program .* use the \.safetensors"):
         load_pipeline(folder)
     for suffix in ("ckpt", "pt", "bin"):
         (tmp_path / f"a.{suffix}").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
@@ -369,7 +372,7 @@ def test_pickles_are_never_opened(folder, tmp_path, part):
 def test_programs_are_never_run(folder, tmp_path, place):
     (folder / place).write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})\nclass Mine: pass\n")
     edit(folder / "model_index.json", unet=["mine", "Mine"])
-    with pytest.raises(ValueError, match="holds a program"):
+    with pytest.raises(ValueError, match="has a program"):
         load_pipeline(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -385,7 +388,10 @@ def test_names_of_nothing(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": torch.float64}, "models run in torch.float32, torch.float16, torch.bfloat16, not in torch.float64"),
+        (
+            {"dtype": torch.float64},
+            "dtype must be one of torch.float32, torch.float16, torch.bfloat16, not torch.float64",
+        ),
         ({"prediction_type": "velocity"}, "unknown prediction_type 'velocity'; choose one of"),
         ({"device": "gpu"}, "the device gpu cannot be used"),
         pytest.param(
@@ -515,7 +521,7 @@ def test_a_model_that_the_hub_does_not_have(hub):
 def test_another_kind_of_model_on_the_hub_is_not_downloaded(hub, folder):
     hub.folder = folder
     edit(folder / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match="is a model for FluxPipeline, and only"):
+    with pytest.raises(ValueError, match="is a model for FluxPipeline, but only"):
         load_pipeline("owner/tiny")
     assert hub.served == ["model_index.json"]
 
