@@ -1,4 +1,4 @@
-"""Picture sizes: the aspect-ratio buckets a model is trained in, and the bucket a picture belongs to.
+"""Picture sizes: the aspect-ratio buckets that a model is trained in, and the bucket that a picture belongs to.
 
 A bucket is a size (width, height) in pixels.  Aspect ratios are compared by their logarithm, so that twice too wide and
 twice too tall are the same error.
@@ -37,7 +37,7 @@ def novelai_buckets() -> list[Size]:
 
 
 def area_buckets(size: Size, step: int = 64, limit: int = 2048) -> list[Size]:
-    """The method of ``novelai_buckets`` at any area: ``area_buckets((1024, 1024))`` is for SDXL.
+    """Buckets of any area by the method of ``novelai_buckets``: ``area_buckets((1024, 1024))`` is for SDXL.
 
     For each width the largest height, and for each height the largest width, that stays within the area of ``size`` and
     within ``limit``; with them the largest such square.  No bucket is longer than 4:1, where NovelAI's set and SDXL's
@@ -47,11 +47,11 @@ def area_buckets(size: Size, step: int = 64, limit: int = 2048) -> list[Size]:
     Args:
         size: (width, height) in pixels whose product is the area, each a multiple of step; itself a bucket, unless it
             is longer than 4:1.
-        step: what every side is a multiple of.
+        step: every side is a multiple of this.
         limit: the longest side allowed, at least the longer side of ``size``.
 
     Returns:
-        (width, height) of each, from the narrowest to the widest; with each bucket also the bucket on its side.
+        (width, height) of each, from the narrowest to the widest; with each bucket also the one with its sides swapped.
 
     Raises:
         UserError: a number that is not whole or not positive, a size off the step or beyond the limit.
@@ -68,7 +68,7 @@ def area_buckets(size: Size, step: int = 64, limit: int = 2048) -> list[Size]:
 
 
 def _largest_rectangles(area: int, step: int, limit: int) -> set[Size]:
-    """All (width, height) of which one side is the longest that step, area, limit and the other side allow."""
+    """All (width, height) where one side is the longest that step, area, limit and the other side allow."""
     rectangles = set()
     for side in range(step, min(limit, math.isqrt(LONGEST_RATIO * area)) + 1, step):
         other = min(limit, area // side) // step * step
@@ -101,8 +101,8 @@ def assign_buckets(
     Args:
         sizes: (N, 2) width and height of the pictures, positive numbers.
         buckets: (width, height) of each bucket, in any order.
-        max_aspect_error: pictures with a larger error are left out.  Cut to the shape of its bucket, a picture loses
-            the share 1 - exp(-error) of its area: half of it at log(2).
+        max_aspect_error: pictures with a larger error are left out.  Cropped to the shape of its bucket, a picture
+            loses the share 1 - exp(-error) of its area: half of it at log(2).
 
     Returns:
         (N,) int64 indices into buckets; -1 for a picture that is left out.
@@ -169,7 +169,7 @@ def length_ratio(width: float, height: float, trained: tuple[float, float] = (10
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bad input ends in a sentence
+# Checks of the input
 
 
 def _is_whole(number: object) -> bool:

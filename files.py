@@ -1,9 +1,8 @@
-"""Writing a file or a folder so that its name stands for the old content or for the whole new one, whatever happens
-meanwhile.
+"""Write a file or a folder so that its name always stands for the whole old content or the whole new one.
 
-A neighbour is written, brought to the disk and renamed.  A killed program leaves its neighbour behind: it is named
-``.NAME.RANDOM.unfinished``, and the next write of NAME removes it.  Who is still writing is told from who was killed by
-a lock on the neighbour, which the system lifts when the program ends, however it ends.
+The content goes into a temporary neighbour, ``.NAME.RANDOM.unfinished``, which is flushed to the disk and then renamed.
+A killed program leaves its neighbour behind, and the next write of NAME removes it.  A lock on the neighbour tells a
+program that is still writing from one that was killed: the system releases it when the program ends, however it ends.
 """
 
 import os
@@ -34,15 +33,15 @@ ABANDONED = 3600  # seconds without a change; only where there are no locks
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, seekable, that takes the name ``path`` when the block ends without an error.
+    """Open a seekable binary file that takes the name ``path`` when the block ends without an error.
 
-    A file that is replaced passes on its permissions and, as far as we may, its owner and group; a symbolic link stays
-    and the file that it points to is replaced; other hard links keep the old content.  A new file gets the permissions
-    that the umask leaves.
+    A replaced file passes on its permissions and, where the system allows it, its owner and group.  A symbolic link
+    stays, and the file that it points to is replaced.  Other hard links keep the old content.  A new file gets the
+    permissions that the umask leaves.
 
     Raises:
-        UserError: it cannot be written: no such folder, a read-only file, a full disk, ...  What was there before is
-            still there.  An OSError within the block is taken for such a one, so those of reading must be caught there.
+        UserError: it cannot be written: no such folder, a read-only file, a full disk, ...; the old content is kept.
+            An OSError inside the block counts as a failed write, so the block must catch those of its own reading.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -73,17 +72,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a whole file or none; see ``atomic_write``.
 
     Raises:
-        UserError: it cannot be written; what was there before is still there.
+        UserError: it cannot be written; the old content is kept.
     """
     with atomic_write(path) as file:
         file.write(content)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make an output folder and check that files can be written there, before any work is done.
+    """Create an output folder and check that files can be written there, before any work is done.
 
     Raises:
-        UserError: they cannot.
+        UserError: it cannot be created, or files cannot be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +94,11 @@ def prepare_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder to write into, that takes the name ``path`` when the block ends without an error.
+    """Create a folder to write into that takes the name ``path`` when the block ends without an error.
 
     Raises:
-        UserError: see ``check_new``, before the block and after it; or it cannot be written.  An OSError within the
-            block is taken for such a one, so those of reading must be caught there.
+        UserError: see ``check_new``, before the block and after it; or it cannot be written.  An OSError inside the
+            block counts as a failed write, so the block must catch those of its own reading.
     """
     target = Path(path)
     check_new(target)
@@ -120,24 +119,28 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a name that is taken already, or in no folder."""
+    """Refuse a path that already exists, or whose folder does not.
+
+    Raises:
+        UserError: which of the two.
+    """
     if os.path.lexists(path):
-        raise UserError(f"{path} is there already: choose another name, or remove it first")
+        raise UserError(f"{path} already exists: choose another name, or remove it first")
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
 
 
 def _replaceable(target: Path) -> os.stat_result | None:
-    """The state of the file to be replaced, None if there is none; refuses what should not be replaced."""
+    """The status of the file to replace, None if there is none; refuses what must not be replaced."""
     if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
+        raise UserError(f"{target} cannot be written: there is no folder {target.parent}; create it first")
     try:
         old = target.stat()
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(old.st_mode):
-        raise UserError(f"{target} cannot be written: it is there and is no file")
-    # the system asks for permission to write into the folder only, and root for none
+        raise UserError(f"{target} cannot be written: it exists and is not a file")
+    # renaming only needs permission to write into the folder, and root needs none
     if not old.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise UserError(f"{target} cannot be written: it is read-only")
     return old
@@ -184,7 +187,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, temporary: Path) -> bool:
-    """Lock a new neighbour.  False if another writer took it for a leftover before."""
+    """Lock a new neighbour.  False if another writer removed it as a leftover before it was locked."""
     if fcntl is not None:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -192,19 +195,19 @@ def _lock(descriptor: int, temporary: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed programs left of any file or folder in this folder, where no other write of it may come."""
+    """Remove what killed programs left behind in a folder, of files that may never be written again."""
     _remove_abandoned(path for path in folder.iterdir() if re.fullmatch(rf"\..+\.{RANDOM}", path.name))
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed programs left of the target."""
+    """Remove what killed programs left behind of one target."""
     with suppress(OSError):
         _remove_abandoned(path for path in target.parent.iterdir() if _is_neighbour(path.name, target))
 
 
 def _remove_abandoned(neighbours: Iterable[Path]) -> None:
     for neighbour in list(neighbours):
-        with suppress(OSError):  # locked, so somebody is writing it; or gone by now; or a link, and not ours
+        with suppress(OSError):  # locked by its writer; already gone; or a link, which is not ours
             _remove_if_abandoned(neighbour)
 
 
@@ -225,7 +228,7 @@ def _remove_if_abandoned(neighbour: Path) -> None:
 
 
 def _patiently(rename: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:
-    """Rename.  On Windows scanners and indexers hold a new file for a moment, so one refusal is not the last word."""
+    """Rename, with retries on Windows, where scanners and indexers hold a new file open for a moment."""
     for seconds in PAUSES if fcntl is None else ():
         try:
             return rename(temporary, target)
@@ -236,14 +239,14 @@ def _patiently(rename: Callable[[Path, Path], None], temporary: Path, target: Pa
 
 def _take_over_permissions(temporary: Path, old: os.stat_result) -> None:
     if hasattr(os, "chown"):
-        for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # one may be allowed without the other
+        for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # the group may be allowed without the owner
             with suppress(PermissionError):
                 os.chown(temporary, owner, group)
     os.chmod(temporary, stat.S_IMODE(old.st_mode))
 
 
 def _sync_tree(folder: Path) -> None:
-    """Bring a folder and all that is in it to the disk."""
+    """Flush a folder and everything in it to the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(place, name), "r+b") as file:
@@ -252,7 +255,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where this can be done; else the system does it a little later."""
+    """Flush the names in a folder to the disk, where the system offers that; elsewhere it happens a little later."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

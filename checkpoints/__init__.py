@@ -1,4 +1,4 @@
-"""Checkpoint files: what they are, what programs take them for, marking, converting, verifying and loading them."""
+"""Checkpoint files: inspect, mark, convert, verify and load them, and tell what programs take them for."""
 
 from importlib import import_module
 

@@ -89,17 +89,21 @@ def unet_architecture(shapes: Shapes) -> str:
 
 
 def input_channels(shapes: Shapes) -> int | None:
-    """How many channels come into a U-Net: 4 are a latent; more, to paint into pictures or to edit them."""
+    """Number of input channels of a U-Net: 4 for a latent, more for inpainting and editing; None without a U-Net."""
     return _first(shapes, _FIRST_CONVOLUTION, 1)
 
 
 def transformer_architecture(shapes: Shapes) -> str:
-    """The name of a network that is no U-Net of Stable Diffusion, so that a person can be told, or "unknown"."""
+    """The name of a network that is not a U-Net of Stable Diffusion, for messages, or "unknown"."""
     return next((name for key, name in _TRANSFORMERS.items() if key in shapes), "unknown")
 
 
 def is_sdxl(names: Collection[str]) -> bool:
-    """Whether a U-Net, by the names of diffusers' tensors, is told the sizes of pictures, as those of SDXL are."""
+    """True if a U-Net takes picture sizes as input, as SDXL's does.
+
+    Args:
+        names: of diffusers' tensors.
+    """
     return "add_embedding.linear_1.weight" in names
 
 

@@ -1,6 +1,6 @@
-"""Whether a checkpoint has every tensor of the published model of its architecture, in the published shape.
+"""Check that a checkpoint has every tensor of the published model of its architecture, in the published shape.
 
-Names and shapes are compared as they are in a single file; of a diffusers folder, as a single file would be made of it.
+Names and shapes are compared in the layout of single files; those of a diffusers folder are converted to it first.
 """
 
 import re
@@ -24,13 +24,13 @@ _LAYOUTS = {
     "OpenCLIP ViT-H": open_clip_layout,
 }
 MARKS = {"v_pred", "ztsnr"}
-# what may be missing: programs make it anew, or never use it
+# what may be missing: programs make it again, or never use it
 _OPTIONAL = {
     "CLIP ViT-L": ("embeddings.position_ids",),
     "OpenCLIP ViT-bigG": ("logit_scale",),
     "OpenCLIP ViT-H": ("logit_scale", "text_projection", "transformer.resblocks.23."),
 }
-# what may be there besides: averaged weights, the noise schedule, marks, and what else text encoders are saved with
+# what may be present besides: averaged weights, the noise schedule, marks, and what else text encoders are saved with
 _USUAL = re.compile(
     r"model_ema\..*|.*\.(position_ids|logit_scale|text_projection(\.weight)?)|v_pred|ztsnr"
     r"|betas|logvar|scale_factor|denoiser\.sigmas|lvlb_weights|posterior_\w+|\w*alphas_cumprod(_prev)?"
@@ -40,10 +40,10 @@ _OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?!text_model\.)")
 
 
 def find_missing(report: CheckpointReport) -> tuple[list[str], list[str]]:
-    """What a checkpoint lacks.
+    """Find what a checkpoint lacks.
 
     Returns:
-        a sentence for each network that is not whole, and for each thing to note.
+        problems, a sentence for each incomplete network; remarks, a sentence for each thing to note.
 
     Raises:
         UserError: the file cannot be read.
@@ -64,19 +64,19 @@ def find_missing(report: CheckpointReport) -> tuple[list[str], list[str]]:
         missing, remarks = compare_with_published(report.architecture, shapes, broken)
         problems += missing
     else:
-        remarks.append("Which tensors such a model should have is not known here, so missing ones may go unnoticed.")
+        remarks.append("No published model has this architecture, so missing tensors may go unnoticed.")
     return problems, remarks
 
 
 def compare_with_published(
     architecture: str, shapes: Mapping[str, tuple[int, ...]], broken: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """The same for names and shapes in a single file's layout.
+    """Compare names and shapes, in the layout of single files, with the published model's; see ``find_missing``.
 
     Args:
         architecture: one of ``architecture.SUPPORTED``.
         shapes: of all tensors.
-        broken: prefixes of networks that are there and not judged.
+        broken: prefixes of networks that are present and are not to be judged.
     """
     shapes = {_OLD_CLIP.sub(CLIP, name): shapes[name] for name in shapes}
     model = _most_alike(_SIZES.get(architecture, (architecture,)), shapes)
@@ -91,9 +91,9 @@ def compare_with_published(
             absent.append(network)
     remarks = []
     if absent and len(absent) < len(NETWORKS[model]) - 1:  # a U-Net alone is meant so
-        remarks.append(f"There is no {' and no '.join(absent)}: programs need it from elsewhere.")
+        remarks.append(f"It has no {' and no '.join(absent)}: programs must load that from another file.")
     if others := sorted(name for name in shapes.keys() - published if not _USUAL.fullmatch(name.removeprefix(UNET))):
-        remarks.append(f"{len(others)} tensors are none of {model}'s: {list_names(others)}.")
+        remarks.append(f"{len(others)} tensors do not belong to {model}: {list_names(others)}.")
     return problems, remarks
 
 
@@ -114,7 +114,7 @@ def _differences(network: str, there: Shapes, expected: Shapes) -> list[str]:
         return []
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
     return [
-        f"{network}: of {len(expected)} tensors {len(faults)} are missing or of another shape: "
+        f"{network}: {len(faults)} of {len(expected)} tensors are missing or have another shape: "
         f"{', '.join(faults[:3])}{more}."
     ]
 
@@ -139,7 +139,7 @@ def _shapes_of_file(path: Path, form: str) -> Shapes:
 
 
 def _lay_out_folder(folder: Path, model: str) -> tuple[Shapes, dict[str, str]]:
-    """The tensors of all networks that are there; and prefix -> what is wrong, of those that no single file is of."""
+    """The tensors of all networks present; and prefix -> what is wrong, of those that no single file can hold."""
     shapes, broken = {}, {}
     networks = NETWORKS[_SIZES.get(model, (model,))[0]]
     for part, (prefix, network) in zip(_FOLDERS, networks.items(), strict=False):
@@ -163,7 +163,7 @@ def _shape(recipe: Recipe, shapes: Shapes) -> tuple[int, ...]:
     shape, *others = (shapes[name] for name in recipe.sources)
     if others:
         if not shape or any(other[1:] != shape[1:] or not other for other in others):
-            raise UserError(f"{list_names(recipe.sources)} do not fit together")
+            raise UserError(f"the shapes of {list_names(recipe.sources)} do not fit together")
         shape = (sum(rows for rows, *_ in (shape, *others)), *shape[1:])
     if recipe.transposed:
         return shape[::-1]

@@ -40,13 +40,13 @@ _CLASSES = {
 
 
 def check_classes(folder: Path, index: dict[str, Any], left_out: Collection[str]) -> None:
-    """Refuse a model_index.json that names another class for a part than the known ones.
+    """Refuse a model_index.json that names an unknown class for a part.
 
     Args:
         left_out: parts that are never loaded, whose names do not matter.
 
     Raises:
-        UserError: which part is which class.
+        UserError: which part has which class, and what is allowed there.
     """
     for part, named in index.items():
         # the index also holds switches, and those of the pipeline itself begin with an underscore
@@ -54,7 +54,7 @@ def check_classes(folder: Path, index: dict[str, Any], left_out: Collection[str]
             continue
         if named != [None, None] and not _is_known(part, named):
             said = " ".join(map(str, named)) if isinstance(named, list) else str(named)
-            raise UserError(f"{folder} names {shorten(said)} for its part {shorten(part)}, and {_allowed(part)}")
+            raise UserError(f"{folder} names {shorten(said)} for its part {shorten(part)}: {_allowed(part)}")
 
 
 def _is_known(part: str, named: Any) -> bool:
@@ -71,8 +71,8 @@ def _allowed(part: str) -> str:
     if part == "scheduler":
         return "a scheduler must be one of diffusers' own or ZTSNRScheduler"
     if part in _CLASSES:
-        return f"only {' or '.join(name for _, name in _CLASSES[part])} is loaded there"
-    return "there is no such part in a Stable Diffusion 1.x, 2.x or SDXL pipeline"
+        return f"only {' or '.join(name for _, name in _CLASSES[part])} is allowed there"
+    return "a Stable Diffusion 1.x, 2.x or SDXL pipeline has no such part"
 
 
 def _is_scheduler(name: str) -> bool:
@@ -93,7 +93,7 @@ def check_networks(folder: Path) -> None:
 
 
 def check_network(folder: Path, kind: type[torch.nn.Module]) -> None:
-    """The same for one network, in a folder of its own."""
+    """The same check for the folder of one network."""
     path = folder / "config.json"
     config = read_settings(path, "a network's")
     # transformers' models are told by an object; a config of text and pictures keeps that of the text inside

@@ -1,8 +1,8 @@
-"""Single files written as diffusers folders.
+"""Convert single files to diffusers folders.
 
-What is in a network and what it is called is asked of diffusers' and transformers' own classes, built from settings and
-without memory; which tensors of the single file that is made of, layouts.py says.  The tensors are streamed, so that a
-model of any size passes through a few megabytes.
+The names and shapes of a network's tensors come from diffusers' and transformers' own classes, built from the settings
+without memory; layouts.py says which tensors of the single file each is made of.  Tensors are streamed, so a model of
+any size needs a few megabytes.
 """
 
 import json
@@ -66,29 +66,29 @@ def to_folder(
     For a model with zero terminal SNR the scheduler begins at the last timestep (``timestep_spacing="trailing"``), and
     is diffusers' Euler where the published one cannot rescale.
 
-    A latent scaling in the file's metadata (``LatentScaling``) goes into vae/config.json; without one what the settings
-    say stays there.  A shift of the schedule goes into the scheduler's betas.
+    A latent scaling in the file's metadata (``LatentScaling``) goes into vae/config.json; without one that of the
+    settings stays.  A shift of the schedule goes into the scheduler's betas.
 
-    Left out is what diffusers does not use: moving averages, noise schedules, the last layer of SD 2.x's text encoder.
+    What diffusers does not use is left out: moving averages, noise schedules, the last layer of SD 2.x's text encoder.
 
     Args:
         file: a .safetensors or .sft file with everything in it.
-        out: a folder that is not there yet.
-        config: the diffusers folder, or its name on the hub, whose settings and tokenizers complete the file; by
-            default those of the first model of its kind, from the hub or its cache.
-        dtype: float32, float16 or bfloat16; by default each tensor's own, and float32 for what is in none of these.
-        prediction_type, zero_terminal_snr: instead of what the file says.
+        out: a folder that does not exist yet.
+        config: the diffusers folder, or its name on the Hub, whose settings and tokenizers complete the file; by
+            default those of the first model of its kind, from the Hub or its cache.
+        dtype: float32, float16 or bfloat16; by default each tensor's own, and float32 for tensors of other types.
+        prediction_type, zero_terminal_snr: override what the file says.
 
     Raises:
-        UserError: no whole model of a supported kind, or a damaged file; it lacks a tensor, or has one of another
-            shape than the settings ask for; a contradiction in what it is said to be; settings that cannot be had; a
-            number is too large for the dtype; ``out`` is there or cannot be written.
+        UserError: not a whole model of a supported kind, or a damaged file; a missing tensor, or one whose shape does
+            not fit the settings; prediction_type and zero_terminal_snr that contradict each other; settings that cannot
+            be downloaded; a number too large for the dtype; ``out`` exists or cannot be written.
     """
     file, out = Path(file), Path(out)
     check_new(out)
     wanted = dtype_name(dtype)
     if file.is_dir():
-        raise UserError(f"{file} is a folder already")
+        raise UserError(f"{file} is already a folder: give a single file")
     report = inspect_file(file)
     said = settle(report, prediction_type, zero_terminal_snr)
     scaling, shift = LatentScaling.from_metadata(report.metadata), shift_of_metadata(report.metadata)
@@ -118,7 +118,7 @@ def to_folder(
 
 
 def _empty_pipeline(settings: Path) -> DiffusionPipeline:
-    """The pipeline of a diffusers folder with networks that have no data, and without tokenizers."""
+    """The pipeline of a diffusers folder, without tokenizers and with networks that have no data."""
     kind = pipeline_class(settings)
     networks = {part: network for part, network in NETWORKS.items() if part in kind._get_signature_types()}
     with loading(settings):
@@ -140,7 +140,7 @@ def _empty_network(kind: type[torch.nn.Module], settings: Path, part: str) -> to
 
 
 def set_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> None:
-    """Have the scheduler say what the model is, and run it."""
+    """Give the pipeline a scheduler that says what the model is and can run it."""
     rebuild_scheduler(pipeline, prediction_type, zero_terminal_snr)
     if zero_terminal_snr:
         kind = type(pipeline.scheduler)
@@ -151,7 +151,7 @@ def set_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_termin
 
 
 def _model_index(pipeline: DiffusionPipeline, settings: Path) -> dict:
-    """What diffusers would write, with the tokenizers that the pipeline is without."""
+    """The model_index.json that diffusers would write, with the tokenizers that the pipeline lacks."""
     index = json.loads(pipeline.to_json_string())
     index.pop("_name_or_path", None)  # where the settings lie
     return index | {part: said for part, said in read_index(settings).items() if part.startswith("tokenizer")}
@@ -195,9 +195,9 @@ def _folder_tensors(
         try:
             layout = {prefix + name: recipe for name, recipe in make_layout(shapes).items()}
         except UserError as error:
-            raise UserError(f"the settings in {settings} are for no single file: {error}") from None
+            raise UserError(f"the settings in {settings} do not fit any single file: {error}") from None
         if missing := sorted(layout.keys() - header.tensors.keys()):
-            raise UserError(f"{file} lacks {list_names(missing)}, which the settings in {settings} ask for")
+            raise UserError(f"{file} lacks {list_names(missing)}, which the settings in {settings} require")
         made = {}
         for name, recipe in layout.items():
             made |= _take_apart(file, header, name, recipe, shapes)
@@ -224,16 +224,16 @@ def _places(names: Collection[str], parts: Collection[str]) -> dict[str, tuple[s
 def _take_apart(
     file: Path, header: Header, name: str, recipe: Recipe, shapes: dict[str, Shape]
 ) -> dict[str, TensorStream]:
-    """The tensors of the folder, of the given shapes, that a tensor of the single file is made of."""
+    """The tensors of the folder, of the given shapes, that one tensor of the single file holds."""
     entry = header.tensors[name]
     shape, first = entry.shape, shapes[recipe.sources[0]]
     while recipe.convolution and len(shape) > 2 and shape[-1] == 1:  # of one pixel, which some files keep as a matrix
         shape = shape[:-1]
     expected = first[::-1] if recipe.transposed else (sum(shapes[source][0] for source in recipe.sources), *first[1:])
     if shape != expected:
-        raise UserError(f"{file}: {name} is {entry.shape}, and the settings that complete it ask for {expected}")
+        raise UserError(f"{file}: {name} has the shape {entry.shape}, but the settings require {expected}")
     if entry.dtype not in FLOATS:
-        raise UserError(f"{file}: {name} is in {entry.dtype}, which weights are not")
+        raise UserError(f"{file}: {name} has the type {entry.dtype}, which weights cannot have")
     if recipe.transposed:
         return {source: transposed(stored(file, header, name)) for source in recipe.sources}
     tensors, row = {}, 0
@@ -245,5 +245,5 @@ def _take_apart(
 
 
 def _cast(tensor: TensorStream, dtype: str | None) -> TensorStream:
-    """In the type that is asked for, or its own if folders can be in that."""
+    """Cast to the type asked for; without one, keep the tensor's own type if folders can have it."""
     return cast(tensor, dtype or (tensor.dtype if tensor.dtype in _DTYPES else "F32"))

@@ -9,7 +9,7 @@ from .stream import TensorStream, stored
 
 
 def read_weights(part: Path) -> dict[str, TensorStream]:
-    """The tensors of a network.  What diffusers loads by default goes before versions such as fp16.
+    """The tensors of a network, from the files that diffusers loads by default, or else from a variant such as fp16.
 
     Args:
         part: the network's folder, such as FOLDER/unet.
@@ -29,12 +29,12 @@ def read_weights(part: Path) -> dict[str, TensorStream]:
     if indices := sorted(part.glob(f"{stem}.safetensors.index.*.json")):
         return _of_index(indices[0])
     if pickles := [file for file in sorted(part.glob(f"*{stem}*")) if file.suffix in PICKLES]:
-        read_header(pickles[0])  # which refuses it, and says why
-    raise UserError(f"there is no {plain}: a whole model in a diffusers folder is needed")
+        read_header(pickles[0])  # always raises, and says why
+    raise UserError(f"there is no {plain}: give the diffusers folder of a whole model")
 
 
 def weights_file(part: Path) -> Path:
-    """The file that a network is saved in as a whole: transformers' text encoders have another name than the rest."""
+    """The one file that a network is saved in: transformers name theirs, the text encoders, differently."""
     return part / f"{'model' if part.name.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
 
 
@@ -44,18 +44,18 @@ def _of_file(path: Path) -> dict[str, TensorStream]:
 
 
 def _of_index(index: Path) -> dict[str, TensorStream]:
-    """The tensors of several files, of which an index says where each tensor is."""
+    """The tensors of several files, by the index that says which file each tensor is in."""
     try:
         with index.open("rb") as file:
             content = json.loads(file.read(LONGEST_HEADER).decode("utf-8"))
         places = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no readable index of weights") from None
+        raise UserError(f"{index} is not a readable index of weights") from None
     tensors = {}
     for name in sorted(set(places.values())):
         if "/" in name or "\\" in name:
             raise UserError(f"{index} names a file outside of its folder: {shorten(name)}")
         tensors |= _of_file(index.parent / name)
     if differing := sorted(tensors.keys() ^ places.keys()):
-        raise UserError(f"{index} and the files it names differ, for one in {shorten(differing[0])}")
+        raise UserError(f"{index} and the files it names list different tensors, for example {shorten(differing[0])}")
     return tensors

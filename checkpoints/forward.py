@@ -1,8 +1,8 @@
 """Do the programs that load a checkpoint get the same networks out of it?
 
 A prompt goes through the text encoders, a canvas at the last timestep T through the U-Net, a latent through the VAE: in
-diffusers from the single file, in diffusers from the folder, and from the single file in ComfyUI, all in float32 on the
-CPU.  Each network is given the same numbers everywhere, so that a difference tells which one it is.
+diffusers from the single file, in diffusers from the folder, and in ComfyUI from the single file, all in float32 on the
+CPU.  Each network gets the same input in every program, so a difference points at the network that was read wrong.
 """
 
 import gc
@@ -49,10 +49,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a program is from diffusers' reading of the checkpoint.
+    """How far one output of a program is from diffusers'.
 
     Attributes:
-        program: which one, and what it read.
+        program: its name, and what it read.
         what: a network's output, or the table of sigmas.
         difference: norm of the difference over the norm of diffusers'.
     """
@@ -73,35 +73,35 @@ class Agreement:
 def compare_forwards(
     path: Path, other: Path | None = None, *, config: str | Path | None = None, comfyui: str | Path | None = None
 ) -> tuple[list[Agreement], list[str]]:
-    """One forward of a checkpoint in each program and from each layout that there is of it.
+    """Run a checkpoint once in each program and from each layout given, and compare the outputs.
 
-    Takes the memory of the model in float32, for one program at a time.
+    Needs the memory of the model in float32, for one program at a time.
 
     Args:
         path: a single file or a diffusers folder.
         other: the same checkpoint in the other layout.
-        config: the diffusers folder, or its name on the hub, that completes a single file; by default the folder of the
+        config: the diffusers folder, or its name on the Hub, that completes a single file; by default the folder of the
             two, or the first model of its kind.
-        comfyui: the folder of a ComfyUI; by default the one that is found (``find_comfyui``).  Not asked about U-Nets
-            that have no name, since it knows none of those.
+        comfyui: the folder of a ComfyUI; by default the one that ``find_comfyui`` finds.  It is not run on unknown
+            architectures, which it cannot load.
 
     Returns:
-        what was compared, and a sentence for each thing that is wrong.
+        each comparison, and a sentence for each problem.
 
     Raises:
-        UserError: there is nothing to compare with, or no such ComfyUI; see also ``load_pipeline``.
+        UserError: there is nothing to compare with, or no ComfyUI in that folder; see also ``load_pipeline``.
     """
     places = [path] if other is None else [path, other]
     file = next((place for place in places if not place.is_dir()), None)
     folder = next((place for place in places if place.is_dir()), None)
     if other is not None and (file is None or folder is None):
-        raise UserError(f"{path} and {other} are of one layout: to run, give a single file and its diffusers folder")
+        raise UserError(f"{path} and {other} have the same layout: to run, give a single file and its diffusers folder")
     comfyui = find_comfyui() if comfyui is None else _check_comfyui(Path(comfyui))
     architecture = inspect_checkpoint(path).architecture
     asks_comfyui = file is not None and comfyui is not None and architecture in SUPPORTED
     if other is None and not asks_comfyui:
         lacking = "its single file" if file is None else "its diffusers folder, or a ComfyUI that knows it"
-        raise UserError(f"there is nothing to run {path} beside: give {lacking}")
+        raise UserError(f"there is nothing to compare {path} with: give {lacking}")
 
     loaded = load_pipeline(path, config=config or folder)
     schedule = NoiseSchedule.from_config(loaded.pipeline.scheduler.config)
@@ -122,10 +122,10 @@ def compare_forwards(
             return agreements, [*problems, str(error)]
         program = f"ComfyUI {about['version']}"
         if about["architecture"] not in _IN_COMFYUI[architecture]:
-            problems.append(f"{program} takes it for {about['architecture']}, and it is {architecture}.")
+            problems.append(f"{program} loads it as {about['architecture']}, but it is {architecture}.")
         seen = {"V_PREDICTION": "v_prediction", "EPS": "epsilon"}.get(about["model_type"], about["model_type"])
         if seen != prediction_type:
-            problems.append(f"{program} takes it for {seen}, and it is {prediction_type}.")
+            problems.append(f"{program} loads it as {seen}, but it is {prediction_type}.")
         sigmas = found.pop("sigmas")
         agreements.append(Agreement(program, "sigma table", _table_difference(sigmas, schedule)))
         # at the finite sigma that its table ends with
@@ -133,7 +133,7 @@ def compare_forwards(
             expected.pop("prediction"), inputs["state"], sigmas[-1].item(), prediction_type
         )
         agreements += _compare(program, found, expected)
-    problems += [f"{agreement}, and at most {LIMIT} is rounding." for agreement in agreements if not agreement.holds]
+    problems += [f"{agreement}; rounding explains at most {LIMIT}." for agreement in agreements if not agreement.holds]
     return agreements, problems
 
 
@@ -142,7 +142,7 @@ def compare_forwards(
 
 
 def _inputs(pipeline: StableDiffusionMixin, schedule: NoiseSchedule) -> tuple[Tensors, dict[str, Any]]:
-    """What every program is given: tensors, and the numbers of the tokens and the sizes."""
+    """The input of every program: tensors, token numbers and SDXL's sizes."""
     generator = torch.Generator().manual_seed(0)
     latent, noise = torch.randn(2, 1, 4, *LATENT_SIZE, generator=generator)
     alpha, s = alpha_s(schedule.sigma_max)
@@ -163,7 +163,7 @@ def _encode(pipeline: StableDiffusionMixin) -> Tensors:
 
 @torch.inference_mode()
 def _forward(pipeline: StableDiffusionMixin, inputs: Tensors, schedule: NoiseSchedule) -> Tensors:
-    """Each network's answer to the inputs; the text encoders' to the prompt."""
+    """Each network's output for the inputs, the text encoders' for the prompt."""
     sizes = torch.tensor([list(SIZES.values())], dtype=torch.float32)
     added = {"text_embeds": inputs["pooled"], "time_ids": sizes} if "pooled" in inputs else None
     prediction = pipeline.unet(inputs["state"], schedule.last_timestep, inputs["text"], added_cond_kwargs=added).sample
@@ -186,7 +186,7 @@ def find_comfyui() -> Path | None:
 
 def _check_comfyui(folder: Path) -> Path:
     if not (folder / "main.py").is_file():
-        raise UserError(f"there is no ComfyUI in {folder}")
+        raise UserError(f"there is no ComfyUI in {folder}: give the folder with its main.py")
     return folder
 
 
@@ -203,10 +203,10 @@ def _python_of(comfyui: Path) -> str:
 def _run_comfyui(
     comfyui: Path, file: Path, inputs: Tensors, settings: dict[str, Any]
 ) -> tuple[dict[str, str], Tensors]:
-    """What ComfyUI takes a file for, and what comes out of it.
+    """What ComfyUI takes a file for, and the outputs of its networks.
 
     Raises:
-        RuntimeError: it could not, with the reason in one sentence.
+        RuntimeError: it could not run, with the reason in one sentence.
     """
     with tempfile.TemporaryDirectory() as folder:
         sent, received = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
@@ -217,11 +217,11 @@ def _run_comfyui(
         try:
             done = subprocess.run(command, stdout=subprocess.DEVNULL, **said, cwd=folder, env=environment)
         except OSError as error:
-            raise RuntimeError(f"ComfyUI does not start by {command[0]}: {error.strerror}.") from None
+            raise RuntimeError(f"ComfyUI does not start with {command[0]}: {error.strerror}.") from None
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            lines = done.stderr.strip().splitlines() or ["it gave no reason"]
             reason = (
-                lines[-1] if done.returncode > 0 else f"signal {-done.returncode} ended it, as when memory is short"
+                lines[-1] if done.returncode > 0 else f"signal {-done.returncode} ended it, as when memory runs out"
             )
             raise RuntimeError(f"The ComfyUI in {comfyui} could not run {file.name}: {reason}.")
         with safe_open(received, "pt") as opened:
@@ -231,7 +231,7 @@ def _run_comfyui(
 
 
 def _table_difference(sigmas: torch.Tensor, schedule: NoiseSchedule) -> float:
-    """The largest relative difference of ComfyUI's table, in which a large number stands for infinity."""
+    """The largest relative difference from ComfyUI's table of sigmas, where a large number stands for infinity."""
     expected = schedule.sigma(torch.arange(schedule.last_timestep + 1))
     if sigmas.shape != expected.shape:
         return math.inf

@@ -1,9 +1,8 @@
 """The header of a safetensors file: names, types, shapes and places of its tensors, and its metadata.
 
 A safetensors file is the header's length (8 bytes, little-endian), the header (JSON) and the tensors' bytes, without a
-gap (https://github.com/huggingface/safetensors#format).  Headers come from strangers, so this one is read by hand, and
-everything that the rest of the file must agree with is checked: a bad one ends in a ValueError, soon and in bounded
-memory.
+gap (https://github.com/huggingface/safetensors#format).  Headers come from strangers, so they are parsed here and
+checked against the rest of the file: a bad one raises UserError, quickly and in bounded memory.
 """
 
 import hashlib
@@ -60,8 +59,8 @@ def read_header(path: Path) -> Header:
     """
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"{path} is a pickle, which may run any program when it is opened, and is never opened here: take the "
-            ".safetensors file of the same model, or have a program that you trust save it as one"
+            f"{path} is a pickle, which may run any program when it is opened, and is never opened here: use the "
+            ".safetensors file of the same model, or convert it with a program that you trust"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is not a checkpoint file: those end in {' or '.join(SUFFIXES)}")
@@ -73,7 +72,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if file_size < 8 + length:
                 raise UserError(
-                    f"{path} asks for a header of {length:,} bytes in a file of {file_size:,}: it is not a safetensors "
+                    f"{path} names a header of {length:,} bytes in a file of {file_size:,}: it is not a safetensors "
                     "file, or its download is incomplete"
                 )
             if length > LONGEST_HEADER:
@@ -88,33 +87,33 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(text: bytes, data_size: int) -> Header:
-    """The header from its bytes, checked against the size in bytes of the data that follow it.
+    """Parse a header and check it against the size in bytes of the data that follow it.
 
     Raises:
-        UserError: not what the format asks for.
+        UserError: it does not follow the format.
     """
     content = _parse_json(text)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError("the header's metadata are not texts")
+        raise UserError("the header's metadata are not all text")
     tensors = {name: _entry(name, fields) for name, fields in content.items()}
 
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
-            raise UserError(f"the data of tensor {shorten(name)} do not begin where those before it end")
+            raise UserError(f"the data of tensor {shorten(name)} do not begin where the previous tensor's end")
         end = tensor.end
     if end > data_size:
         raise UserError(
-            f"its tensors take {end:,} bytes and only {data_size:,} are there: the download is incomplete; get it again"
+            f"its tensors take {end:,} bytes but only {data_size:,} follow: the download is incomplete; get it again"
         )
     if end < data_size:
-        raise UserError(f"{data_size - end:,} bytes behind the last tensor belong to none")
+        raise UserError(f"{data_size - end:,} bytes after the last tensor belong to no tensor")
     return Header(tensors, metadata, 8 + len(text))
 
 
 def open_data(path: Path, header: Header) -> FileIO:
-    """The file, unbuffered, at the beginning of its data."""
+    """Open the file, unbuffered, at the beginning of its data."""
     file = path.open("rb", buffering=0)
     file.seek(header.data_start)
     return file
@@ -129,7 +128,7 @@ def hash_data(data: FileIO) -> str:
 
 
 def shorten(text: str, longest: int = 60) -> str:
-    """A text from a file, quoted and escaped, so that it can do no harm in a sentence."""
+    """Quote, escape and shorten a text from a file, so that it is safe to show in a message."""
     return repr(text if len(text) <= longest else text[: longest - 3] + "...")
 
 
@@ -162,14 +161,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole_number(digits: str) -> int:
-    """The only numbers of a header; int() of very long ones would take very long."""
+    """A size, the only kind of number in a header; int() of a very long one would take very long."""
     if not digits.isdecimal() or len(digits) > 19:
-        raise UserError(f"the header has {shorten(digits)} for a size")
+        raise UserError(f"the header has {shorten(digits)} as a size")
     return int(digits)
 
 
 def _check_surrogates(content: dict[str, Any]) -> None:
-    """Refuse half characters, which JSON can write and no text can hold."""
+    """Refuse lone surrogates, halves of a character, which JSON can write but no text can hold."""
     metadata = content.get("__metadata__")
     texts = [*content, *(text for pair in (metadata.items() if isinstance(metadata, dict) else ()) for text in pair)]
     try:
@@ -179,16 +178,16 @@ def _check_surrogates(content: dict[str, Any]) -> None:
 
 
 def _entry(name: str, fields: Any) -> TensorEntry:
-    """A tensor's entry, if its type, shape and size agree."""
+    """Parse a tensor's entry and check that its type, shape and size agree."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"tensor {shorten(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise UserError(f"tensor {shorten(name)} has a type that is not known")
+        raise UserError(f"tensor {shorten(name)} has an unknown type")
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
-        raise UserError(f"tensor {shorten(name)} has no proper shape")
+        raise UserError(f"tensor {shorten(name)} has an invalid shape")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise UserError(f"tensor {shorten(name)} has no proper data_offsets")
+        raise UserError(f"tensor {shorten(name)} has invalid data_offsets")
     size = math.prod(shape) * BITS[dtype]
     if size != 8 * (offsets[1] - offsets[0]):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its header alone: 7 GB need not be loaded to learn one word."""
+"""Tell what a checkpoint is from its header alone, without loading its gigabytes of weights."""
 
 import os
 import re
@@ -27,8 +27,8 @@ from .architecture import (
 from .header import PICKLES, Header, read_header
 from .latent_scaling import LatentScaling
 from .markers import find_marks, read_scheduler_config, settle
-from .programs import SDXL_FAMILY, Marked, ProgramRow
 from .programs import rows as program_rows
+from .reading import SDXL_FAMILY, Marked, ProgramRow
 from .schedule_shift import METADATA, shift_of_metadata
 
 _PREFIX = "model.diffusion_model."
@@ -39,16 +39,16 @@ _LORA = re.compile(r"[._]lora[._](up|down|A|B)\b|\.(hada_w|lokr_w|oft_blocks|oft
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What ``inspect_checkpoint`` found.  ``str()`` of it is a text for people."""
+    """The result of ``inspect_checkpoint``; ``str()`` gives it as text."""
 
     path: Path
     format: str  # one of architecture.py's
     architecture: str  # one of architecture.SUPPORTED, the name of another one, or "unknown"
-    input_channels: int | None  # of the U-Net: 4, or more for painting into pictures and editing them; None without one
+    input_channels: int | None  # of the U-Net: 4, or more for inpainting and editing; None without one
     prediction_type: str | None  # "v_prediction", "epsilon", or None if nothing says
     zero_terminal_snr: bool | None  # None if nothing says
     evidence: tuple[str, ...]  # a sentence for each mark that was found
-    warnings: tuple[str, ...]  # a sentence for each thing to mind
+    warnings: tuple[str, ...]  # a sentence each
     precision: dict[str, float]  # type of the tensors, as safetensors names it -> its share of the bytes
     has_text_encoders: bool
     has_vae: bool
@@ -58,7 +58,7 @@ class CheckpointReport:
 
     @property
     def supported(self) -> bool:
-        """Whether this is an architecture that zero-terminal-SNR sampling is for."""
+        """True if zero-terminal-SNR sampling supports this architecture."""
         return self.architecture in SUPPORTED
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,10 +83,10 @@ class CheckpointReport:
     def __str__(self) -> str:
         architecture = "unknown architecture" if self.architecture == "unknown" else self.architecture
         types = [f"{dtype} {share:.0%}" for dtype, share in self.precision.items()]
-        zero_terminal_snr = {True: "yes", False: "no", None: "not said"}[self.zero_terminal_snr]
+        zero_terminal_snr = {True: "yes", False: "no", None: "not stated"}[self.zero_terminal_snr]
         lines = [
             f"{self.path.name}: {', '.join([architecture, self.format, *types])}.",
-            f"Prediction: {self.prediction_type or 'not said'}. Zero terminal SNR: {zero_terminal_snr}.",
+            f"Prediction: {self.prediction_type or 'not stated'}. Zero terminal SNR: {zero_terminal_snr}.",
             *([] if self.latent_scaling is None else [_describe(self.latent_scaling)]),
             *self._schedule(),
             *self.evidence,
@@ -96,7 +96,7 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointReport:
-    """What a checkpoint is, and what it says about itself.
+    """Read what a checkpoint is and what it says about itself, from its header.
 
     Args:
         path: a .safetensors or .sft file, or a folder that diffusers wrote (unet/, scheduler/, ...).
@@ -126,28 +126,28 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         latent_scaling = _latent_scaling(path, form, header)
     except UserError as error:
         latent_scaling = None
-        warnings.append(f"What its latents are scaled by is not known: {error}.")
+        warnings.append(f"Its latent scaling is unknown: {error}.")
     try:
         shift_of_metadata(header.metadata)
     except UserError as error:
-        warnings.append(f"Its noise schedule is not known: {error}.")
+        warnings.append(f"Its noise schedule is unknown: {error}.")
     if latent_scaling and latent_scaling.scaling_factor is None and architecture in ("SD 1.x", "SD 2.x"):
         warnings.append(
-            "diffusers' pipelines of SD 1.x and 2.x do not look for the mean and the standard deviation of latents: "
-            'have them give latents (output_type="latent"), and decode LatentScaling.from_model of those.'
+            "diffusers' pipelines of SD 1.x and 2.x ignore the mean and the standard deviation of latents: run them "
+            'with output_type="latent", and decode what LatentScaling.from_model makes of the result.'
         )
     marks = find_marks(header, scheduler_config)
     prediction_type, zero_terminal_snr, amiss = settle(marks)
     warnings += amiss
     if prediction_type is None and architecture in SUPPORTED and form != LORA:
         warnings.append(
-            "Nothing in the file says what the model predicts, and programs take such files for epsilon. If its author "
-            "says v-prediction, set that by hand where you load it."
+            "Nothing in the file says what the model predicts, so programs load it as epsilon. If its author says "
+            "v-prediction, set that by hand where you load it."
         )
     if (prediction_type, zero_terminal_snr) == ("v_prediction", None) and architecture in SDXL_FAMILY and form != LORA:
         warnings.append(
-            "Nothing in the file says whether it is for zero terminal SNR, as most v-prediction models of SDXL are. If "
-            "its author says so, mark it (ztsnr mark --v-pred --ztsnr), or set that by hand where you load it."
+            "Nothing in the file says whether it has zero terminal SNR, as most v-prediction models of SDXL do. If its "
+            "author says so, mark it (ztsnr mark --v-pred --ztsnr), or set that by hand where you load it."
         )
     programs = ()
     if architecture in SUPPORTED and form != LORA:
@@ -181,7 +181,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
 
 
 def _format(header: Header) -> str:
-    """What kind of file it is, by the names of its tensors."""
+    """The kind of file, by the names of its tensors."""
     names = header.tensors.keys()
     if any(_LORA.search(name) for name in names):
         return LORA
@@ -197,7 +197,7 @@ def _format(header: Header) -> str:
 def _architecture(shapes: Shapes, form: str) -> str:
     if form == LORA:
         return lora_architecture(shapes)
-    if form == UNKNOWN:  # half a U-Net, such as a ControlNet, is none
+    if form == UNKNOWN:  # half a U-Net, such as a ControlNet, does not count as one
         return transformer_architecture(shapes)
     return unet_architecture(shapes)
 
@@ -213,7 +213,7 @@ def _scheduler_config(path: Path, form: str) -> dict:
 
 
 def _latent_scaling(path: Path, form: str, header: Header) -> LatentScaling | None:
-    """What lies between the VAE's latents and the U-Net's, where it is not as published."""
+    """The checkpoint's latent scaling; None where it is the published one, or nothing says."""
     if form == DIFFUSERS_FOLDER:
         folder = path
     elif form == DIFFUSERS_UNET and path.parent.name == "unet":
@@ -227,21 +227,23 @@ def _latent_scaling(path: Path, form: str, header: Header) -> LatentScaling | No
 def _describe(scaling: LatentScaling) -> str:
     mean, std = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (scaling.mean, scaling.std))
     return (
-        f"Latents: the U-Net's are (z - mean) / std of the VAE's z, mean {mean}, std {std}; programs that do not look "
-        "for that get wrong colours."
+        f"Latents: the U-Net works on (z - mean) / std of the VAE's z, mean {mean}, std {std}; programs that ignore "
+        "this get wrong colours."
     )
 
 
 def _read_unet_of_folder(folder: Path) -> Header:
-    """The header of a diffusers folder's U-Net, of all its parts if it is in several (...-00001-of-00002...)."""
+    """The header of a diffusers folder's U-Net, merged if it is in several files (...-00001-of-00002...)."""
     stem = "diffusion_pytorch_model"
     # the shortest name first: the plain file before its versions (.fp16)
     files = sorted((folder / "unet").glob(f"{stem}*.safetensors"), key=lambda file: len(file.name))
     pickles = [file for file in (folder / "unet").glob(f"{stem}*") if file.suffix in PICKLES]
     if not files and not pickles:
-        raise UserError(f"{folder} has no unet/{stem}.safetensors: it is no diffusers folder of a model with a U-Net")
+        raise UserError(
+            f"{folder} has no unet/{stem}.safetensors: it is not a diffusers folder of a model with a U-Net"
+        )
     if not files:
-        return read_header(pickles[0])  # which refuses it, and says why
+        return read_header(pickles[0])  # always raises, and says why
     parts = [file for file in files if re.search(r"-\d{5}-of-\d{5}", file.name)]
     headers = [read_header(file) for file in [file for file in files if file not in parts][:1] or parts]
     return Header(

@@ -1,4 +1,4 @@
-"""What lies between a VAE's latents and those a U-Net is trained on: a shift and a scale for each channel.
+"""The scaling between a VAE's latents and those a U-Net is trained on: a shift and a factor for each channel.
 
 Latent diffusion multiplies by one number (0.18215; SDXL by 0.13025).  NovelAI V3 shifts and scales each channel, so
 that the latents of the training pictures have mean 0 and standard deviation 1 (arXiv 2409.15997).  Everything that runs
@@ -27,11 +27,11 @@ _SCALING_FACTORS = {True: 0.13025, False: 0.18215}  # whether SDXL: what program
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """What lies between a VAE's latents z and those the U-Net works on: (z - mean) / std, channel by channel.
+    """The scaling from a VAE's latents z to those that the U-Net works on: (z - mean) / std, channel by channel.
 
     Raises:
-        UserError: not as many means as standard deviations, or none; a number that is not finite; a standard deviation
-            that is not above 0.
+        UserError: different numbers of means and standard deviations, or none; a number that is not finite; a standard
+            deviation that is not above 0.
     """
 
     mean: tuple[float, ...]
@@ -40,21 +40,21 @@ class LatentScaling:
     def __post_init__(self):
         if not self.mean or len(self.mean) != len(self.std):
             raise UserError(
-                f"latents are scaled by a mean and a standard deviation for each channel, not by {len(self.mean)} "
-                f"means and {len(self.std)} standard deviations"
+                f"a latent scaling needs a mean and a standard deviation for each channel, not {len(self.mean)} means "
+                f"and {len(self.std)} standard deviations"
             )
         if not all(math.isfinite(number) for number in (*self.mean, *self.std)):
-            raise UserError("the mean and the standard deviation that latents are scaled by must be finite")
+            raise UserError("the mean and the standard deviation of a latent scaling must be finite")
         if min(self.std) <= 0:
-            raise UserError(f"latents are divided by their standard deviation, which cannot be {min(self.std):g}")
+            raise UserError(f"the standard deviation of a latent scaling must be above 0, not {min(self.std):g}")
 
     def to_model(self, z: "Tensor") -> "Tensor":
-        """A VAE's latents (..., C, h, w) as the U-Net works on them, of the same type; computed in float32 at least."""
+        """Convert a VAE's latents (..., C, h, w) to the U-Net's, of the same type; computed in float32 at least."""
         mean, std = self._columns(z)
         return ((z - mean) / std).to(z.dtype)
 
     def from_model(self, x: "Tensor") -> "Tensor":
-        """The U-Net's latents (..., C, h, w) as the VAE decodes them; the inverse of ``to_model``."""
+        """Convert the U-Net's latents (..., C, h, w) to the VAE's; the inverse of ``to_model``."""
         mean, std = self._columns(x)
         return (x * std + mean).to(x.dtype)
 
@@ -72,12 +72,12 @@ class LatentScaling:
 
     @property
     def scaling_factor(self) -> float | None:
-        """The one number that does the same by multiplying; None where it takes more than one."""
+        """The one number that does the same by multiplying; None where one is not enough."""
         return 1 / self.std[0] if not any(self.mean) and len(set(self.std)) == 1 else None
 
     @classmethod
     def ordinary(cls, *, sdxl: bool) -> "LatentScaling":
-        """That of SDXL, or of SD 1.x and 2.x, as published."""
+        """The published scaling of SDXL, or of SD 1.x and 2.x."""
         return cls.of_vae_config({"scaling_factor": _SCALING_FACTORS[sdxl]})
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -85,31 +85,33 @@ class LatentScaling:
 
     @classmethod
     def of_vae_config(cls, config: Mapping[str, Any]) -> "LatentScaling":
-        """What the config of an AutoencoderKL says, read as diffusers' SDXL pipelines do.
+        """Read the config of an AutoencoderKL as diffusers' SDXL pipelines do.
 
         They decode z = x latents_std / scaling_factor + latents_mean where both statistics are there, and else
         z = x / scaling_factor.
 
         Raises:
-            UserError: no such numbers, or a shift_factor, which the pipelines of SD and SDXL leave out.
+            UserError: numbers that make no scaling, or a shift_factor, which the pipelines of SD and SDXL ignore.
         """
         channels, factor = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
-            raise UserError(f"the VAE's config has {shorten(repr(channels))} for latent_channels")
+            raise UserError(
+                f"the VAE's config has {shorten(repr(channels))} for latent_channels, not 1 to {MOST_CHANNELS}"
+            )
         if config.get("shift_factor"):
             raise UserError("the VAE's config has a shift_factor, which no pipeline of SD or SDXL applies")
         if not _is_number(factor) or not factor > 0:
-            raise UserError(f"the VAE's config has {shorten(repr(factor))} for a scaling_factor")
+            raise UserError(f"the VAE's config has {shorten(repr(factor))} for scaling_factor, which must be above 0")
         if mean is None or std is None:
             mean, std = [0.0] * channels, [1.0] * channels
         mean, std = _numbers(mean, "latents_mean of the VAE's config"), _numbers(std, "latents_std of the VAE's config")
         if len(mean) != channels:
-            raise UserError(f"the VAE's config has {len(mean)} numbers for latents_mean, and {channels} channels")
+            raise UserError(f"the VAE's config has {len(mean)} numbers for latents_mean, but {channels} channels")
         return cls(mean, tuple(number / factor for number in std))
 
     def vae_config(self, scaling_factor: float) -> dict[str, Any]:
-        """What to register in the config of an AutoencoderKL, so that diffusers' SDXL pipelines do the same.
+        """The settings for the config of an AutoencoderKL with which diffusers' SDXL pipelines apply this scaling.
 
         Where one number is enough, it becomes the scaling_factor, which every pipeline applies.  Otherwise (read in
         diffusers 0.42) SDXL from text and from pictures is right, also with ControlNet and PAG.  SDXL inpainting, with
@@ -118,7 +120,7 @@ class LatentScaling:
         inpainting with ControlNet, T2I-Adapter, AnimateDiff and LEDITS++.
 
         Args:
-            scaling_factor: the config's own, kept for the sake of those.
+            scaling_factor: the config's own, kept for those that read nothing else.
         """
         if (factor := self.scaling_factor) is not None:
             same = math.isclose(factor, scaling_factor, rel_tol=1e-15)  # 1 / (1 / x) may be one bit from x
@@ -135,7 +137,7 @@ class LatentScaling:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "LatentScaling | None":
-        """What the VAE's config.json of a diffusers folder says; None if there is none.
+        """Read vae/config.json of a diffusers folder; None if there is no such file.
 
         Raises:
             UserError: it cannot be read, or see ``of_vae_config``.
@@ -147,28 +149,30 @@ class LatentScaling:
         try:
             return cls.of_vae_config(config)
         except UserError as error:
-            raise UserError(f"{path} cannot be followed: {error}") from None
+            raise UserError(f"{path} cannot be used: {error}") from None
 
     # ------------------------------------------------------------------------------------------------------------------
     # In the metadata of a single file
 
     def to_metadata(self) -> dict[str, str]:
-        """As JSON, from which the same float64 numbers come back."""
+        """Metadata in JSON, from which the same float64 numbers come back."""
         return {MEAN: json.dumps(list(self.mean)), STD: json.dumps(list(self.std))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "LatentScaling | None":
-        """What a file's metadata say; None if they say nothing.
+        """Read the metadata of a single file; None if they name no scaling.
 
         Raises:
-            UserError: only one of the two is there, or something else than numbers; see also ``LatentScaling``.
+            UserError: only one of the two is there, or it is not a list of numbers; see also ``LatentScaling``.
         """
         said = {key: metadata[key] for key in METADATA if key in metadata}
         if not said:
             return None
         if len(said) == 1:
             (key,) = said
-            raise UserError(f"the metadata have {key} alone, and latents are scaled by a mean and a standard deviation")
+            raise UserError(
+                f"the metadata have {key} alone, but a latent scaling needs a mean and a standard deviation"
+            )
         return cls(*(_parse(text, key) for key, text in said.items()))
 
 

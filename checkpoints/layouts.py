@@ -1,5 +1,4 @@
-"""What the weights of a network are called: in diffusers' folders, and in single files as CompVis and Stability AI
-publish them.
+"""The names of a network's weights in diffusers' folders, and in single files as CompVis and Stability AI publish them.
 
 A single file numbers the blocks of a U-Net one after the other, where diffusers counts levels and layers; its second
 text encoder is OpenCLIP's, with queries, keys and values in one matrix; and its VAE keeps attention as 1 x 1
@@ -69,7 +68,7 @@ def unet_layout(names: Collection[str]) -> Layout:
         names: of diffusers' tensors.
 
     Raises:
-        UserError: a name that a single file has no place for, or a tensor that is missing.
+        UserError: a tensor that a single file has no place for, or a missing tensor.
     """
     modules = unet_modules(names)
     no_bias = tuple(f".{name}" for name in _QUERIES_KEYS_VALUES)
@@ -246,7 +245,7 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def _numbers(template: str, there: set[str]) -> range:
-    """The numbers of the blocks that are there, from 0 on."""
+    """The numbers of the blocks that the network has, from 0 on."""
     return range(next(i for i in count() if template.format(i) not in there))
 
 
@@ -259,12 +258,12 @@ def _same(names: Iterable[str]) -> dict[str, str]:
 
 
 def _checked(layout: Layout, names: Collection[str], network: str) -> Layout:
-    """The layout, if it uses every tensor and every tensor it uses is there."""
+    """The layout, if it uses every tensor and has every tensor that it uses."""
     used = {source for recipe in layout.values() for source in recipe.sources}
     if missing := sorted(used - set(names)):
         raise UserError(f"the {network} lacks {list_names(missing)}")
     if unknown := sorted(set(names) - used):
-        raise UserError(f"the {network} has what no single file has a place for: {list_names(unknown)}")
+        raise UserError(f"the {network} has tensors that a single file has no place for: {list_names(unknown)}")
     return layout
 
 

@@ -1,4 +1,4 @@
-"""LoRAs as image programs read them: the format of kohya's sd-scripts, out of what peft saves.
+"""Export LoRAs that peft saved in the format of kohya's sd-scripts, which image programs read.
 
 peft keeps two matrices a layer, lora_A and lora_B, and one file of settings; a layer's weight changes by
 scale * lora_B @ lora_A, where the scale is lora_alpha / rank.  kohya's format calls them lora_down and lora_up, keeps
@@ -43,13 +43,13 @@ def export_lora(adapter: str | Path, out: str | Path, *, model: str | Path, dtyp
 
     Args:
         adapter: a folder with adapter_model.safetensors and adapter_config.json.
-        out: a .safetensors file that is not there yet.
+        out: a .safetensors file that does not exist yet.
         model: the diffusers folder that the LoRA was trained on.
         dtype: float32, float16 or bfloat16; by default each tensor's own.
 
     Raises:
-        UserError: no such adapter, or not a plain LoRA (DoRA, biases, whole layers); the model has not the layers that
-            the adapter is for; ``out`` is there or cannot be written.
+        UserError: no such adapter, or not a plain LoRA (DoRA, biases, whole layers); the model lacks layers that the
+            adapter changes; ``out`` exists or cannot be written.
     """
     adapter, out, model = Path(adapter), Path(out), Path(model)
     check_new_file(out, dtype)
@@ -100,11 +100,11 @@ def _read_adapter(adapter: Path) -> dict[str, _Pair]:
             layer, half = match.groups()
             halves.setdefault(layer, {})[half] = stored(path, header, name)
     if unknown := sorted(name for name in header.tensors if not _HALF.fullmatch(name)):
-        raise UserError(f"{path} has more than a plain LoRA, which kohya's format cannot keep: {list_names(unknown)}")
+        raise UserError(f"{path} has more than a plain LoRA, which kohya's format cannot hold: {list_names(unknown)}")
     if not halves:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} has no tensors")
     if lonely := sorted(layer for layer, found in halves.items() if len(found) < 2):
-        raise UserError(f"{path} lacks one of lora_A and lora_B of {list_names(lonely)}")
+        raise UserError(f"{path} lacks lora_A or lora_B for {list_names(lonely)}")
     return {layer: _Pair(found["A"], found["B"], _alpha(layer, found["A"], config)) for layer, found in halves.items()}
 
 
@@ -115,16 +115,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path} is no readable config of a peft LoRA")
+        raise UserError(f"{path} is not a readable config of a peft LoRA")
     alphas = [config.get("lora_alpha"), *_alpha_pattern(config).values()]
     if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
-        raise UserError(f"{path} does not say lora_alpha")
+        raise UserError(f"{path} has no valid lora_alpha")
     try:
         re.compile("|".join(f"(?:{end})" for end in _alpha_pattern(config)))
     except re.error:
-        raise UserError(f"{path} has an alpha_pattern that is no regular expression") from None
+        raise UserError(f"{path} has an alpha_pattern that is not a regular expression") from None
     if config.get("use_dora"):
-        raise UserError(f"{path} is of a DoRA, which is no plain LoRA")
+        raise UserError(f"{path} is the config of a DoRA: only plain LoRAs can be exported")
     return config
 
 
@@ -143,14 +143,14 @@ def _alpha(layer: str, down: TensorStream, config: dict[str, Any]) -> float:
 
 def _check_layers(adapter: Path, pairs: dict[str, _Pair], unet: dict[str, TensorStream], model: Path) -> None:
     if unknown := sorted(layer for layer in pairs if f"{layer}.weight" not in unet):
-        raise UserError(f"{adapter} is for another U-Net than that of {model}, which lacks {list_names(unknown)}")
+        raise UserError(f"{adapter} does not fit the U-Net of {model}, which lacks {list_names(unknown)}")
     for layer, pair in pairs.items():
         outputs, *inputs = unet[f"{layer}.weight"].shape
         rank, *of_down = pair.down.shape or (0,)
         if not rank or of_down != inputs or pair.up.shape != (outputs, rank, *(1 for _ in inputs[1:])):
             raise UserError(
-                f"{adapter} is for another U-Net than that of {model}: {layer} is {(outputs, *inputs)} there, and the "
-                f"LoRA is {pair.down.shape} and {pair.up.shape}"
+                f"{adapter} does not fit the U-Net of {model}: {layer} is {(outputs, *inputs)} there, but the matrices "
+                f"of the LoRA are {pair.down.shape} and {pair.up.shape}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Telling programs what a checkpoint is: adding and removing the marks of v-prediction and zero terminal SNR.
+"""Add and remove the marks that tell programs a checkpoint is for v-prediction and zero terminal SNR.
 
 A single file gets the empty tensors ``v_pred`` and ``ztsnr``, which ComfyUI, Forge, reForge and AUTOMATIC1111 look for,
 and the metadata of ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec).  Empty tensors take no bytes, so the
@@ -45,28 +45,28 @@ def mark_checkpoint(
 ) -> Path:
     """Mark a checkpoint as v-prediction and zero terminal SNR, or as not.
 
-    Tensor data are copied, never changed, in less than 100 MB of memory.  What is replaced or written is there as a
-    whole or not at all (``atomic_write``).  A ``modelspec.hash_sha256`` in the metadata is computed again.
+    Tensor data are copied, never changed, in less than 100 MB of memory.  The new file is written whole or not at all
+    (``atomic_write``).  A ``modelspec.hash_sha256`` in the metadata is computed again.
 
     Args:
         path: a .safetensors or .sft file with a U-Net, or a diffusers folder.
         v_pred: True marks v-prediction, False epsilon, None leaves it as it is.
-        ztsnr: True marks zero terminal SNR, False takes the mark away, None leaves it as it is.
-        out: the file to write, which must not be there; a folder can only be marked in place.
-        in_place: allow to replace ``path`` itself.
-        swarm: write "v-zsnr" as prediction type, as SwarmUI wants it, and not ModelSpec's "v", with which SwarmUI turns
-            zero terminal SNR off.
+        ztsnr: True marks zero terminal SNR, False removes the mark, None leaves it as it is.
+        out: the file to write, which must not exist yet; a folder can only be marked in place.
+        in_place: replace ``path`` itself.
+        swarm: write "v-zsnr" as prediction type, as SwarmUI wants it, instead of ModelSpec's "v", with which SwarmUI
+            turns zero terminal SNR off.
 
     Returns:
-        what was written: ``out``, or ``path``.
+        the path written: ``out``, or ``path``.
 
     Raises:
-        UserError: nothing to do; marks that contradict each other; no checkpoint that marks are for; a file that is
-            damaged, or would be replaced without leave, or cannot be written.
+        UserError: nothing to do; marks that contradict each other; a file that marks are not for; a file that is
+            damaged, or would be replaced without in_place, or cannot be written.
     """
     path = Path(path)
     if v_pred is None and ztsnr is None and not swarm:
-        raise UserError("nothing to mark: say whether v_pred, whether ztsnr")
+        raise UserError("nothing to mark: set v_pred or ztsnr")
     report = inspect_checkpoint(path)
     _check_format(report)
     target = _target(path, out, in_place)
@@ -82,22 +82,22 @@ def mark_checkpoint(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is asked for
+# The request
 
 
 def _check_format(report: CheckpointReport) -> None:
     if report.format == LORA:
-        raise UserError(f"{report.path} is a LoRA, in which no program looks for marks: mark the checkpoint it is for")
+        raise UserError(f"{report.path} is a LoRA, and no program looks for marks there: mark the checkpoint it is for")
     if report.format == DIFFUSERS_UNET:
         raise UserError(
-            f"{report.path} is a U-Net with diffusers' names, in which no program looks for marks: mark its diffusers "
-            "folder, or make it a single file first"
+            f"{report.path} is a U-Net with diffusers' names, and no program looks for marks there: mark its diffusers "
+            "folder, or convert that to a single file first"
         )
     if report.format not in (SINGLE_FILE, PREFIXED_UNET, BARE_UNET, DIFFUSERS_FOLDER):
-        raise UserError(f"{report.path} holds no U-Net of Stable Diffusion, and marks are for those")
+        raise UserError(f"{report.path} has no U-Net of Stable Diffusion, and marks are for checkpoints with one")
     if report.architecture not in SUPPORTED | {"unknown"}:
         raise UserError(
-            f"{report.path} is {report.architecture}, and marks are for {', '.join(sorted(SUPPORTED))} only"
+            f"{report.path} is {report.architecture}, but marks are only for {', '.join(sorted(SUPPORTED))}"
         )
 
 
@@ -106,21 +106,21 @@ def _target(path: Path, out: str | Path | None, in_place: bool) -> Path:
     target = path if out is None else Path(out)
     if path.is_dir():
         if out is not None or not in_place:
-            raise UserError(f"{path} is a folder, which can be marked in place only: set in_place, and no out")
+            raise UserError(f"{path} is a folder, which can only be marked in place: set in_place, and not out")
         return path
     same = out is None or (target.exists() and target.samefile(path))
     if same and not in_place:
-        raise UserError(f"{path} would be replaced: name another file by out, or allow it by in_place")
+        raise UserError(f"{path} would be replaced: name another file with out, or allow it with in_place")
     if in_place and not same:
-        raise UserError("choose one of out and in_place")
+        raise UserError("out and in_place exclude each other: set one of them")
     if not same and os.path.lexists(target):
-        raise UserError(f"{target} is there already: choose another name")
+        raise UserError(f"{target} already exists: choose another name")
     if target.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{target} would not be taken for a checkpoint: end its name in {' or '.join(SUFFIXES)}")
+        raise UserError(f"no program takes {target} for a checkpoint: end its name in {' or '.join(SUFFIXES)}")
     if same and path.stat().st_nlink > 1:
         raise UserError(
-            f"{path} is a file of several names (hard links), and the others would keep the old content: name another "
-            "file by out"
+            f"{path} has several names (hard links), and the others would keep the old content: name another file "
+            "with out"
         )
     return target
 
@@ -128,16 +128,16 @@ def _target(path: Path, out: str | Path | None, in_place: bool) -> Path:
 def _settle(
     had_v_pred: bool, had_ztsnr: bool, v_pred: bool | None, ztsnr: bool | None, swarm: bool = False
 ) -> tuple[bool | None, bool | None]:
-    """What the checkpoint shall say; None where it shall go on saying nothing."""
+    """What the marked checkpoint says; None where it still says nothing."""
     v_pred = True if v_pred is None and had_v_pred else v_pred
     ztsnr = True if ztsnr is None and had_ztsnr else ztsnr
     if ztsnr and not v_pred:
         raise UserError(
             "zero terminal SNR does nothing without v-prediction, and an epsilon model cannot have it: set v_pred, or "
-            "take ztsnr away too"
+            "remove ztsnr too"
         )
     if swarm and not ztsnr:
-        raise UserError("SwarmUI's v-zsnr says v-prediction and zero terminal SNR: mark both")
+        raise UserError("SwarmUI's v-zsnr means v-prediction with zero terminal SNR: set v_pred and ztsnr")
     return v_pred, ztsnr
 
 
@@ -146,21 +146,21 @@ def _settle(
 
 
 def _mark_tensors(header: Header, marks: dict[str, bool | None], path: Path) -> dict[str, TensorEntry]:
-    """The header's tensors with the marks that shall be there and without the others."""
+    """The header's tensors, with the marks that are set and without the others."""
     tensors = dict(header.tensors)
     for name, marked in marks.items():
         if marked:
             end = _data_size(header)
             tensors.setdefault(name, TensorEntry("F32", (0,), end, end))
         elif name in tensors and tensors.pop(name).nbytes:
-            raise UserError(f"the tensor {name} of {path} holds data, so it is no mark and cannot be taken away")
+            raise UserError(f"the tensor {name} of {path} holds data, so it is not a mark and cannot be removed")
     return tensors
 
 
 def _mark_metadata(
     report: CheckpointReport, v_pred: bool | None, ztsnr: bool | None, swarm: bool, title: str
 ) -> dict[str, str]:
-    """The file's metadata, saying what the marks say, and what ModelSpec wants to know as far as we know it."""
+    """The file's metadata, changed to say what the marks say, with the fields of ModelSpec that are known."""
     metadata = dict(report.metadata)
     if v_pred is not None:
         prediction_type = "v" if v_pred else "epsilon"
@@ -176,7 +176,7 @@ def _mark_metadata(
 
 
 def _replace(metadata: dict[str, str], key: str, value: str) -> None:
-    """Change what other programs wrote, so that it does not contradict."""
+    """Change an entry that another program wrote, so that it does not contradict the marks."""
     if key in metadata:
         metadata[key] = value
 
@@ -234,7 +234,7 @@ def _copy_data(path: Path, header: Header, file: BinaryIO) -> None:
         file.seek(0, os.SEEK_END)
         shutil.copyfileobj(data, file, BUFFER)  # what is left
     if file.tell() - start != _data_size(header):
-        raise UserError(f"{path} was changed while it was read")
+        raise UserError(f"{path} was changed while it was read: try again")
 
 
 def _data_size(header: Header) -> int:
@@ -249,7 +249,7 @@ def _mark_folder(folder: Path, v_pred: bool | None, ztsnr: bool | None, swarm: b
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_scheduler_config(path)
     if not config:
-        raise UserError(f"{folder} has no scheduler/scheduler_config.json, where a diffusers folder is marked")
+        raise UserError(f"{folder} has no scheduler/scheduler_config.json, which is where a diffusers folder is marked")
     if swarm:
         raise UserError(f"{folder} is a diffusers folder, which SwarmUI does not read: mark it without swarm")
     v_pred, ztsnr = _settle(

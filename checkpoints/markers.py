@@ -1,6 +1,6 @@
-"""What a checkpoint says about itself: prediction type and zero terminal SNR.
+"""Read what a checkpoint says about its prediction type and zero terminal SNR.
 
-There is no one place for it.  Every mark that is known is read; where two disagree, the first of this list is believed,
+There is no single place for it.  All known marks are read; where two disagree, the first of this list is believed,
 because more programs act on it:
 
 1. the tensors ``v_pred`` and ``ztsnr`` (ComfyUI, Forge, reForge, AUTOMATIC1111); only their names count
@@ -43,7 +43,7 @@ _YES_NO = {"true": True, "1": True, "false": False, "0": False}
 
 @dataclass(frozen=True)
 class Mark:
-    """One thing that a checkpoint says; None where it says nothing."""
+    """One statement of a checkpoint; None where it says nothing."""
 
     sentence: str
     prediction_type: str | None = None
@@ -61,7 +61,7 @@ def find_marks(header: Header, scheduler_config: dict[str, Any]) -> list[Mark]:
 
 
 def settle(marks: list[Mark]) -> tuple[str | None, bool | None, list[str]]:
-    """What the marks say together: prediction type, zero terminal SNR, and a warning for each thing that is amiss."""
+    """Combine the marks: prediction type, zero terminal SNR, and a warning for each contradiction."""
     warnings = []
     settled = []
     for name, meaning in (("prediction_type", "what the model predicts"), ("zero_terminal_snr", "zero terminal SNR")):
@@ -76,7 +76,7 @@ def settle(marks: list[Mark]) -> tuple[str | None, bool | None, list[str]]:
     prediction_type, zero_terminal_snr = settled
     if zero_terminal_snr and prediction_type is None:
         warnings.append(
-            "Zero terminal SNR is marked and v-prediction is not: programs take such a file for epsilon, which cannot "
+            "Zero terminal SNR is marked and v-prediction is not: programs load such a file as epsilon, which cannot "
             "be right."
         )
     if zero_terminal_snr and prediction_type == "epsilon":
@@ -87,10 +87,10 @@ def settle(marks: list[Mark]) -> tuple[str | None, bool | None, list[str]]:
 
 
 def read_scheduler_config(path: Path) -> dict[str, Any]:
-    """A diffusers scheduler's settings; none if there is no such file.
+    """A diffusers scheduler's settings; empty if there is no such file.
 
     Raises:
-        UserError: the file is there and is not a scheduler's settings, or asks for sizes that no model has.
+        UserError: the file is not a scheduler's settings, or asks for sizes that no model has.
     """
     config = read_settings(path, "a scheduler's")
     check_sizes(path, config)
@@ -98,7 +98,7 @@ def read_scheduler_config(path: Path) -> dict[str, Any]:
 
 
 def modelspec_architecture(architecture: str, v_prediction: bool, input_channels: int | None) -> dict[str, str]:
-    """ModelSpec's metadata on the architecture of a U-Net, none if it has no name for it."""
+    """ModelSpec's metadata on the architecture of a U-Net, empty if it has no name for it."""
     if input_channels != 4 or (architecture, v_prediction) not in _MODELSPEC_ARCHITECTURES:
         return {}
     name, resolution = _MODELSPEC_ARCHITECTURES[architecture, v_prediction]
@@ -144,7 +144,7 @@ def _onetrainer_marks(metadata: dict[str, str]) -> Iterator[Mark]:
         ("force_v_prediction", None),
     ):
         if isinstance(settings, dict) and settings.get(setting) is True:
-            yield Mark(f"OneTrainer's settings in the metadata say {setting}.", "v_prediction", zero_terminal_snr)
+            yield Mark(f"OneTrainer's settings in the metadata turn on {setting}.", "v_prediction", zero_terminal_snr)
 
 
 def _option(metadata: dict[str, str], key: str) -> bool | None:

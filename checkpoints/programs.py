@@ -8,138 +8,22 @@ InvokeAI 6.14 (model_manager/configs/main.py, denoise_latents.py), SwarmUI (T2IM
 WorkflowGeneratorModelSupport.cs), diffusers 0.42 (loaders/single_file_utils.py).
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from .architecture import DIFFUSERS_FOLDER, DIFFUSERS_UNET, PREFIXED_UNET, SINGLE_FILE
+from .architecture import DIFFUSERS_UNET, PREFIXED_UNET
 from .header import shorten
-from .latent_scaling import LatentScaling
+from .reading import SDXL_FAMILY, Marked, Program, ProgramRow, Taken, scales_by_one_number
 
-SDXL_FAMILY = frozenset({"SDXL base", "SSD-1B", "Vega", "KOALA"})
 SWARM_KEYS = ("modelspec.prediction_type", "prediction_type")  # where SwarmUI looks in the metadata
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What a program takes a checkpoint for.
-
-    Attributes:
-        prediction_type: "v_prediction", "epsilon" or "flow_prediction"; None if the program does not load such a file,
-            or looks where this package does not: into the weights, or a configuration file.
-        zero_terminal_snr: whether it samples with a zero-SNR schedule; None where the prediction type is.
-        why: where it looked, in words.
-    """
-
-    prediction_type: str | None
-    zero_terminal_snr: bool | None
-    why: str
-
-
-@dataclass(frozen=True)
-class ProgramRow:
-    """One program's reading, beside what the checkpoint is.
-
-    Attributes:
-        right: whether that is what the checkpoint is; None if the checkpoint does not say enough, or the program looks
-            elsewhere.
-        change: what to do about it, "" if nothing.
-    """
-
-    program: str
-    taken: Taken
-    right: bool | None
-    change: str
-
-    def __str__(self) -> str:
-        taken = self.taken
-        if taken.prediction_type is None:
-            reading = taken.why
-        else:
-            snr = "zero SNR" if taken.zero_terminal_snr else "no zero SNR"
-            reading = f"{taken.prediction_type}, {snr} ({taken.why})"
-        return f"{self.program}: {reading}." + (f" {self.change}" if self.change else "")
-
-
-@dataclass(frozen=True)
-class Marked:
-    """What programs look at.
-
-    Attributes:
-        form: one of architecture.py's formats.
-        names: of the tensors, "v_pred" and "ztsnr" among them.
-        scheduler_config: of a diffusers folder, else empty.
-        has_yaml: whether a .yaml file of the same name lies beside it.
-        latent_scaling: of its latents, where it is not the published one.
-    """
-
-    file_name: str
-    form: str
-    architecture: str
-    names: Collection[str]
-    metadata: Mapping[str, str]
-    scheduler_config: Mapping[str, Any]
-    has_yaml: bool = False
-    latent_scaling: LatentScaling | None = None
-
-    @property
-    def is_single_file(self) -> bool:
-        return self.form == SINGLE_FILE
-
-    @property
-    def is_folder(self) -> bool:
-        return self.form == DIFFUSERS_FOLDER
-
-
 def rows(marked: Marked, prediction_type: str | None, zero_terminal_snr: bool | None) -> tuple[ProgramRow, ...]:
-    """One row a program.
+    """One row for each program.
 
     Args:
         prediction_type, zero_terminal_snr: what the checkpoint is, by all its marks together; None if nothing says.
     """
-    options = {
-        ("v_prediction", True): "--v-pred --ztsnr",
-        ("v_prediction", False): "--v-pred --no-ztsnr",
-        ("v_prediction", None): "--v-pred",
-    }.get((prediction_type, zero_terminal_snr), "--no-v-pred --no-ztsnr")
-    found = []
-    for program, (read, remedy) in PROGRAMS.items():
-        taken = read(marked)
-        right = _is_right(taken, prediction_type, zero_terminal_snr)
-        change = remedy(marked, options) if right is False else ""
-        if taken.prediction_type is not None and not (scales := _scales_latents(program, marked)):
-            right = False if scales is False else right and None
-            change = f"{change} {_LATENTS[scales]}".strip()
-        found.append(ProgramRow(program, taken, right, change))
-    return tuple(found)
-
-
-def _is_right(taken: Taken, prediction_type: str | None, zero_terminal_snr: bool | None) -> bool | None:
-    if taken.prediction_type is None or prediction_type is None:
-        return None
-    if taken.prediction_type != prediction_type:
-        return False
-    if prediction_type == "epsilon":  # which cannot have zero SNR
-        zero_terminal_snr = bool(zero_terminal_snr)
-    return None if zero_terminal_snr is None else taken.zero_terminal_snr == zero_terminal_snr
-
-
-_LATENTS = {
-    False: "It does not scale latents as this one says, so that colours are wrong: load a file with the node Load "
-    "Checkpoint (ZTSNR), a folder of SDXL with diffusers.",
-    None: "Whether it scales latents as the folder says is not known here.",
-}
-
-
-def _scales_latents(program: str, marked: Marked) -> bool | None:
-    """Whether a program scales latents as the checkpoint says; None if that is not known here."""
-    if marked.latent_scaling is None:
-        return True
-    if not marked.is_folder or program == "ComfyUI":  # the names in the metadata are this package's own
-        return False
-    if marked.latent_scaling.scaling_factor is not None:  # one number, which every pipeline takes from the config
-        return True
-    return marked.architecture in SDXL_FAMILY if program == "diffusers, folder" else None
+    return tuple(program.row(marked, prediction_type, zero_terminal_snr) for program in PROGRAMS.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +31,7 @@ def _scales_latents(program: str, marked: Marked) -> bool | None:
 
 
 def _by_tensors(marked: Marked) -> Taken:
-    """ztsnr without v_pred does nothing."""
+    """The tensors of an SDXL file; ztsnr without v_pred does nothing."""
     v_prediction = "v_pred" in marked.names
     return Taken(
         "v_prediction" if v_prediction else "epsilon",
@@ -176,20 +60,20 @@ def _comfyui(marked: Marked) -> Taken:
     if marked.form in (PREFIXED_UNET, DIFFUSERS_UNET):
         return Taken("epsilon", False, "its loader drops the marks of such U-Net files")
     if marked.architecture not in SDXL_FAMILY:
-        return Taken("epsilon", False, f"takes every {marked.architecture} for epsilon")
+        return Taken("epsilon", False, f"loads every {marked.architecture} file as epsilon")
     return _by_tensors(marked)
 
 
 def _webui(marked: Marked) -> Taken:
-    """By the tensors alone.  Unlike ComfyUI they rescale for ztsnr whatever the prediction is."""
+    """The tensors alone.  Unlike ComfyUI, these programs rescale for ztsnr whatever the prediction is."""
     if not marked.is_single_file:
         return _not_loaded(f"a {marked.form} as a checkpoint")
     if marked.architecture == "SD 2.x":
-        return Taken(None, None, "finds the prediction out from the weights; zero SNR by the tensor ztsnr")
+        return Taken(None, None, "guesses the prediction from the weights; zero SNR from the tensor ztsnr")
     zero_terminal_snr = "ztsnr" in marked.names
     if marked.architecture not in SDXL_FAMILY:
         return Taken(
-            "epsilon", zero_terminal_snr, f"no .yaml beside it, and so epsilon for every {marked.architecture}"
+            "epsilon", zero_terminal_snr, f"without a .yaml beside it, every {marked.architecture} file is epsilon"
         )
     return Taken(_by_tensors(marked).prediction_type, zero_terminal_snr, "tensors v_pred and ztsnr")
 
@@ -198,7 +82,7 @@ def _forge(marked: Marked) -> Taken:
     """A .yaml beside the file can only add v-prediction."""
     taken = _webui(marked)
     if marked.has_yaml and taken.prediction_type == "epsilon":
-        return Taken(None, None, "v-prediction if the .yaml beside it says so; zero SNR by the tensor ztsnr")
+        return Taken(None, None, "v-prediction if the .yaml beside it says so; zero SNR from the tensor ztsnr")
     return taken
 
 
@@ -206,19 +90,19 @@ def _automatic1111(marked: Marked) -> Taken:
     """A .yaml beside the file is believed before the tensors."""
     taken = _webui(marked)
     if marked.has_yaml and taken.prediction_type is not None:
-        return Taken(None, None, "believes the .yaml beside it before the tensor v_pred; zero SNR by the tensor ztsnr")
+        return Taken(None, None, "believes the .yaml beside it before v_pred; zero SNR from the tensor ztsnr")
     return taken
 
 
 def _sdnext(marked: Marked) -> Taken:
-    """Its samplers other than Default set zero SNR by an option of theirs, "rescale", whatever the model is."""
+    """Its samplers other than Default take zero SNR from their option "rescale", whatever the model is."""
     if marked.is_folder:
         return _by_scheduler_config(marked)
     if not marked.is_single_file:
         return _not_loaded(f"a {marked.form} as a checkpoint")
     taken = _by_name(marked.file_name.lower()) or _by_tensors(marked)
     if taken.prediction_type == "epsilon" and marked.architecture == "SD 2.x":
-        return Taken("v_prediction", False, "takes every SD 2.x file for v-prediction")
+        return Taken("v_prediction", False, "loads every SD 2.x file as v-prediction")
     return taken
 
 
@@ -237,14 +121,12 @@ def _invokeai(marked: Marked) -> Taken:
     if not marked.is_single_file:
         return _not_loaded(f"a {marked.form}")
     if marked.architecture == "SD 2.x":
-        return Taken(
-            "v_prediction", False, "takes every SD 2.x file for v-prediction unless its settings say otherwise"
-        )
-    return Taken("epsilon", False, "takes every single file for epsilon unless its settings say otherwise")
+        return Taken("v_prediction", False, "loads every SD 2.x file as v-prediction unless its settings say otherwise")
+    return Taken("epsilon", False, "loads every single file as epsilon unless its settings say otherwise")
 
 
 def _swarmui(marked: Marked) -> Taken:
-    """Whatever the metadata say goes to ComfyUI's node ModelSamplingDiscrete; without it ComfyUI decides."""
+    """The metadata's word goes to ComfyUI's node ModelSamplingDiscrete; without one ComfyUI decides."""
     if marked.is_folder:
         return _not_loaded("folders")
     key = next((key for key in SWARM_KEYS if marked.metadata.get(key, "").strip()), None)
@@ -256,7 +138,7 @@ def _swarmui(marked: Marked) -> Taken:
         return Taken("v_prediction", said == "v-zsnr", f"{key} {said}")
     if said in ("epsilon", "eps"):
         return Taken("epsilon", False, f"{key} {said}")
-    return Taken(None, None, f"{key} {shorten(said)}, which is neither v-prediction nor epsilon there")
+    return Taken(None, None, f"{key} {shorten(said)}, which means neither v-prediction nor epsilon there")
 
 
 def _diffusers_file(marked: Marked) -> Taken:
@@ -265,7 +147,7 @@ def _diffusers_file(marked: Marked) -> Taken:
     if not marked.is_single_file:
         return _not_loaded(f"a {marked.form} as a pipeline")
     if marked.architecture == "SD 2.x":
-        return Taken("v_prediction", False, "from_single_file reads no marks, and takes SD 2.x for SD 2.1")
+        return Taken("v_prediction", False, "from_single_file reads no marks, and loads SD 2.x as SD 2.1")
     return Taken("epsilon", False, "from_single_file reads no marks")
 
 
@@ -290,8 +172,8 @@ def _mark_or_node(marked: Marked, options: str) -> str:
     if marked.is_single_file and marked.architecture in SDXL_FAMILY:
         return _mark(marked, options)
     if marked.is_folder:
-        return "Convert it to a single file (ztsnr convert), or set ZTSNR Model (v-prediction) by hand."
-    return "Load it with the node Load Checkpoint (ZTSNR), or set ZTSNR Model (v-prediction) by hand."
+        return "Convert it to a single file (ztsnr convert), or set the node ZTSNR Model (v-prediction) by hand."
+    return "Load it with the node Load Checkpoint (ZTSNR), or set the node ZTSNR Model (v-prediction) by hand."
 
 
 def _mark_or_yaml(marked: Marked, options: str) -> str:
@@ -313,7 +195,7 @@ def _mark_or_rename(marked: Marked, options: str) -> str:
     if marked.is_folder:
         return _mark(marked, options)
     if _by_name(marked.file_name.lower()):
-        return "Rename it: words in the name (vpred, v-pred, v_pred, flow) are believed before the marks."
+        return "Rename it: SD.Next believes words in the name (vpred, v-pred, v_pred, flow) before the marks."
     if options.startswith("--no-v-pred"):
         return "Set the prediction method of its sampler by hand."
     return _mark(marked, options)
@@ -323,13 +205,86 @@ def _set_scheduler(marked: Marked, options: str) -> str:
     return "Give the pipeline ZTSNRScheduler.from_config(..., prediction_type=..., rescale_betas_zero_snr=...)."
 
 
-PROGRAMS: dict[str, tuple[Callable[[Marked], Taken], Callable[[Marked, str], str]]] = {
-    "ComfyUI": (_comfyui, _mark_or_node),
-    "Forge, reForge": (_forge, _mark_or_yaml),
-    "AUTOMATIC1111 (dev)": (_automatic1111, _mark_or_yaml),
-    "SD.Next": (_sdnext, _mark_or_rename),
-    "InvokeAI": (_invokeai, _mark_folder),
-    "SwarmUI": (_swarmui, _mark_for_swarm),
-    "diffusers, single file": (_diffusers_file, _set_scheduler),
-    "diffusers, folder": (_diffusers_folder, _mark_folder),
-}
+# ----------------------------------------------------------------------------------------------------------------------
+# Which of them scale latents as the checkpoint says
+
+
+def _ignores_scaling(marked: Marked) -> bool:
+    return False
+
+
+def _scales_sdxl(marked: Marked) -> bool:
+    """diffusers' SDXL pipelines apply the mean and std of each channel, those of SD 1.x and 2.x one number only."""
+    return bool(scales_by_one_number(marked)) or marked.architecture in SDXL_FAMILY
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The registry: to add a program, add its entry, and run docs/render_programs.py
+
+_PROGRAMS = (
+    Program(
+        "ComfyUI",
+        read=_comfyui,
+        remedy=_mark_or_node,
+        scales_latents=_ignores_scaling,
+        looks_at="the empty tensors `v_pred` and `ztsnr` of SDXL files; `ztsnr` alone does nothing; drops both from "
+        "U-Net files with single-file or diffusers names; guesses SD 2.x from a weight, and loads SD 1.x as epsilon",
+        what_to_do="`ztsnr mark`, or the node Load Checkpoint (ZTSNR)",
+    ),
+    Program(
+        "Forge, reForge",
+        read=_forge,
+        remedy=_mark_or_yaml,
+        looks_at="the same tensors of SDXL files, `ztsnr` also without `v_pred`; a `.yaml` of the same name beside the "
+        "file can add v-prediction, and for SD 1.x nothing else can; guesses SD 2.x from the weights",
+        what_to_do="`ztsnr mark`",
+    ),
+    Program(
+        "AUTOMATIC1111 (dev)",
+        read=_automatic1111,
+        remedy=_mark_or_yaml,
+        looks_at="the same, but believes such a `.yaml` before the tensor `v_pred`",
+        what_to_do="`ztsnr mark`, and remove a wrong `.yaml`",
+    ),
+    Program(
+        "SD.Next",
+        read=_sdnext,
+        remedy=_mark_or_rename,
+        looks_at='words in the file\'s name first: "vpred", "v-pred" or "v_pred" is v-prediction with zero SNR, "flow" '
+        'is flow matching; then the tensors. Zero SNR works in its sampler Default; others need their option "rescale"',
+        what_to_do="`ztsnr mark`, and choose the name with care",
+    ),
+    Program(
+        "InvokeAI",
+        read=_invokeai,
+        remedy=_mark_folder,
+        looks_at="a folder's `scheduler_config.json`; loads every single file as epsilon, SD 2.x as v-prediction; its "
+        "settings can change that, but not zero SNR",
+        what_to_do="`ztsnr convert` to a folder",
+    ),
+    Program(
+        "SwarmUI",
+        read=_swarmui,
+        remedy=_mark_for_swarm,
+        looks_at="`modelspec.prediction_type` in the header, or in a `.json` beside the file; `v` turns zero SNR off, "
+        "`v-zsnr` on; without either as ComfyUI",
+        what_to_do="`ztsnr mark --swarm`",
+    ),
+    Program(
+        "diffusers, single file",
+        read=_diffusers_file,
+        remedy=_set_scheduler,
+        looks_at="no marks: epsilon, and SD 2.x v-prediction",
+        what_to_do="`ZTSNRScheduler.from_config(..., prediction_type=..., rescale_betas_zero_snr=True)`, or load with "
+        "`ztsnr.checkpoints.load_pipeline`",
+    ),
+    Program(
+        "diffusers, folder",
+        read=_diffusers_folder,
+        remedy=_mark_folder,
+        scales_latents=_scales_sdxl,
+        looks_at="`scheduler_config.json`",
+        what_to_do="`ztsnr mark FOLDER --in-place`",
+    ),
+)
+PROGRAMS: dict[str, Program] = {program.name: program for program in _PROGRAMS}

@@ -55,7 +55,7 @@ _TRANSFORMER_BLOCK = re.compile(r"\btransformer_blocks\.(\d+)\.")
 
 
 def published_names(model: str) -> Shapes:
-    """Names and shapes of all tensors of a model's single file, besides its noise schedule.
+    """Names and shapes of all tensors of a model's single file, except its noise schedule.
 
     Args:
         model: one of ``NETWORKS``.
@@ -65,7 +65,7 @@ def published_names(model: str) -> Shapes:
 
 
 def network_names(network: str) -> Shapes:
-    """The same for one network, without its prefix."""
+    """Names and shapes of the tensors of one network, without its prefix."""
     if network in _BLOCKS_OF_SDXL:
         return _relative_of_sdxl(_BLOCKS_OF_SDXL[network])
     return {name: tuple(shape) for pattern, shape in _patterns()[network].items() for name in _expand(pattern)}

@@ -1,7 +1,7 @@
-"""A noise schedule of which every sigma is a multiple of the published one, as models for other canvases have it.
+"""Shifted noise schedules, whose sigmas are the published ones times one number, as models for other canvases have.
 
-Double the canvas's length, double sigma (NovelAI V3, arXiv 2409.15997).  Everything that runs such a model must do the
-same, so a checkpoint carries the number: a diffusers folder in the betas of its scheduler, a single file in its
+Twice the canvas's length needs twice the sigma (NovelAI V3, arXiv 2409.15997).  Everything that runs such a model must
+do the same, so a checkpoint carries the number: a diffusers folder in the betas of its scheduler, a single file in its
 metadata.
 """
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-6  # relative, of sigmas
 
 
 def shift_of(schedule: "NoiseSchedule") -> float | None:
-    """What the sigmas of Stable Diffusion's schedule are multiplied by to give this one; None if no number does it."""
+    """The factor from the sigmas of Stable Diffusion's schedule to those of this one; None if there is none."""
     from ..samplers import NoiseSchedule
 
     published = NoiseSchedule.sdxl(zero_terminal_snr=schedule.zero_terminal_snr)
@@ -37,10 +37,10 @@ def shift_of(schedule: "NoiseSchedule") -> float | None:
 
 
 def shift_of_folder(folder: Path) -> float | None:
-    """What the scheduler of a diffusers folder says; None if it says nothing, or has another schedule altogether.
+    """The shift in the scheduler of a diffusers folder; None if it has none, or is not Stable Diffusion's schedule.
 
     Raises:
-        UserError: The scheduler's settings cannot be read.
+        UserError: the scheduler's settings cannot be read.
     """
     from ..samplers import NoiseSchedule
 
@@ -50,14 +50,14 @@ def shift_of_folder(folder: Path) -> float | None:
     try:
         return shift_of(NoiseSchedule.from_config(config))
     except (TypeError, ValueError):
-        raise UserError(f"{folder / 'scheduler'} has trained_betas that are no noise schedule") from None
+        raise UserError(f"{folder / 'scheduler'} has trained_betas that are not a noise schedule") from None
 
 
 def shift_of_metadata(metadata: Mapping[str, str]) -> float:
-    """What the metadata of a single file say; 1 if they say nothing.
+    """The shift in the metadata of a single file; 1 if they name none.
 
     Raises:
-        UserError: They say something that is not a number above 0.
+        UserError: it is not a number above 0.
     """
     if METADATA not in metadata:
         return 1.0
@@ -71,7 +71,7 @@ def shift_of_metadata(metadata: Mapping[str, str]) -> float:
 
 
 def with_shift(metadata: Mapping[str, str], shift: float | None) -> dict[str, str]:
-    """Metadata that say a shift, and nothing of it where there is none."""
+    """The metadata with a shift, or without an entry for it where there is none."""
     kept = {key: value for key, value in metadata.items() if key != METADATA}
     return kept if shift in (None, 1) else kept | {METADATA: f"{shift:.7g}"}
 

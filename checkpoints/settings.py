@@ -1,4 +1,4 @@
-"""Settings that come with a model, as strangers write them: of bounded length, and asking for bounded sizes.
+"""Read settings that come with a model from strangers, and bound their length and the sizes that they ask for.
 
 A config.json with ``layers_per_block: 200000`` has a few bytes, and building a class from it takes minutes, after which
 its weights are found missing.  So the numbers are checked first.
@@ -27,13 +27,13 @@ _BLOCKS = ("down_block_types", "up_block_types", "block_out_channels")
 
 
 def read_settings(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file of settings; an empty one if there is no such file.
+    """The JSON object in a file of settings; empty if there is no such file.
 
     Args:
         what: whose settings these are, for the error: "a scheduler's", ...
 
     Raises:
-        UserError: the file is there and is not such an object, or is too long for one.
+        UserError: the file is not such an object, or is too long.
     """
     try:
         if not path.is_file():
@@ -65,16 +65,16 @@ def check_sizes(path: Path, config: dict[str, Any], names: Collection[str] | Non
     for name, value in read.items():
         limit = LARGEST_VOCABULARY if name in _IN_WORDS else LARGEST_SIZE
         if (largest := max(map(abs, _whole_numbers(value)), default=0)) > limit:
-            raise UserError(f"{path} asks for {name} = {_brief(largest)}, and at most {limit} is believed")
+            raise UserError(f"{path} asks for {name} = {_brief(largest)}, but at most {limit} is allowed")
     layers = max(len(read[name]) if isinstance(read.get(name), list) else 1 for name in _BLOCKS)
     for depth in _DEPTHS:
         layers *= max((number for name in depth for number in _whole_numbers(read.get(name))), default=1)
     if layers > MOST_LAYERS:
-        raise UserError(f"{path} asks for {layers} layers, and at most {MOST_LAYERS} are believed")
+        raise UserError(f"{path} asks for {layers} layers, but at most {MOST_LAYERS} are allowed")
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """Those in a setting, which may be a list of lists, of any depth."""
+    """The integers in a setting, which may be nested lists of any depth."""
     open_values = [value]
     while open_values:
         value = open_values.pop()

@@ -1,7 +1,7 @@
-"""Diffusers folders written as single files, as CompVis and Stability AI publish them.
+"""Convert diffusers folders to single files, as CompVis and Stability AI publish them.
 
-Tensors are streamed from the folder's files, so that a model of any size passes through a few megabytes.
-diffusers_folder.py is the way back.
+Tensors are streamed from the folder's files, so a model of any size needs a few megabytes.  diffusers_folder.py is the
+way back.
 """
 
 import math
@@ -53,25 +53,25 @@ def to_single_file(
 ) -> None:
     """Write a diffusers folder of SD 1.x, SD 2.x or the SDXL family as a single file, marked as what it is.
 
-    Whether it is a v-prediction model, and with zero terminal SNR, is taken from the folder's scheduler_config.json and
-    written as programs look for it: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.  A latent
-    scaling that is not the published one (``LatentScaling``) is taken from its vae/config.json, and a shift of the
-    schedule (schedule_shift.py) from its scheduler; both are written as metadata.
+    Prediction type and zero terminal SNR come from the folder's scheduler_config.json and are written where programs
+    look for them: the tensors ``v_pred`` and ``ztsnr``, and ``modelspec.prediction_type``.  A latent scaling that is
+    not the published one (``LatentScaling``) comes from its vae/config.json, and a shift of the schedule
+    (schedule_shift.py) from its scheduler; both are written as metadata.
 
     Of SD 2.x's text encoder a diffusers folder keeps the layers that are used, 23 of 24, and so does the single file.
 
     Args:
         folder: with U-Net, VAE, text encoders and scheduler; with ``base`` the U-Net and the scheduler are enough.
-        out: a .safetensors file that is not there yet.
+        out: a .safetensors file that does not exist yet.
         dtype: float32, float16 or bfloat16; by default each tensor's own.
-        base: a single file to take everything but the U-Net from, byte by byte.  The U-Net is then cast to what the
-            base keeps its own in, unless ``dtype`` says otherwise; nothing else is cast.  Its latent scaling stays
-            where the folder has no VAE's config that says another.
+        base: a single file to copy everything but the U-Net from, byte by byte.  The U-Net is then cast to the types
+            of the base's own, unless ``dtype`` says otherwise; nothing else is cast.  The base's latent scaling stays
+            unless the folder's VAE config names another.
 
     Raises:
-        UserError: the folder is no such model, or lacks a part, or has tensors that a single file has no place for;
-            the base holds another U-Net; a number is too large for the dtype; a VAE's config that cannot be followed;
-            ``out`` is there or cannot be written.
+        UserError: the folder is not such a model, or lacks a part, or has tensors that a single file has no place for;
+            the base has another U-Net; a number too large for the dtype; a VAE's config that cannot be used; ``out``
+            exists or cannot be written.
     """
     folder, out = Path(folder), Path(out)
     check_new_file(out, dtype)
@@ -90,7 +90,7 @@ def to_single_file(
 
 
 def single_file_tensors(folder: Path) -> Tensors:
-    """All tensors of a diffusers folder by their names in a single file, sorted; for the arguments see above."""
+    """All tensors of a diffusers folder by their names in a single file, sorted."""
     unet = read_weights(folder / "unet")
     tensors = _lay_out(unet, unet_layout, UNET) | _lay_out(read_weights(folder / "vae"), vae_layout, VAE)
     for part, prefix in _text_encoders(unet).items():
@@ -124,7 +124,7 @@ def _make(recipe: Recipe, tensors: Tensors) -> TensorStream:
     sources = [tensors[name] for name in recipe.sources]
     for name, tensor in zip(recipe.sources, sources, strict=True):
         if not tensor.shape or not tensor.nbytes:
-            raise UserError(f"the tensor {shorten(name)} has the shape {tensor.shape}, which no weight has")
+            raise UserError(f"the tensor {shorten(name)} has the shape {tensor.shape}, which weights cannot have")
     tensor = sources[0] if len(sources) == 1 else stacked(sources)
     if recipe.transposed:
         return transposed(tensor)
@@ -141,7 +141,7 @@ def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[s
     unet = _lay_out(read_weights(folder / "unet"), unet_layout, UNET)
     own = {name for name in tensors if name.startswith(UNET)}
     if not own:
-        raise UserError(f"{base} has no U-Net under the names of single files ({UNET}...), and cannot be a base")
+        raise UserError(f"{base} has no U-Net with the names of single files ({UNET}...): choose another base")
     if differing := sorted(own ^ unet.keys()):
         raise UserError(f"{base} has another kind of U-Net than {folder}: only one of them has {list_names(differing)}")
     for name, tensor in unet.items():
@@ -150,13 +150,13 @@ def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[s
                 f"{base} has another kind of U-Net than {folder}: {name} is {tensors[name].shape}, not {tensor.shape}"
             )
         if dtype is None and tensors[name].dtype not in DTYPE_NAMES.values():
-            raise UserError(f"{base} keeps its U-Net in {tensors[name].dtype}: say which dtype the new one shall have")
+            raise UserError(f"{base} keeps its U-Net in {tensors[name].dtype}: set dtype for the new one")
         tensors[name] = cast(tensor, dtype or tensors[name].dtype)
     return tensors, header.metadata
 
 
 def _with_latent_scaling(metadata: dict[str, str], folder: Path) -> dict[str, str]:
-    """With what lies between the VAE's latents and the U-Net's, where the folder says so and it is not as published."""
+    """The metadata with the folder's latent scaling, where it is not the published one."""
     scaling = LatentScaling.of_folder(folder)
     if scaling is None:
         return metadata
@@ -168,7 +168,7 @@ def _with_latent_scaling(metadata: dict[str, str], folder: Path) -> dict[str, st
 def _mark(
     tensors: Tensors, metadata: dict[str, str], report: CheckpointReport, title: str
 ) -> tuple[Tensors, dict[str, str]]:
-    """With the marks by which programs know what the model predicts; unchanged where the folder does not say."""
+    """Tensors and metadata with the marks of what the model predicts; unchanged where the folder does not say."""
     said = modelspec(report, title)
     if report.prediction_type is not None:
         v_prediction = report.prediction_type == "v_prediction"
@@ -182,7 +182,7 @@ def _mark(
 
 
 def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
-    """The metadata of ModelSpec 1.0.1 for a model, as far as they are known."""
+    """The fields of ModelSpec 1.0.1 that are known for a model."""
     v_prediction = report.prediction_type == "v_prediction"
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -195,12 +195,12 @@ def modelspec(report: CheckpointReport, title: str) -> dict[str, str]:
 
 
 def inspect_folder(folder: Path) -> CheckpointReport:
-    """What a diffusers folder is, if it is one of a supported model."""
+    """Inspect a diffusers folder, and refuse one of an unsupported model."""
     report = inspect_checkpoint(folder)
     if report.format != DIFFUSERS_FOLDER:
-        raise UserError(f"{folder} is no diffusers folder but a {report.format}")
+        raise UserError(f"{folder} is not a diffusers folder but a {report.format}")
     if report.architecture not in SUPPORTED | {"unknown"}:
-        raise UserError(f"{folder} is {report.architecture}, and only {', '.join(sorted(SUPPORTED))} are converted")
+        raise UserError(f"{folder} is {report.architecture}, but only {', '.join(sorted(SUPPORTED))} can be converted")
     return report
 
 
@@ -208,5 +208,5 @@ def check_new_file(out: Path, dtype: torch.dtype | None) -> None:
     """Refuse what cannot be written, before anything is read."""
     check_new(out)
     if out.suffix not in SUFFIXES:
-        raise UserError(f"{out} must end in {SUFFIXES[0]}, by which programs know such files")
+        raise UserError(f"{out} must end in {SUFFIXES[0]}, by which programs recognise such files")
     dtype_name(dtype)

@@ -1,4 +1,4 @@
-"""Tensors on their way from file to file, a few megabytes at a time: no checkpoint is too large for the memory."""
+"""Stream tensors from file to file, a few megabytes at a time, so that no checkpoint is too large for the memory."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FLOATS = {
 
 @dataclass(frozen=True)
 class TensorStream:
-    """A tensor that is read when it is written.
+    """A tensor whose bytes are read only when it is written.
 
     Attributes:
         dtype: as safetensors names it.
@@ -43,9 +43,13 @@ class TensorStream:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """How safetensors names a type that checkpoints are written in."""
+    """The name that safetensors gives to a type that checkpoints are written in.
+
+    Raises:
+        UserError: another type.
+    """
     if dtype not in (None, *DTYPE_NAMES):
-        raise UserError(f"checkpoints are written in {', '.join(map(str, DTYPE_NAMES))}, not in {dtype}")
+        raise UserError(f"dtype must be one of {', '.join(map(str, DTYPE_NAMES))}, not {dtype}")
     return DTYPE_NAMES.get(dtype)
 
 
@@ -74,12 +78,12 @@ def stored(path: Path, header: Header, name: str, rows: range | None = None) -> 
 
 
 def made(tensor: torch.Tensor, dtype: str) -> TensorStream:
-    """A small tensor that comes from no file."""
+    """A small tensor that does not come from a file."""
     return TensorStream(dtype, tuple(tensor.shape), lambda: iter([_to_bytes(tensor.flatten())]))
 
 
 def stacked(tensors: list[TensorStream]) -> TensorStream:
-    """Tensors of one type and width, one behind the other along the first axis."""
+    """Concatenate tensors of one type and width along the first axis."""
     first, *others = tensors
     if any((tensor.dtype, tensor.shape[1:]) != (first.dtype, first.shape[1:]) for tensor in others):
         raise UserError("parts of one tensor differ in type or width")
@@ -88,9 +92,9 @@ def stacked(tensors: list[TensorStream]) -> TensorStream:
 
 
 def transposed(tensor: TensorStream) -> TensorStream:
-    """A matrix, which is held in memory while it is turned."""
+    """Transpose a matrix, which is held in memory meanwhile."""
     if len(tensor.shape) != 2:
-        raise UserError(f"a tensor of shape {tensor.shape} is no matrix")
+        raise UserError(f"a tensor of shape {tensor.shape} is not a matrix")
     rows, columns = tensor.shape
 
     def read() -> Iterator[bytearray]:
@@ -101,7 +105,7 @@ def transposed(tensor: TensorStream) -> TensorStream:
 
 
 def cast(tensor: TensorStream, dtype: str) -> TensorStream:
-    """The same numbers in another type of floating point; whole numbers stay as they are.
+    """Convert to another floating-point type; integers stay as they are.
 
     ``read`` raises OverflowError where a number is too large for the type.
     """
@@ -155,7 +159,7 @@ def write_tensors(
                     digest.update(piece)
                 written += len(piece)
         except OverflowError:
-            raise UserError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider type") from None
+            raise UserError(f"{name} has numbers that {tensor.dtype} cannot hold: choose a wider dtype") from None
         if written != tensor.nbytes:
             raise RuntimeError(f"{name} took {written} bytes instead of {tensor.nbytes}")
     if hashed:

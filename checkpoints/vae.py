@@ -1,4 +1,4 @@
-"""Loading the VAE whose latents a model works on, and telling one from another."""
+"""Load the VAE of a model, and tell VAEs apart by a hash of their encoders."""
 
 import dataclasses
 import hashlib
@@ -22,16 +22,16 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> AutoencoderKL:
-    """The VAE of a model.
+    """Load the VAE of a model.
 
     Args:
         model: a diffusers folder, of a whole model or of its VAE alone, or a .safetensors file of the same.
-        config: only for a file, the diffusers folder, or its name on the hub, whose settings complete it; by default
-            those of the first model of its kind, from the hub or its cache.
-        device, dtype: to run in.
+        config: only for a file, the diffusers folder, or its name on the Hub, whose settings complete it; by default
+            those of the first model of its kind, from the Hub or its cache.
+        device, dtype: of the VAE.
 
     Raises:
-        UserError: nothing to load by that name, or it has no VAE of the kind AutoencoderKL.
+        UserError: no such file or folder, or it has no VAE of the class AutoencoderKL.
     """
     path = Path(model)
     if not path.exists():
@@ -52,7 +52,7 @@ def _vae_of_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     except UserError:
         kind = None
     if kind != "AutoencoderKL":
-        raise UserError(f"{folder} has to hold a VAE of the kind AutoencoderKL, and holds {kind or 'none'}")
+        raise UserError(f"{folder} must hold a VAE of the class AutoencoderKL, but holds {kind or 'none'}")
     check_network(folder, AutoencoderKL)
     has_plain = any(folder.glob("diffusion_pytorch_model.safetensors*"))
     versions = sorted(file.name.split(".")[1] for file in folder.glob("diffusion_pytorch_model.*.safetensors*"))
@@ -70,7 +70,7 @@ def _vae_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> A
     report = inspect_checkpoint(path)
     if report.format == UNKNOWN:
         if not any(name.endswith("encoder.conv_in.weight") for name in read_header(path).tensors):
-            raise UserError(f"{path} has no VAE")
+            raise UserError(f"{path} has no VAE: give a file or folder with one")
         report = dataclasses.replace(report, architecture="SDXL base")  # SD's VAEs have other weights, but one form
     else:
         report = inspect_file(path)
@@ -82,7 +82,7 @@ def _vae_of_file(path: Path, config: str | Path | None, dtype: torch.dtype) -> A
 
 
 def hash_encoder(vae: AutoencoderKL) -> str:
-    """SHA-256 over what latents depend on: the weights of the encoder, and not those of the decoder."""
+    """SHA-256 of all that latents depend on: the weights of the encoder, without those of the decoder."""
     digest = hashlib.sha256()
     for name in ("act_fn", "norm_num_groups"):  # that weights do not show
         digest.update(f"{name}={vae.config[name]};".encode())

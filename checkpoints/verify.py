@@ -42,7 +42,7 @@ _WIDENED = {"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "U64", "U32", "U
 
 _NOT_FINITE = "hold NaN or infinite values"
 _THROUGHOUT = _ZERO, _CONSTANT = "are zero throughout", "hold one value throughout"
-_UNREAD = "are of types whose numbers are not read here"
+_UNREAD = "have types whose numbers are not checked"
 _FORMATS = {"pt", "tf", "flax", "mlx"}  # that transformers knows
 
 
@@ -62,16 +62,16 @@ class Change:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``verify_checkpoint`` found.  ``str()`` of it is a text for people.
+    """The result of ``verify_checkpoint``; ``str()`` gives it as text.
 
     Attributes:
         report: what the checkpoint is.
-        tensors: how many were read.
+        tensors: number of tensors read.
         problems: a sentence for each thing that is wrong.
-        remarks: a sentence for each thing that may be meant.
+        remarks: a sentence for each thing that may be intended.
         changes: tensors that differ from the other checkpoint's, the largest change first; None without one.
-        only_here, only_there: names that the other checkpoint lacks, or has besides.
-        agreements: what came out of running it, beside diffusers' first run; empty if it was not run.
+        only_here, only_there: names that only this checkpoint has, and those that only the other has.
+        agreements: how the other runs of it compare with diffusers' first one; empty if it was not run.
     """
 
     report: CheckpointReport
@@ -89,7 +89,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         lines = [str(self.report), f"{self.tensors} tensors read."]
-        lines += [f"Problem: {problem}" for problem in self.problems] or ["No problem was found."]
+        lines += [f"Problem: {problem}" for problem in self.problems] or ["No problems found."]
         lines += [f"Note: {remark}" for remark in self.remarks]
         if self.changes is not None:
             lines.append(f"{len(self.changes)} tensors differ from the other checkpoint's.")
@@ -97,9 +97,9 @@ class VerifyReport:
                 f"  {shorten(change.name, 100)}: {change.relative:.2%} of its norm, at most {change.largest:.3g}"
                 for change in self.changes[:MOST_CHANGES]
             ]
-            for where, names in (("here", self.only_here), ("there", self.only_there)):
+            for where, names in (("this", self.only_here), ("the other", self.only_there)):
                 if names:
-                    lines.append(f"Only {where}: {list_names(list(names))}.")
+                    lines.append(f"Only in {where} checkpoint: {list_names(list(names))}.")
         lines += [f"Run in {agreement}." for agreement in self.agreements]
         return "\n".join(lines)
 
@@ -112,11 +112,11 @@ def verify_checkpoint(
     config: str | Path | None = None,
     comfyui: str | Path | None = None,
 ) -> VerifyReport:
-    """Read every tensor of a checkpoint and say what is wrong with it.
+    """Read every tensor of a checkpoint and report what is wrong with it.
 
     Problems are values that are not finite, matrices and convolutions of one value throughout, tensors that are missing
-    or of another shape than those of the published model of the same architecture, a hash in the metadata that is not
-    that of the data, and with ``run`` a program that gets something else out of it.
+    or have another shape than in the published model of the same architecture, a hash in the metadata that is not that
+    of the data, and with ``run`` a program whose outputs differ.
 
     Args:
         path: a .safetensors file or a diffusers folder.
@@ -126,8 +126,8 @@ def verify_checkpoint(
         config, comfyui: see ``compare_forwards``.
 
     Raises:
-        UserError: what cannot be read at all: no such file, a pickle, a header that does not fit its file; with
-            ``run`` also what ``compare_forwards`` raises.
+        UserError: it cannot be read at all: no such file, a pickle, a header that does not fit its file; with ``run``
+            also what ``compare_forwards`` raises.
     """
     path, other = Path(path), None if other is None else Path(other)
     report = inspect_checkpoint(path)
@@ -175,7 +175,7 @@ def verify_checkpoint(
 
 
 def _other_scaling(report: CheckpointReport, other: Path) -> list[str]:
-    """What is to be said where latents are scaled differently, which no tensor shows."""
+    """A remark if the two checkpoints scale latents differently, which no tensor shows."""
     try:
         theirs = inspect_checkpoint(other)
     except UserError:  # a VAE alone, ...
@@ -193,7 +193,7 @@ def _describe(scaling: LatentScaling) -> str:
 
 
 def _same_scaling(one: LatentScaling | None, other: LatentScaling | None) -> bool:
-    """But for the last bits, which the config of a folder loses."""
+    """True if equal up to the last bits, which the config of a folder loses."""
     if one is None or other is None:
         return one is other
     numbers = [(*scaling.mean, *scaling.std) for scaling in (one, other)]
@@ -201,9 +201,9 @@ def _same_scaling(one: LatentScaling | None, other: LatentScaling | None) -> boo
 
 
 def _read_headers(path: Path) -> list[tuple[Path, str, Header]]:
-    """Each file of a checkpoint, what its tensors' names begin with here, and its header.
+    """Each file of a checkpoint, a prefix for the names of its tensors, and its header.
 
-    In a folder that is the network's name, or, of another version of the same network, also the file's.
+    In a folder the prefix is the network's name, for another variant of the same network with the file's name.
     """
     if not os.path.isdir(path):
         return [(path, "", read_header(path))]
@@ -216,7 +216,7 @@ def _read_headers(path: Path) -> list[tuple[Path, str, Header]]:
         names |= {prefix + name for name in header.tensors}
         found.append((file, prefix, header))
     if not found:
-        raise UserError(f"{path} has no safetensors files in its folders")
+        raise UserError(f"{path} has no .safetensors files in its subfolders")
     return found
 
 
@@ -228,7 +228,7 @@ def _tensors(files: list[tuple[Path, str, Header]]) -> Iterator[tuple[str, Tenso
 
 
 def _numbers(tensor: TensorStream, digest=None) -> Iterator[torch.Tensor]:
-    """The numbers of a tensor, some at a time, their bytes added to a digest on the way."""
+    """The numbers of a tensor, some at a time, while a digest is updated with their bytes."""
     for piece in tensor.read():
         if digest:
             digest.update(piece)
@@ -238,7 +238,7 @@ def _numbers(tensor: TensorStream, digest=None) -> Iterator[torch.Tensor]:
 
 
 def _look_at(tensor: TensorStream, digest) -> str | None:
-    """What is to be said of a tensor's numbers."""
+    """What is remarkable about a tensor's numbers, or None."""
     # NaN is the least and the greatest of all numbers here, and this is many times as fast as isfinite
     ends = [end.item() for numbers in _numbers(tensor, digest) for end in numbers.aminmax()]
     if tensor.dtype not in _NUMBERS:
@@ -254,11 +254,11 @@ def _wrong_hash(file: Path, header: Header, found: str) -> list[str]:
     said = header.metadata[HASH].lower().removeprefix("0x")
     if said == found or said == _hash_by_name(file, header):
         return []
-    return [f"The metadata's hash {shorten(header.metadata[HASH])} is not that of the tensors, 0x{found}."]
+    return [f"The hash in the metadata, {shorten(header.metadata[HASH])}, is not that of the tensors, 0x{found}."]
 
 
 def _hash_by_name(file: Path, header: Header) -> str:
-    """The hash as OneTrainer computes it, of the tensors in the order of their names and not of their bytes."""
+    """The hash as OneTrainer computes it, over the tensors in the order of their names instead of their bytes."""
     digest = hashlib.sha256()
     for name in sorted(header.tensors):
         for piece in stored(file, header, name).read():
@@ -267,7 +267,7 @@ def _hash_by_name(file: Path, header: Header) -> str:
 
 
 def _compare(path: Path, other: Path) -> tuple[tuple[Change, ...], set[str], set[str]]:
-    """Changes, and the names that only one has."""
+    """Changes, and the names that only one of the two has."""
     if os.path.isdir(path) == os.path.isdir(other):
         ours, theirs = (dict(_tensors(_read_headers(place))) for place in (path, other))
     else:
@@ -317,7 +317,7 @@ def _change(name: str, tensor: TensorStream, before: TensorStream) -> Change | N
 
 
 def _stumbling_blocks(file: Path, prefix: str, header: Header) -> list[str]:
-    """What is valid, and what some programs do not take all the same."""
+    """Remarks on what is valid and still refused by some programs."""
     remarks = []
     odd = [
         name
@@ -326,11 +326,11 @@ def _stumbling_blocks(file: Path, prefix: str, header: Header) -> list[str]:
     ]
     if odd:
         remarks.append(
-            f"{shorten(file.name)}: numbers do not begin at multiples of their size, so that programs which map files "
-            f"into memory have to copy them, or refuse them: {list_names(odd)}."
+            f"{shorten(file.name)}: tensors that are not aligned to the size of their numbers, which programs that map "
+            f"files into memory must copy, or refuse: {list_names(odd)}."
         )
     if prefix.startswith("text_encoder") and header.metadata and header.metadata.get("format") not in _FORMATS:
         remarks.append(
-            f"{file.parent.name}/{shorten(file.name)}: transformers 4 refuses it, as its metadata have no format."
+            f"{file.parent.name}/{shorten(file.name)}: transformers 4 refuses it, because its metadata name no format."
         )
     return remarks

@@ -450,7 +450,7 @@ def test_a_folder_must_be_new(tmp_path, old):
     (tmp_path / "link").symlink_to("nowhere")
     before = listing(tmp_path)
     for name in before:
-        with pytest.raises(ValueError, match=f"{name} is there already"):
+        with pytest.raises(ValueError, match=f"{name} already exists"):
             write_folder(tmp_path / name)
     with pytest.raises(ValueError, match="there is no folder"):
         write_folder(tmp_path / "missing" / "a")
@@ -462,7 +462,7 @@ def test_a_folder_must_be_new(tmp_path, old):
 
 @pytest.mark.parametrize("meanwhile", [Path.mkdir, Path.touch])
 def test_a_folder_that_another_makes_meanwhile_is_not_replaced(tmp_path, meanwhile):
-    with pytest.raises(ValueError, match="a is there already"), atomic_folder(tmp_path / "a") as folder:
+    with pytest.raises(ValueError, match="a already exists"), atomic_folder(tmp_path / "a") as folder:
         meanwhile(tmp_path / "a")
     assert not folder.exists()
     assert listing(tmp_path) == ["a"]

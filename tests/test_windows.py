@@ -128,7 +128,7 @@ def test_files_and_folders_appear_whole(tmp_path, windows):
         (place / "part").mkdir()
         (place / "part" / "a.bin").write_bytes(b"new")
     assert (folder / "part" / "a.bin").read_bytes() == b"new"
-    with pytest.raises(ValueError, match="is there already"), atomic.atomic_folder(folder):
+    with pytest.raises(ValueError, match="already exists"), atomic.atomic_folder(folder):
         pass
     with pytest.raises(ZeroDivisionError), atomic.atomic_write(path) as file:
         file.write(b"half" * (1 // 0))

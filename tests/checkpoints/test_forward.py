@@ -71,11 +71,11 @@ def test_a_change_is_found_where_it_is(pair, tmp_path, name, outputs):
 
 def test_one_that_is_alone(pair):
     folder, file = pair
-    with pytest.raises(ValueError, match=r"nothing to run .*: give its single file"):
+    with pytest.raises(ValueError, match=r"nothing to compare .*: give its single file"):
         compare_forwards(folder)
     with pytest.raises(ValueError, match="give its diffusers folder, or a ComfyUI"):
         compare_forwards(file)
-    with pytest.raises(ValueError, match="are of one layout"):
+    with pytest.raises(ValueError, match="have the same layout"):
         compare_forwards(file, file)
 
 
@@ -110,8 +110,8 @@ def test_where_comfyui_is(tmp_path, monkeypatch):
             "import sys; sys.exit('ValueError: it is broken')",
             "could not run file.safetensors: ValueError: it is broken.",
         ),
-        ("import os; os.kill(os.getpid(), 9)", "signal 9 ended it, as when memory is short."),
-        (None, "ComfyUI does not start by "),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9 ended it, as when memory runs out."),
+        (None, "ComfyUI does not start with "),
     ],
 )
 def test_a_comfyui_that_fails_is_a_problem(pair, tmp_path, monkeypatch, program, sentence):

@@ -273,7 +273,7 @@ def test_a_unet_in_parts(tmp_path, write_checkpoint, sdxl_unet):
 
 
 def test_folders_without_a_readable_unet(tmp_path):
-    with pytest.raises(ValueError, match="no diffusers folder"):
+    with pytest.raises(ValueError, match="is not a diffusers folder"):
         inspect_checkpoint(tmp_path)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
@@ -298,7 +298,7 @@ def test_v_prediction_without_a_word_on_zero_snr_is_told(tmp_path, write_checkpo
     metadata = {"modelspec.prediction_type": "v"}
     sdxl, sd2 = ldm_unet(), ldm_unet(text=1024, sizes=None, depths=((1, 1), (1, 1), (1, 1), (0, 0)))
     (warning,) = inspect_checkpoint(write_checkpoint(tmp_path / "a.safetensors", {**sdxl, **VAE}, metadata)).warnings
-    assert "whether it is for zero terminal SNR" in warning
+    assert "whether it has zero terminal SNR" in warning
     # SD 2.x was published as v-prediction without it
     assert inspect_checkpoint(write_checkpoint(tmp_path / "b.safetensors", {**sd2, **VAE}, metadata)).warnings == ()
     # LoRAs are not marked

@@ -107,12 +107,12 @@ def test_a_device_is_sent_the_numbers_from_pinned_memory_without_waiting(monkeyp
 @pytest.mark.parametrize(
     ("mean", "std", "sentence"),
     [
-        ((0.0,) * 4, (1.0,) * 3, "not by 4 means and 3 standard deviations"),
-        ((), (), "not by 0 means"),
+        ((0.0,) * 4, (1.0,) * 3, "not 4 means and 3 standard deviations"),
+        ((), (), "not 0 means"),
         ((0.0, float("nan")), (1.0, 1.0), "must be finite"),
         ((0.0, 0.0), (1.0, float("inf")), "must be finite"),
-        ((0.0, 0.0), (1.0, 0.0), "cannot be 0"),
-        ((0.0, 0.0), (-2.5, 1.0), "cannot be -2.5"),
+        ((0.0, 0.0), (1.0, 0.0), "above 0, not 0"),
+        ((0.0, 0.0), (-2.5, 1.0), "above 0, not -2.5"),
     ],
 )
 def test_numbers_that_nothing_can_be_scaled_by(mean, std, sentence):
@@ -129,7 +129,7 @@ def test_metadata_keep_every_bit(scaling, tmp_path):
 
 BAD = [
     ({MEAN: "[0, 0, 0, 0]"}, "have ztsnr.latent_mean alone"),
-    ({MEAN: "[0, 0, 0]", STD: "[1, 1, 1, 1]"}, "not by 3 means and 4 standard deviations"),
+    ({MEAN: "[0, 0, 0]", STD: "[1, 1, 1, 1]"}, "not 3 means and 4 standard deviations"),
     ({MEAN: "[0, 0, 0, NaN]", STD: "[1, 1, 1, 1]"}, r"ztsnr.latent_mean of the metadata, '\[0, 0, 0, NaN\]', is not"),
     ({MEAN: "[0, 0, 0, 0]", STD: "[1, 1, 1, 1e999]"}, "ztsnr.latent_std of the metadata"),
     ({MEAN: "[0, 0, 0, 0]", STD: f"[1, 1, 1, 1{'0' * 400}]"}, "is not a list of finite numbers"),
@@ -137,7 +137,7 @@ BAD = [
     ({MEAN: "[0, 0, 0, true]", STD: "[1, 1, 1, 1]"}, "is not a list of finite numbers"),
     ({MEAN: "4.8", STD: "[1, 1, 1, 1]"}, "is not a list of finite numbers"),
     ({MEAN: "[" * 100_000, STD: "[1]"}, "is not a list of finite numbers"),
-    ({MEAN: "[0, 0, 0, 0]", STD: "[1, 1, 1, 0]"}, "cannot be 0"),
+    ({MEAN: "[0, 0, 0, 0]", STD: "[1, 1, 1, 0]"}, "above 0, not 0"),
 ]
 
 
@@ -177,12 +177,12 @@ def test_configs_come_back(scaling):
     ("config", "sentence"),
     [
         ({"shift_factor": 0.1159}, "shift_factor"),
-        ({"scaling_factor": 0}, "has '0' for a scaling_factor"),
-        ({"scaling_factor": "1"}, "for a scaling_factor"),
+        ({"scaling_factor": 0}, "has '0' for scaling_factor"),
+        ({"scaling_factor": "1"}, "for scaling_factor"),
         ({"latent_channels": 10**12}, "for latent_channels"),
-        ({"latents_mean": [0, 0], "latents_std": [1, 1]}, "has 2 numbers for latents_mean, and 4 channels"),
+        ({"latents_mean": [0, 0], "latents_std": [1, 1]}, "has 2 numbers for latents_mean, but 4 channels"),
         ({"latents_mean": [0, 0, 0, None], "latents_std": [1] * 4}, "is not a list of finite numbers"),
-        ({"latents_mean": [0] * 4, "latents_std": [1, 1, 1, -1]}, "cannot be -5.48998"),
+        ({"latents_mean": [0] * 4, "latents_std": [1, 1, 1, -1]}, "above 0, not -5.48998"),
     ],
 )
 def test_configs_that_cannot_be_followed(config, sentence):
@@ -330,9 +330,7 @@ def test_the_report_warns_where_diffusers_does_not_look(tmp_path, write_checkpoi
     metadata = {"modelspec.prediction_type": "epsilon", **METADATA}
     report = inspect_checkpoint(write_checkpoint(tmp_path / "a.safetensors", unet, metadata))
     assert report.architecture.startswith(model)
-    assert any("pipelines of SD 1.x and 2.x do not look" in warning for warning in report.warnings) == (
-        model == "SD 1.x"
-    )
+    assert any("pipelines of SD 1.x and 2.x ignore" in warning for warning in report.warnings) == (model == "SD 1.x")
 
 
 def test_pipelines_of_files_and_folders_are_the_same(folders, scaled, tmp_path):
@@ -366,7 +364,7 @@ def test_merging_into_a_base(folders, scaled, tmp_path):
 
 def test_bad_metadata_are_told_and_not_followed(folders, tmp_path):
     tensors = load_file(convert(folders["SDXL"], tmp_path / "file"))
-    for i, (metadata, sentence) in enumerate([*BAD, ({MEAN: "[0.5]", STD: "[1]"}, "and the VAE has 4")]):
+    for i, (metadata, sentence) in enumerate([*BAD, ({MEAN: "[0.5]", STD: "[1]"}, "but the VAE has 4")]):
         file = tmp_path / f"{i}.safetensors"
         save_file(tensors, file, metadata)
         with pytest.raises(ValueError, match=sentence):
@@ -376,7 +374,7 @@ def test_bad_metadata_are_told_and_not_followed(folders, tmp_path):
         report = inspect_checkpoint(file)
         if i < len(BAD):
             assert report.latent_scaling is None
-            assert any("What its latents are scaled by is not known" in warning for warning in report.warnings)
+            assert any("Its latent scaling is unknown" in warning for warning in report.warnings)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"scaling_factor": -1}', '{"latents_mean": 1, "latents_std": 2}'])

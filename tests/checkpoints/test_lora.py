@@ -225,39 +225,39 @@ LAYER = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: edit_config(a, use_dora=True), "is of a DoRA"),
-        (lambda a: edit_config(a, lora_alpha=None), "does not say lora_alpha"),
-        (lambda a: edit_config(a, lora_alpha=float("nan")), "does not say lora_alpha"),
-        (lambda a: edit_config(a, alpha_pattern={"to_q": "8"}), "does not say lora_alpha"),
-        (lambda a: edit_config(a, alpha_pattern={"to_q(": 8}), "no regular expression"),
-        (lambda a: edit_config(a, peft_type="LOKR"), "no readable config of a peft LoRA"),
-        (lambda a: (a / "adapter_config.json").unlink(), "no readable config of a peft LoRA"),
+        (lambda a: edit_config(a, use_dora=True), "is the config of a DoRA"),
+        (lambda a: edit_config(a, lora_alpha=None), "has no valid lora_alpha"),
+        (lambda a: edit_config(a, lora_alpha=float("nan")), "has no valid lora_alpha"),
+        (lambda a: edit_config(a, alpha_pattern={"to_q": "8"}), "has no valid lora_alpha"),
+        (lambda a: edit_config(a, alpha_pattern={"to_q(": 8}), "not a regular expression"),
+        (lambda a: edit_config(a, peft_type="LOKR"), "not a readable config of a peft LoRA"),
+        (lambda a: (a / "adapter_config.json").unlink(), "not a readable config of a peft LoRA"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "is a pickle"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "there is no file"),
         (
             lambda a: edit_tensors(a, lambda t: t | {f"{LAYER}.lora_magnitude_vector": torch.ones(8)}),
             "more than a plain LoRA.*lora_magnitude_vector",
         ),
-        (lambda a: edit_tensors(a, lambda t: {}), "is empty"),
+        (lambda a: edit_tensors(a, lambda t: {}), "has no tensors"),
         (
             lambda a: edit_tensors(a, lambda t: {n: x for n, x in t.items() if n != f"{LAYER}.lora_B.weight"}),
-            "lacks one of lora_A and lora_B of 'mid_block",
+            "lacks lora_A or lora_B for 'mid_block",
         ),
         (
             lambda a: edit_tensors(a, lambda t: t | {f"{LAYER}.lora_B.weight": torch.ones(16, 5)}),
-            r"is \(16, 16\) there, and the LoRA is \(4, 16\) and \(16, 5\)",
+            r"is \(16, 16\) there, but the matrices of the LoRA are \(4, 16\) and \(16, 5\)",
         ),
         (
             lambda a: edit_tensors(a, lambda t: t | {f"{LAYER}.lora_A.weight": torch.ones(4, 9)}),
-            r"is \(16, 16\) there, and the LoRA is \(4, 9\) and \(16, 4\)",
+            r"is \(16, 16\) there, but the matrices of the LoRA are \(4, 9\) and \(16, 4\)",
         ),
         (
             lambda a: edit_tensors(a, lambda t: t | {f"{LAYER}.lora_A.weight": torch.ones(())}),
-            r"and the LoRA is \(\) and \(16, 4\)",
+            r"but the matrices of the LoRA are \(\) and \(16, 4\)",
         ),
         (
             lambda a: edit_tensors(a, lambda t: {n.replace("mid_block", "mid_blocks"): x for n, x in t.items()}),
-            "another U-Net than that of .*, which lacks 'mid_blocks",
+            "does not fit the U-Net of .*, which lacks 'mid_blocks",
         ),
         (
             lambda a: edit_tensors(
@@ -276,14 +276,14 @@ def test_adapters_that_are_refused(adapter, model, tmp_path, change, sentence):
 
 def test_arguments(adapter, model, tmp_path):
     (tmp_path / "there.safetensors").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         export_lora(adapter, tmp_path / "there.safetensors", model=model)
     with pytest.raises(ValueError, match="must end in"):
         export_lora(adapter, tmp_path / "lora.pt", model=model)
-    with pytest.raises(ValueError, match=r"not in torch\.int8"):
+    with pytest.raises(ValueError, match=r"not torch\.int8"):
         export_lora(adapter, tmp_path / "lora.safetensors", model=model, dtype=torch.int8)
     other = Path(shutil.copytree(model, tmp_path / "other"))
     (unet,) = (other / "unet").glob("*.safetensors")
     unet.unlink()
-    with pytest.raises(ValueError, match="no diffusers folder of a model with a U-Net"):
+    with pytest.raises(ValueError, match="not a diffusers folder of a model with a U-Net"):
         export_lora(adapter, tmp_path / "lora.safetensors", model=other)

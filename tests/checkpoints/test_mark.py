@@ -280,8 +280,8 @@ def test_a_folder_that_cannot_be_marked(folder, tmp_path):
     config = folder / "scheduler" / "scheduler_config.json"
     before = config.read_text()
     for arguments, sentence in (
-        ({"v_pred": True}, "can be marked in place only"),
-        ({"v_pred": True, "in_place": True, "out": tmp_path / "other"}, "can be marked in place only"),
+        ({"v_pred": True}, "can only be marked in place"),
+        ({"v_pred": True, "in_place": True, "out": tmp_path / "other"}, "can only be marked in place"),
         ({"ztsnr": True, "in_place": True}, "does nothing without v-prediction"),
         ({"v_pred": True, "ztsnr": True, "swarm": True, "in_place": True}, "which SwarmUI does not read"),
     ):
@@ -306,9 +306,9 @@ def test_a_folder_that_cannot_be_marked(folder, tmp_path):
         ({}, "nothing to mark"),
         ({"ztsnr": True}, "does nothing without v-prediction"),
         ({"v_pred": False, "ztsnr": True}, "an epsilon model cannot have it"),
-        ({"swarm": True}, "mark both"),
-        ({"v_pred": True, "swarm": True}, "mark both"),
-        ({"v_pred": False, "swarm": True}, "mark both"),
+        ({"swarm": True}, "set v_pred and ztsnr"),
+        ({"v_pred": True, "swarm": True}, "set v_pred and ztsnr"),
+        ({"v_pred": False, "swarm": True}, "set v_pred and ztsnr"),
     ],
 )
 def test_contradictions(write, arguments, sentence):
@@ -321,7 +321,7 @@ def test_contradictions(write, arguments, sentence):
 
 def test_a_mark_is_not_left_alone(write):
     path = write({**SDXL, "v_pred": ("F32", 0), "ztsnr": ("F32", 0)})
-    with pytest.raises(ValueError, match="or take ztsnr away too"):
+    with pytest.raises(ValueError, match="or remove ztsnr too"):
         mark_checkpoint(path, v_pred=False, in_place=True)
     assert said(path) == ("v_prediction", True)
 
@@ -329,12 +329,12 @@ def test_a_mark_is_not_left_alone(write):
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        (LORA, "is a LoRA, in which no program looks for marks"),
+        (LORA, "is a LoRA, and no program looks for marks there"),
         (DIFFUSERS, "is a U-Net with diffusers' names"),
-        (VAE, "holds no U-Net"),
-        ({}, "holds no U-Net"),
-        (unet(width=384, text=1280, sizes=2560, depths=(0, 0, 4, 4)), "is SDXL refiner, and marks are for"),
-        ({UNET + "double_blocks.0.img_attn.norm.key_norm.scale": (8,)}, "is Flux, and marks are for"),
+        (VAE, "has no U-Net"),
+        ({}, "has no U-Net"),
+        (unet(width=384, text=1280, sizes=2560, depths=(0, 0, 4, 4)), "is SDXL refiner, but marks are only for"),
+        ({UNET + "double_blocks.0.img_attn.norm.key_norm.scale": (8,)}, "is Flux, but marks are only for"),
         ({**SDXL, "v_pred": ("F32", 1)}, "the tensor v_pred of .* holds data"),
     ],
 )
@@ -366,14 +366,14 @@ def test_nothing_is_replaced_without_leave(tmp_path, write):
     dangling.symlink_to(tmp_path / "nothing")
     contents = path.read_bytes(), other.read_bytes()
     for arguments, sentence in (
-        ({}, r"model\.safetensors would be replaced: name another file by out, or allow it by in_place"),
+        ({}, r"model\.safetensors would be replaced: name another file with out, or allow it with in_place"),
         ({"out": path}, "would be replaced"),
         ({"out": link}, "would be replaced"),
-        ({"out": other}, "is there already"),
-        ({"out": dangling}, "is there already"),
-        ({"out": tmp_path}, "is there already"),
-        ({"out": other, "in_place": True}, "choose one of out and in_place"),
-        ({"out": tmp_path / "new.safetensors", "in_place": True}, "choose one of out and in_place"),
+        ({"out": other}, "already exists"),
+        ({"out": dangling}, "already exists"),
+        ({"out": tmp_path}, "already exists"),
+        ({"out": other, "in_place": True}, "out and in_place exclude each other"),
+        ({"out": tmp_path / "new.safetensors", "in_place": True}, "out and in_place exclude each other"),
         ({"out": tmp_path / "new.ckpt"}, r"end its name in \.safetensors or \.sft"),
         ({"out": tmp_path / "missing" / "new.sft"}, "there is no folder"),
     ):

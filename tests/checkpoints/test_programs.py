@@ -1,13 +1,16 @@
 """What programs take a checkpoint for, row by row against what their sources do."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from ztsnr.checkpoints import inspect_checkpoint
 from ztsnr.checkpoints.latent_scaling import LatentScaling
-from ztsnr.checkpoints.programs import PROGRAMS, Marked, rows
+from ztsnr.checkpoints.programs import PROGRAMS, rows
+from ztsnr.checkpoints.reading import Marked, Program
 from ztsnr.cli import main
 
 SINGLE, FOLDER, PREFIXED, BARE = (
@@ -213,8 +216,38 @@ def test_scaled_latents_are_wrong_where_nobody_looks():
     assert sdxl["diffusers, folder"].right
     assert sd["diffusers, folder"].right is False
     assert sdxl["InvokeAI"].right is None
-    assert "not known here" in sdxl["InvokeAI"].change
+    assert "not known whether" in sdxl["InvokeAI"].change
     assert read(FOLDER, "SD 1.x", **marks, latent_scaling=one_number)["diffusers, folder"].right
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table in the docs
+
+
+@pytest.fixture
+def renderer():
+    path = Path(__file__).parents[2] / "docs" / "render_programs.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_docs_have_the_table_of_the_registry(renderer):
+    for name in renderer.PAGES:
+        page = (renderer.ROOT / name).read_text("utf-8")
+        assert len(renderer.REGION.findall(page)) == 1, name
+        assert renderer.render(page) == page, f"{name} is stale: run docs/render_programs.py"
+
+
+def test_a_new_entry_is_a_new_row_of_the_report_and_of_the_table(renderer, monkeypatch):
+    entry = Program("New", read=PROGRAMS["ComfyUI"].read, remedy=PROGRAMS["ComfyUI"].remedy,
+                    looks_at="its tensors", what_to_do="`ztsnr mark`")  # fmt: skip
+    monkeypatch.setitem(PROGRAMS, "New", entry)
+    assert taken(read(names=("v_pred",))["New"]) == (V, False)
+    assert renderer.render("<!-- table:programs -->\nold\n<!-- /table -->\n").endswith(
+        "\n| New | its tensors | `ztsnr mark` |\n<!-- /table -->\n"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ EVIDENCE = {
     "kohya_lora": ["modelspec.prediction_type = 'v'", "ss_zero_terminal_snr = 'True'"],
     "onetrainer_lora": [
         "modelspec.prediction_type = 'v'",
-        "OneTrainer's settings in the metadata say rescale_noise_scheduler_to_zero_terminal_snr",
+        "OneTrainer's settings in the metadata turn on rescale_noise_scheduler_to_zero_terminal_snr",
     ],
     "diffusers_lora": [],
 }

@@ -237,7 +237,7 @@ def test_betas_that_a_folder_is_to_rescale_are_taken_as_they_become(folders, tmp
 def test_betas_that_are_no_schedule(folders, tmp_path, betas):
     folder = shutil.copytree(folders["SDXL"], tmp_path / "folder")
     set_scheduler(folder, trained_betas=betas)
-    with pytest.raises(ValueError, match=r"^[^\n]*scheduler has trained_betas that are no noise schedule$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*scheduler has trained_betas that are not a noise schedule$"):
         shift_of_folder(folder)
     with pytest.raises(ValueError, match="no noise schedule"):
         to_single_file(folder, tmp_path / "model.safetensors")
@@ -292,6 +292,6 @@ def test_nonsense_is_told_and_not_followed(folders, tmp_path, text):
         to_folder(file, tmp_path / "out", config=folders["SDXL"])
     assert not (tmp_path / "out").exists()
     report = inspect_checkpoint(file)
-    (warning,) = (one for one in report.warnings if "noise schedule is not known" in one)
-    assert warning.startswith("Its noise schedule is not known: ztsnr.schedule_shift")
+    (warning,) = (one for one in report.warnings if "noise schedule is unknown" in one)
+    assert warning.startswith("Its noise schedule is unknown: ztsnr.schedule_shift")
     assert "\n" not in warning

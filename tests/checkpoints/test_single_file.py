@@ -400,7 +400,7 @@ def test_a_base_in_eight_bits_needs_a_word(base, trained, tmp_path):
     tensors = load_file(base)
     eight = {n: t.to(torch.float8_e4m3fn) if n.startswith(UNET) else t for n, t in tensors.items()}
     save_file(eight, tmp_path / "eight.safetensors")
-    with pytest.raises(ValueError, match="keeps its U-Net in F8_E4M3: say which dtype"):
+    with pytest.raises(ValueError, match="keeps its U-Net in F8_E4M3: set dtype"):
         convert(trained, tmp_path, base=tmp_path / "eight.safetensors")
     convert(trained, tmp_path, base=tmp_path / "eight.safetensors", dtype=torch.bfloat16)
 
@@ -413,7 +413,7 @@ def test_bases_that_do_not_match(folders, base, trained, tmp_path):
     save_file(tensors, tmp_path / "wide.safetensors")
     with pytest.raises(ValueError, match=r"out\.2\.bias is \(9,\), not \(4,\)"):
         convert(trained, tmp_path, base=tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match="has no U-Net under the names of single files"):
+    with pytest.raises(ValueError, match="has no U-Net with the names of single files"):
         convert(trained, tmp_path, base=next((folders["SDXL"] / "vae").glob("*.safetensors")))
     with pytest.raises(ValueError, match="is a pickle"):
         convert(trained, tmp_path, base=tmp_path / "base.ckpt")
@@ -438,14 +438,18 @@ def drop_tensor(name):
         (
             "unet",
             add_tensors("a.weight", "b", "c", "d", "e"),
-            "the U-Net has what no single file has a place for: 'a.weight', 'b', 'c' and 2 more$",
+            "the U-Net has tensors that a single file has no place for: 'a.weight', 'b', 'c' and 2 more$",
         ),
         ("unet", drop_tensor("conv_out.bias"), "the U-Net lacks 'conv_out.bias'$"),
         ("unet", drop_tensor("mid_block.resnets.1.conv2.weight"), "lacks 'mid_block.resnets.1.conv2.weight'"),
         ("vae", drop_tensor("quant_conv.weight"), "the VAE lacks 'quant_conv.weight'"),
-        ("vae", add_tensors("decoder.up_blocks.7.resnets.0.conv1.weight"), "the VAE has what no single file"),
+        ("vae", add_tensors("decoder.up_blocks.7.resnets.0.conv1.weight"), "the VAE has tensors that a single file"),
         ("text_encoder", drop_tensor("final_layer_norm.bias"), "the text encoder lacks 'final_layer_norm.bias'"),
-        ("text_encoder", add_tensors("encoder.layers.1.mlp.fc3.weight"), "the text encoder has what no single file"),
+        (
+            "text_encoder",
+            add_tensors("encoder.layers.1.mlp.fc3.weight"),
+            "the text encoder has tensors that a single file",
+        ),
         (
             "text_encoder_2",
             drop_tensor("text_model.encoder.layers.1.self_attn.k_proj.bias"),
@@ -459,17 +463,17 @@ def drop_tensor(name):
         (
             "text_encoder_2",
             lambda tensors: tensors | {"text_projection.weight": torch.zeros(24)},
-            r"a tensor of shape \(24,\) is no matrix",
+            r"a tensor of shape \(24,\) is not a matrix",
         ),
         (
             "vae",
             lambda tensors: tensors | {"quant_conv.bias": torch.zeros(0)},
-            r"'quant_conv.bias' has the shape \(0,\), which no weight has",
+            r"'quant_conv.bias' has the shape \(0,\), which weights cannot have",
         ),
         (
             "text_encoder_2",
             lambda tensors: tensors | {"text_model.embeddings.position_embedding.weight": torch.zeros(())},
-            r"has the shape \(\), which no weight has",
+            r"has the shape \(\), which weights cannot have",
         ),
         (
             "text_encoder_2",
@@ -508,21 +512,21 @@ def test_other_architectures(tmp_path, write_checkpoint):
         convert(refiner, tmp_path)
     flux = tmp_path / "flux"
     write_checkpoint(flux / "transformer" / "diffusion_pytorch_model.safetensors", {"a": (1,)})
-    with pytest.raises(ValueError, match="is no diffusers folder of a model with a U-Net"):
+    with pytest.raises(ValueError, match="is not a diffusers folder of a model with a U-Net"):
         convert(flux, tmp_path)
 
 
 def test_arguments(sdxl, reference, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(reference)
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         to_single_file(sdxl, file)
     assert file.read_bytes() == reference
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         to_single_file(sdxl, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=r"not in torch\.int8"):
+    with pytest.raises(ValueError, match=r"not torch\.int8"):
         to_single_file(sdxl, tmp_path / "other.safetensors", dtype=torch.int8)
-    with pytest.raises(ValueError, match="is no diffusers folder but a single file"):
+    with pytest.raises(ValueError, match="is not a diffusers folder but a single file"):
         to_single_file(file, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="there is no folder"):
         to_single_file(sdxl, tmp_path / "nowhere" / "other.safetensors")
@@ -531,11 +535,14 @@ def test_arguments(sdxl, reference, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda text: "{", "is no readable index"),
-        (lambda text: '{"weight_map": [1]}', "is no readable index"),
+        (lambda text: "{", "is not a readable index"),
+        (lambda text: '{"weight_map": [1]}', "is not a readable index"),
         (lambda text: text.replace("diffusion_pytorch_model-00001", "../diffusion_pytorch_model-00001"), "outside"),
         (lambda text: text.replace("diffusion_pytorch_model-00001", "absent-00001"), "there is no file"),
-        (lambda text: text.replace('"conv_in.bias"', '"conv_in.other"'), "differ, for one in 'conv_in.bias'"),
+        (
+            lambda text: text.replace('"conv_in.bias"', '"conv_in.other"'),
+            "list different tensors, for example 'conv_in.bias'",
+        ),
     ],
 )
 def test_indices_that_are_wrong(sdxl, tmp_path, change, sentence):

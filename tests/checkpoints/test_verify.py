@@ -18,7 +18,7 @@ from ztsnr.cli import main
 
 from ..tiny_pipelines import make_tiny_sdxl
 
-UNKNOWN = "Which tensors such a model should have is not known here, so missing ones may go unnoticed."
+UNKNOWN = "No published model has this architecture, so missing tensors may go unnoticed."
 
 
 def tensors(**changes):
@@ -136,7 +136,7 @@ def test_a_model_that_is_not_whole(tmp_path):
     save_file(there, tmp_path / "a.safetensors")
     report = verify_checkpoint(tmp_path / "a.safetensors")
     (problem,) = report.problems
-    assert problem.startswith("SD 1.x U-Net: of 686 tensors 682 are missing or of another shape: ")
+    assert problem.startswith("SD 1.x U-Net: 682 of 686 tensors are missing or have another shape: ")
     assert f"Problem: {problem}" in str(report)
 
 
@@ -201,7 +201,7 @@ def test_numbers_at_odd_places_are_noted(tmp_path):
     assert verify_checkpoint(write(tmp_path / "a.safetensors", sound)).remarks == (UNKNOWN,)
     for entries, pad in ((sound, 2), ([sound[1], sound[0]], 0)):
         _, remark = verify_checkpoint(write(tmp_path / "a.safetensors", entries, pad)).remarks
-        assert "do not begin at multiples of their size" in remark
+        assert "not aligned to the size of their numbers" in remark
         assert remark.endswith(": 'number'.")
 
 
@@ -363,7 +363,7 @@ def test_running_it(tmp_path, monkeypatch):
     assert "Problem: diffusers, tiny.safetensors: prediction differs by " in result.stdout
     result = CliRunner().invoke(main, ["verify", str(file), "--run"])
     assert result.exit_code == 2
-    assert "there is nothing to run" in result.stderr
+    assert "there is nothing to compare" in result.stderr
     result = CliRunner().invoke(main, ["verify", str(file), "--config", str(folder)])
     assert result.exit_code == 2
     assert "do nothing without --run" in result.stderr

@@ -114,7 +114,7 @@ def test_every_file_is_offered_once(loaded):
 def test_models_are_what_their_files_say(loaded, name, ours, stock):
     found = loaded[f"{name}.safetensors"]
     assert (found["ours"], found["stock"]) == (ours, stock)
-    assert f"Prediction: {'not said' if name == 'silent' else ours[0]}." in found["report"]
+    assert f"Prediction: {'not stated' if name == 'silent' else ours[0]}." in found["report"]
     assert ("The model is patched" in found["report"]) == (ours != EPSILON)
     assert not found["clip"]
     assert found["vae"].startswith(NO_VAE)

@@ -38,7 +38,7 @@ def koala(comfyui_path, tmp_path_factory):
 
 def wrong(report):
     """The problems, besides that the smallest U-Nets are not of a published size."""
-    return [problem for problem in report.problems if "missing or of another shape" not in problem]
+    return [problem for problem in report.problems if "missing or have another shape" not in problem]
 
 
 def compared(report):

@@ -802,7 +802,7 @@ def test_models_without_a_vae(model, tmp_path, write_checkpoint):
     (tmp_path / "empty").mkdir()
     (tmp_path / "vae.ckpt").write_bytes(b"")
     for place, sentence in (
-        (model / "unet", "has to hold a VAE of the kind AutoencoderKL, and holds UNet2DConditionModel"),
+        (model / "unet", "must hold a VAE of the class AutoencoderKL, but holds UNet2DConditionModel"),
         (tmp_path / "empty", "holds none"),
         (unet, "has no VAE"),
         (tmp_path / "nothing.safetensors", "there is no file"),

@@ -316,7 +316,7 @@ def test_another_seed_gives_other_pictures(composer, tmp_path):
 
 def test_a_folder_is_there_whole_or_not_at_all(composer, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         write_pictures(tmp_path / "pictures", 1, composer)
 
     pictures = iter([np.zeros((32, 32, 3), np.uint8)] * 2)

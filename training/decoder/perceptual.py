@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...checkpoints.header import read_header
-from ...checkpoints.pipeline import HUB_ERRORS, HUB_TIMEOUT
+from ...checkpoints.hub import HUB_ERRORS, HUB_TIMEOUT
 from ...errors import UserError
 from ...extras import needs
 

@@ -151,7 +151,7 @@ def test_another_vae_is_refused(trained, single, folder, tmp_path):
         with pytest.raises(ValueError, match="it has another VAE"):
             merge_decoder(trained, tmp_path / f"{base}.safetensors", tmp_path / "new.safetensors")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         merge_decoder(trained, folder, tmp_path / "taken")
     assert not (tmp_path / "new.safetensors").exists()
 

@@ -159,7 +159,7 @@ def test_the_result_is_the_average_of_the_weights(run, place):
 
 
 def test_results_are_not_overwritten(run):
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         run_finetune_vae(dataclasses.replace(run[0], resume=True), say=lambda line: None)
 
 
