@@ -9,7 +9,8 @@ from .ideal_models import (
     v_network,
 )
 from .latent_stats import LatentMeanRecorder, LatentStatistics
-from .leak import LeakReport, exact_flow, mean_leak
+from .leak import exact_flow, mean_leak
+from .verdict import LeakReport
 
 __all__ = [
     "GaussianCanvas",

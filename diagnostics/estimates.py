@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UserError
 from .leak_probes import SamplerProbe
 
 CONFIDENCE = 0.99  # of every interval
@@ -64,6 +65,12 @@ class Estimate:
         digits = 3 - leading if self.error < 10 ** (leading - 3) else 1 - math.floor(math.log10(self.error))
         digits = min(max(digits, 0), 4)
         return f"{self.value + 0.0:.{digits}f} ± {self.error:.{digits}f}"
+
+
+def at_least_two(seeds: Sequence) -> None:
+    """Refuse what has no interval."""
+    if len(seeds) < 2:
+        raise UserError(f"a slope with an interval needs at least 2 seeds, not {len(seeds)}; 8 are a good beginning")
 
 
 def spread_of(probes: Sequence[SamplerProbe]) -> float:

@@ -20,7 +20,8 @@ from ..errors import UserError
 from ..extras import no_matplotlib
 from ..figures.png import png
 from .guidance_shift import moved_most
-from .leak import LeakReport, plain
+from .plain import plain
+from .verdict import LeakReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +179,9 @@ def report_html(run: LeakRun) -> bytes:
 
 def _figures(run: LeakRun) -> dict[str, Any]:
     """Figures as data URLs: one a prompt, by theme, and the sheets of starts and of guidance."""
-    from .leak_plots import Strip, guidance_sheet, leak_figure, start_sheet
+    from ..figures.strip import Strip
+    from .leak_figure import leak_figure
+    from .sheets import guidance_sheet, start_sheet
 
     def both(draw: Callable[..., "Figure"]) -> dict[str, str]:
         return {theme: _data_url(png(draw(theme=theme))) for theme in ("light", "dark")}

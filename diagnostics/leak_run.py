@@ -24,8 +24,9 @@ from ..files import prepare_folder, write_atomically
 from ..samplers import NoiseSchedule, exposure_true_guidance, guide, sample
 from ..samplers.sampling import Denoise
 from . import pipelines
+from .checkpoint_verdict import judge_network
 from .guidance_shift import EXPOSURE_TRUE, GuidanceAnswer, judge_guidance, moved_most
-from .leak import LeakReport, check_seeds, exact_flow, judge_network, judge_sampler, plain
+from .leak import check_seeds, exact_flow
 from .leak_probes import LUMA, NetworkProbe, Run, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
 from .leak_report import (
     COLOURS,
@@ -38,12 +39,13 @@ from .leak_report import (
     report_table,
     row_of_pictures,
 )
+from .plain import plain
+from .sampler_verdict import judge_sampler
+from .verdict import LeakReport
 
 STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # of the sheet, as in NovelAI V3's figure 2
 SHEET_STEPS, SHEET_SEEDS = 28, 3
 STRIP = 6  # predictions shown on the way
-
-
 PROMPTS = (Prompt(""), *(Prompt(f"solid {name} background", colour) for name, colour in COLOURS.items()))
 
 

@@ -3,16 +3,14 @@
 They return matplotlib figures that belong to no window, so they work without a display and leave pyplot alone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from .palette import COLORS, FAINT, INK, MARKERS
+from .sigma_axis import sigma_axis
 
 
 @dataclass(frozen=True)
@@ -76,29 +74,3 @@ def plot_over_sigma(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
     return figure
-
-
-def sigma_axis(axes: Axes, sigmas: np.ndarray):
-    """Set up the axis and return the map sigma -> x: decades in between, infinity and 0 one place beyond their ends."""
-    finite = sigmas[np.isfinite(sigmas) & (sigmas > 0)]
-    high, low = math.log10(finite.max()), math.log10(finite.min())
-    gap = max(0.08 * (high - low), 0.25)
-    decades = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
-    ticks = {-float(d): f"{10.0**d:g}" for d in decades}
-    if np.isinf(sigmas).any():
-        ticks[-high - gap] = "∞"
-        axes.axvline(-high - gap / 2, color="#d0d0d0", lw=1, ls=":")
-    if (sigmas == 0).any():
-        ticks[-low + gap] = "picture"
-        axes.axvline(-low + gap / 2, color="#d0d0d0", lw=1, ls=":")
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(list(ticks.values()))
-    axes.set_xlabel("noise level sigma, from pure noise (left) to the finished picture (right)")
-
-    def position(sigma: float) -> float:
-        if math.isinf(sigma):
-            return -high - gap
-        return -low + gap if sigma == 0 else -math.log10(sigma)
-
-    return position

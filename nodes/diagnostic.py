@@ -17,9 +17,10 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import LeakReport, mean_leak
+from ..diagnostics.leak import mean_leak
 from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
+from ..diagnostics.verdict import LeakReport
 from ..errors import UserError
 from ..extras import needs
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
@@ -228,7 +229,7 @@ def sentence(text: str) -> str:
 
 def figure_of(report: LeakReport, probe: RunProbe, to_rgb: ToRGB | None, theme: str):
     """The picture, with a strip of the last seed's run."""
-    from ..diagnostics.leak_plots import leak_figure
+    from ..diagnostics.leak_figure import leak_figure
 
     sigmas = probe.recorder.read().sigmas
     return leak_figure(report, theme=theme, strip=strip_of(probe.predictions, sigmas, finished(probe)[:1], to_rgb))

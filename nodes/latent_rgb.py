@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ..diagnostics.leak_probes import ToRGB
 from ..errors import UserError
 from ..extras import no_matplotlib
+from ..figures.png import to_image
 from .messages import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..diagnostics.leak_plots import Strip
+    from ..figures.strip import Strip
 
 STRIP = 6  # pictures
 STRIP_SIDE = 192  # pixels, of the longer side of each
@@ -58,7 +59,7 @@ def strip_of(
     predictions: Sequence[torch.Tensor], sigmas: Sequence[float], picture: torch.Tensor, to_rgb: ToRGB | None
 ) -> "Strip | None":
     """Some of a run's predictions, evenly chosen, and the finished picture (1, C, ...)."""
-    from ..diagnostics.leak_plots import Strip
+    from ..figures.strip import Strip
 
     if to_rgb is None:
         return None
@@ -83,8 +84,6 @@ def draw(figure: "Callable[[], Figure]", theme: str, headline: str) -> torch.Ten
         picture = np.asarray(_notice(sentence, theme))
     else:
         # not under the node as well: it would halve the room that ComfyUI gives the picture
-        from ..diagnostics.leak_plots import to_image
-
         logging.info("ZTSNR: %s", headline)
         picture = to_image(figure())
     return torch.from_numpy(picture.astype(np.float32) / 255)[None]

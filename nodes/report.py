@@ -6,8 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..diagnostics.estimates import CONFIDENCE
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import ChannelFit, fit_pictures
 from ..diagnostics.leak_probes import ToRGB, measure_pictures
+from ..diagnostics.sampler_verdict import ChannelFit, fit_pictures
 from ..errors import UserError
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
@@ -87,7 +87,7 @@ class LatentMeanReport(io.ComfyNode):
             lines += describe_first_guidance(probe, to_rgb)
 
         def figure():
-            from ..diagnostics.leak_plots import run_figure
+            from ..diagnostics.run_figure import run_figure
 
             strip = strip_of(probe.predictions, statistics.sigmas, latents[:1], to_rgb)
             return run_figure(statistics, picture_mean, theme=theme, strip=strip)

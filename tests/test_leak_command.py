@@ -16,9 +16,9 @@ from ztsnr import extras
 from ztsnr.checkpoints import load_pipeline
 from ztsnr.cli import main
 from ztsnr.diagnostics import leak_run, pipelines
-from ztsnr.diagnostics.leak import plain
 from ztsnr.diagnostics.leak_probes import SamplerProbe
 from ztsnr.diagnostics.leak_report import load_row, row_of_pictures
+from ztsnr.diagnostics.plain import plain
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler, exposure_true_guidance
 
 from .tiny_pipelines import make_tiny_sdxl, write_single_file

@@ -14,19 +14,11 @@ from scipy.integrate import solve_ivp
 from skimage.color import deltaE_ciede2000
 
 from ztsnr.diagnostics import GaussianCanvas, PictureSet
+from ztsnr.diagnostics.checkpoint_verdict import closest_table, judge_network
 from ztsnr.diagnostics.estimates import CONFIDENCE, MOST_SEEDS, Estimate
+from ztsnr.diagnostics.expected import expected_denoised_mean, expected_slope
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder
-from ztsnr.diagnostics.leak import (
-    check_seeds,
-    closest_table,
-    exact_flow,
-    expected_denoised_mean,
-    expected_slope,
-    judge_network,
-    judge_sampler,
-    mean_leak,
-    plain,
-)
+from ztsnr.diagnostics.leak import check_seeds, exact_flow, mean_leak
 from ztsnr.diagnostics.leak_probes import (
     LUMA,
     NetworkProbe,
@@ -36,6 +28,8 @@ from ztsnr.diagnostics.leak_probes import (
     probe_network,
     probed_sigmas,
 )
+from ztsnr.diagnostics.plain import plain
+from ztsnr.diagnostics.sampler_verdict import judge_sampler
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule, to_denoised
 from ztsnr.samplers.prediction import alpha_s
 

@@ -16,9 +16,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from ztsnr.diagnostics import GaussianCanvas
+from ztsnr.diagnostics.expected import expected_slope
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder, LatentStatistics
-from ztsnr.diagnostics.leak import exact_flow, expected_slope, mean_leak
-from ztsnr.diagnostics.leak_plots import THEMES, Strip, guidance_sheet, leak_figure, run_figure, start_sheet, to_image
+from ztsnr.diagnostics.leak import exact_flow, mean_leak
+from ztsnr.diagnostics.leak_figure import leak_figure
+from ztsnr.diagnostics.run_figure import run_figure
+from ztsnr.diagnostics.sheets import guidance_sheet, start_sheet
+from ztsnr.figures.png import to_image
+from ztsnr.figures.strip import Strip
+from ztsnr.figures.themes import THEMES
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule
 from ztsnr.samplers.prediction import to_denoised
 
@@ -600,7 +606,8 @@ def test_drawing_leaves_pyplot_and_settings_alone():
 def import_anew():
     for name in [name for name in sys.modules if name.partition(".")[0] == "ztsnr" or name == "matplotlib.pyplot"]:
         del sys.modules[name]
-    importlib.import_module("ztsnr.diagnostics.leak_plots")
+    for name in ("leak_figure", "run_figure", "sheets"):
+        importlib.import_module(f"ztsnr.diagnostics.{name}")
     assert "matplotlib.pyplot" not in sys.modules
 
 
