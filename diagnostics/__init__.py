@@ -1,4 +1,4 @@
-"""Tools that measure a sampler or a model: models in closed form, the mean-leak test, plots, and the demo."""
+"""What measures a sampler or a model: models in closed form, a recorder of latent statistics, the mean-leak test."""
 
 from .ideal_models import (
     GaussianCanvas,

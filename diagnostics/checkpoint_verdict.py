@@ -13,26 +13,26 @@ from .estimates import Estimate, at_least_two
 from .leak_probes import NetworkProbe
 
 TABLE_UP_TO = 0.8  # share of T up to which every network learns how much noise there is, whatever the loss weights
-LEAK_SHARE = 0.2  # of the peak's slope: a network that follows the noise this much at t = T leaks
+LEAK_SHARE = 0.2  # of the peak slope: a network that follows the noise this much at t = T leaks
 LEAST_PEAK = 1.5  # slope below which a prompt leaves too little open: V of 9, of which sigma 14.6 would show little
 
 
 @dataclass(frozen=True)
 class CheckpointAnswer:
-    """Whether the network follows the mean of the noise at t = T.
+    """The verdict on a checkpoint: does its network follow the mean of the noise at t = T?
 
     Attributes:
         verdict: "zero SNR", "starved" (the schedule is zero-SNR, but t = T was not learned), "not zero SNR", or
             "cannot tell".
         sentence: the verdict in words, with its evidence.
-        timesteps, sigmas: (T,) where the network was asked; sigmas as the file says.
-        slopes: T x C, of x0's channel means on the noise's.
-        share: slope at t = T, as a share of the peak's.
-        slope: the channel that follows most at t = T.
+        timesteps, sigmas: (T,) where the network was probed; sigmas as the file states them.
+        slopes: (T, C) of x0's channel means on the noise's.
+        share: slope at t = T, as a share of the peak.
+        slope: of the channel that follows most at t = T.
         marked: whether the schedule that the file states has zero terminal SNR.
-        table: name of the table of noise levels that the network's answers fit, or None.
-        believed_sigma: noise level that the network takes its input at t = T for; None if beyond measure.
-        seeds_needed: how many seeds would tell, where these cannot; None where more do not help.
+        table: name of the table of noise levels that the network's responses fit, or None.
+        believed_sigma: noise level that the network assumes for its input at t = T; None if it cannot be measured.
+        seeds_needed: number of seeds for a verdict, if these are too few; None if more do not help.
     """
 
     verdict: str
@@ -51,10 +51,10 @@ class CheckpointAnswer:
 def judge_network(
     probes: Sequence[NetworkProbe], schedule: NoiseSchedule | None, tables: Mapping[str, NoiseSchedule] | None = None
 ) -> CheckpointAnswer:
-    """The checkpoint's answer, from one probe a seed.
+    """The verdict on a checkpoint, from one probe per seed.
 
     Args:
-        schedule: the one the file says, with which the probes were made; None for flow matching, whose noise levels
+        schedule: the one the file states, with which the probes were made; None for flow matching, whose noise levels
             end at infinity by construction.
         tables: the candidates by name, "zero SNR" among them; by default Stable Diffusion's two if the schedule is one
             of them.
@@ -97,19 +97,19 @@ def judge_network(
 def _verdict(
     share: Estimate, slope: Estimate, table: str | None, believed: float | None, leaves_open: float, seeds: int
 ) -> tuple[str, str, int | None]:
-    """The verdict, its sentence, and how many seeds would tell if these cannot.
+    """The verdict, its sentence, and the number of seeds needed if these are too few.
 
     Args:
         leaves_open: the largest slope at the peak, which a prompt that fixes the brightness keeps small.
     """
     follows = f"x0 at t = T follows the noise mean (slope {slope}, {share.value:.0%} of its peak)"
-    takes = "" if believed is None else f" and takes its input for one of sigma {believed:.3g}"
+    takes = "" if believed is None else f" and treats its input as one of sigma {believed:.3g}"
     side = share.side(LEAK_SHARE)
     if leaves_open < LEAST_PEAK:
         return (
             "cannot tell",
             f"cannot tell: this prompt fixes the brightness (x0 follows the noise mean with slope {leaves_open:.2g} at "
-            "most); ask with one that leaves it open, such as the empty prompt",
+            "most); use one that leaves it open, such as the empty prompt",
             None,
         )
     if side < 0:
@@ -122,8 +122,8 @@ def _verdict(
     if side > 0 and table == "zero SNR":
         return (
             "starved",
-            "trained on a zero-SNR schedule, but its last timestep was not learned, as with Min-SNR weights without a "
-            f"floor: {follows}",
+            "trained on a zero-SNR schedule, but its last timestep was not learned, as happens with Min-SNR weights "
+            f"without a floor: {follows}",
             None,
         )
     if side > 0:
@@ -140,7 +140,7 @@ def _verdict(
 def closest_table(
     timesteps: Sequence[float], responses: Sequence[float], tables: Mapping[str, NoiseSchedule], up_to: float
 ) -> tuple[str | None, float]:
-    """The table of noise levels that a network's answers to the finest noise fit.
+    """The table of noise levels that a network's responses to the finest noise fit.
 
     If the finest detail of pictures has variance V, v follows it with alpha s (1 - V) / (alpha^2 V + s^2), which is
     1 / sigma(t) for small V.  V is fitted for each table.

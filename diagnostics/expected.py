@@ -6,7 +6,7 @@ from ..samplers.prediction import alpha_s
 
 
 def expected_slope(sigma: float, variance: float) -> float:
-    """How x0's mean follows that of a pure-noise input: alpha V / (alpha^2 V + s^2), 0 at infinity.
+    """Slope of x0's mean on that of a pure-noise input: alpha V / (alpha^2 V + s^2), 0 at infinity.
 
     Args:
         variance: V = tau^2 N, tau being the spread of the pictures' averages and N the values of the canvas.

@@ -1,25 +1,25 @@
-"""The mean-leak test: does a network, or a sampler, take the mean of the noise for the picture's brightness?
+"""The mean-leak test: does a network, or a sampler, mistake the mean of the noise for the picture's brightness?
 
 The mean of N values of unit noise is about 1/sqrt(N), never 0.  Set it to a known offset, and to the opposite, with the
-rest of the noise the same, and see what follows.  Two questions, two answers, and a third if asked:
+rest of the noise the same, and see what follows.  Two questions are answered, and a third on request:
 
 **The checkpoint.**  At t = T the input of a zero-SNR network is noise and nothing else, so its prediction x0 must not
 follow the offset.  A network trained on a schedule that ends at sigma 14.6 has learned that some signal is left in
-there.  It takes the mean of the noise for the picture's, and so pulls pictures toward the mean of noise, which is grey.
-For a Gaussian canvas whose average varies by tau, x0 follows the mean of a pure-noise input at sigma with slope
+there.  It mistakes the mean of the noise for the picture's, and so pulls pictures toward the mean of noise: grey.  For
+a Gaussian canvas whose average varies by tau, x0 follows the mean of a pure-noise input at sigma with slope
 
     alpha V / (alpha^2 V + s^2),    V = tau^2 N,
 
-which is 0 at infinity and peaks near sigma = sqrt(V).  So the slope at t = T is judged as a share of the peak's.
+which is 0 at infinity and peaks near sigma = sqrt(V).  So the slope at t = T is judged as a share of the peak.
 
 **The sampler.**  The exact flow carries the mean of the noise into the mean of the picture with slope tau sqrt(N).
-That is the variety of the prompt and no leak.  What a sampler adds is its departure from the exact flow of the same
+That is the variety of the prompt, not a leak.  What a sampler adds is its departure from the exact flow of the same
 network from the same noise: a bias toward grey, or another slope.
 
 **The guidance.**  How far it moves brightness from what the same noise gives without it: see ``guidance_shift``.
 
-**The table.**  Which noise levels a network was trained with can be read from its answer to the finest noise, of which
-no picture has much: v follows it with 1 / sigma(t), whatever the prompt.
+**The table.**  The noise levels that a network was trained with can be read from its response to the finest noise, of
+which no picture has much: v follows it with 1 / sigma(t), whatever the prompt.
 """
 
 import math
@@ -63,39 +63,38 @@ def mean_leak(
     """Test a network and a sampler for mean leakage.
 
     Args:
-        denoise: ``denoise(x_vp, sigma) -> x0``, the network without guidance; None leaves the checkpoint's question.
-        run: ``run(noise) -> (latents, LatentStatistics)``, the sampler; None leaves its question.
+        denoise: ``denoise(x_vp, sigma) -> x0``, the network without guidance; None skips the checkpoint.
+        run: ``run(noise) -> (latents, LatentStatistics)``, the sampler; None skips it.
         shape: (C, H, W) of the latents, or (C, F, H, W); any number of channels.
         schedule: the network's, as the checkpoint's marks say; None for flow matching, which has no such table.
-        sigmas: noise levels at which the network is asked, increasing up to that of t = T; by default those of
+        sigmas: noise levels at which the network is probed, increasing up to that of t = T; by default those of
             ``probed_sigmas``, which need a schedule.
         reference: like ``run``, the exact flow of the same network with the same guidance (``exact_flow``).
-        reference_name: what it is, in words.
-        unguided: like ``reference``, with the prompt alone; None leaves the question about guidance, which needs a
-            reference.
-        exposure_true: like ``reference``, with exposure-true guidance of the same scale, to compare.
-        guidance_name: what the reference's guidance is called: "CFG 5".
+        reference_name: its name, for the report.
+        unguided: like ``reference``, with the prompt alone; None skips guidance, which needs a reference.
+        exposure_true: like ``reference``, with exposure-true guidance of the same scale, for comparison.
+        guidance_name: name of the reference's guidance, such as "CFG 5".
         start_sigma: noise level that the sampler starts at.
         seeds: K different seeds, at least 2.
         offset: of the noise means, in standard deviations of such a mean.
-        to_rgb: latents (B, C, ...) to pictures (B, 3, H, W), 0 to 1 and beyond; brightness then is in levels.
-        brightness_through: how, in words: "through the VAE".
+        to_rgb: latents (B, C, ...) to pictures (B, 3, H, W), 0 to 1 and beyond; brightness is then in levels.
+        brightness_through: how, in words, such as "through the VAE".
         target: the colour that the prompt asks for, 0 to 255.
-        device: where the noise goes.
+        device: of the noise.
         progress: called after each of the up to five probes of a seed.
 
     Raises:
-        UserError: fewer than two seeds, equal ones, an offset of 0, or values that are not finite.
+        UserError: fewer than two seeds, repeated seeds, an offset of 0, or results that are not finite.
     """
     seeds = check_seeds(seeds)
     if denoise is None and run is None:
-        raise UserError("give a network to ask, a sampler to run, or both")
+        raise UserError("nothing to test: pass denoise, run, or both")
     if target is not None and to_rgb is None:
-        raise UserError("a colour can only be compared in pictures: give to_rgb as well")
+        raise UserError("target needs to_rgb, because colours are compared in pictures")
     if denoise is not None and sigmas is None:
         sigmas = probed_sigmas(schedule)
     if unguided is not None and reference is None:
-        raise UserError("what guidance does is seen beside the exact flow without it: give a reference as well")
+        raise UserError("unguided needs reference, the exact flow with guidance, to compare with")
     tell = progress or (lambda: None)
     runs = {} if run is None else {"sampler": run, "reference": reference}
     runs |= {} if unguided is None else {"unguided": unguided, "exposure-true": exposure_true}
@@ -130,7 +129,7 @@ def mean_leak(
 def exact_flow(denoise: Denoise, schedule: NoiseSchedule, latent_size: tuple[int, int], steps: int = 50) -> Run:
     """The reference: this package's default solver in many steps, from the schedule's own end.
 
-    At 50 steps its departure from the exact flow is far below the limits that samplers are judged by.
+    At 50 steps it departs from the exact flow by far less than the limits that samplers are judged by.
     """
     sigmas = step_schedule(schedule, steps, latent_size=latent_size)
 
@@ -143,9 +142,9 @@ def exact_flow(denoise: Denoise, schedule: NoiseSchedule, latent_size: tuple[int
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """At least two seeds, all different."""
+    """The seeds as integers: at least two, all different."""
     seeds = [int(seed) for seed in seeds]
     at_least_two(seeds)
     if len(set(seeds)) < len(seeds):
-        raise UserError("the same seed twice says nothing new; give different seeds")
+        raise UserError("seeds must all be different; the same seed twice adds nothing")
     return seeds

@@ -43,7 +43,7 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
 
     From top to bottom: the verdict; how x0 follows the mean of pure noise over the timesteps; the mean of the
     prediction over sigma, channel by channel; the picture's mean on the noise's; brightness with guidance over that
-    without; a strip of pictures.  What the report leaves out is left out.
+    without; a strip of pictures.  Rows without data in the report are left out.
 
     Args:
         theme: "light" or "dark".
@@ -253,7 +253,7 @@ def _guidance_rows(answer: GuidanceAnswer, look: Theme) -> list[Row]:
     handles = [Line2D([], [], label=shift.guidance, **style) for shift, _, style in kinds]
     handles += [Line2D([], [], label="not moved", **expected_style(look))]
     note = (
-        f"A point a noise: the exact flow with guidance over that of the prompt alone, in {answer.unit}. "
+        f"One point per noise: the exact flow with guidance over that of the prompt alone, in {answer.unit}. "
         f"{CONFIDENCE:.0%} intervals."
     )
     return [heading("Guidance: brightness from the same noise", note, handles, look), Row(2.6, draw, columns=2)]

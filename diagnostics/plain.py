@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import numpy as np
 
 
-def plain(value):
-    """Dataclasses, arrays and numbers as what JSON can hold: infinity as a word, NaN as null."""
+def plain(value: Any) -> Any:
+    """A value with dataclasses as dicts, arrays as lists, infinity as a word and NaN as None."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, np.ndarray | list | tuple):

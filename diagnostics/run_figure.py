@@ -45,23 +45,23 @@ def run_figure(
     theme: str = "light",
     strip: Strip | None = None,
 ) -> Figure:
-    """What a ``LatentMeanRecorder`` saw in one run, beside what the exact flow would do.
+    """What a ``LatentMeanRecorder`` recorded in one run, beside what the exact flow would do.
 
     Args:
         picture_mean: (B, C) channel means of the finished latents; None if they are not known.
         theme: "light" or "dark".
 
     Raises:
-        UserError: an unknown theme, a run without steps, picture means of another batch.
+        UserError: an unknown theme, a run without steps, or picture means of another shape.
     """
     look = theme_of(theme)
     steps, samples, channels = statistics.denoised_mean.shape
     if steps == 0:
-        raise UserError("the recorder saw no step, so there is nothing to draw")
+        raise UserError("statistics contain no step: record a run before drawing it")
     if picture_mean is not None:
         picture_mean = np.asarray(picture_mean, dtype=float)
         if picture_mean.shape != (samples, channels):
-            raise UserError(f"picture means of shape {picture_mean.shape} for a run of shape {(samples, channels)}")
+            raise UserError(f"picture_mean must have the run's shape {(samples, channels)}, not {picture_mean.shape}")
     text = f"Mean of the latents over {steps} steps from sigma {number(statistics.sigmas[0])}"
     problem = statistics.nonfinite()
     rows = [headline(text if problem is None else f"{text}: {problem}", look, alarm=problem is not None)]
@@ -97,12 +97,12 @@ def _run_rows(statistics: LatentStatistics, picture_mean: np.ndarray | None, loo
         set_ylim(axes, seen, 10 * PULL_LATENT)
 
     which = "" if samples == means.shape[1] else f", the first {samples} of {means.shape[1]}"
-    note = f"A line a sample{which}{which_channels(sizes, 'move most')}."
+    note = f"One line per sample{which}{which_channels(sizes, 'move most')}."
     if fits:
-        note += " Expected: with the slope and the mean of each channel's fit."
+        note += " Expected: slope and mean of each channel's fit."
         expected = Line2D([], [], label=CANVAS, **expected_style(look))
     else:
-        note += f" No slope is fitted, as {obstacle}. "
+        note += f" No slope is fitted, because {obstacle}. "
         note += f"Expected: to the same end, if averages vary by {TAU[0]:g} to {TAU[1]:g}."
         expected = Patch(label=CANVAS, **band_style(look))
     measured = {"one sample": unsigned} if noise is None else {"noise mean +": signs[1], "noise mean -": signs[-1]}
@@ -139,7 +139,7 @@ def _draw_std(axes: Axes, statistics: LatentStatistics, channels: Sequence[int],
 
 
 def _fit_run(statistics: LatentStatistics, picture_mean: np.ndarray | None) -> tuple[list[ChannelFit], str]:
-    """Least-squares lines of the pictures' means on the noises', a channel each; or none, and why."""
+    """Least-squares lines of the pictures' means on the noises', one per channel; or none, and the reason."""
     noise = statistics.noise_mean
     if noise is None:
         return [], "the noise that the run began with is not known"
@@ -148,14 +148,14 @@ def _fit_run(statistics: LatentStatistics, picture_mean: np.ndarray | None) -> t
     good = np.isfinite(noise).all(1) & np.isfinite(picture_mean).all(1)
     noise, picture_mean = noise[good].astype(float), picture_mean[good]
     if len(noise) < 3:
-        return [], "that takes 3 samples"
+        return [], "that needs 3 samples"
     if np.ptp(noise, axis=0).min() * math.sqrt(statistics.canvas) < 1e-3:
         return [], "all samples began with the same mean of the noise"
     return fit_pictures(noise, picture_mean), ""
 
 
 def _open_band(levels: np.ndarray, start: float, first: float, last: float, canvas: int) -> np.ndarray:
-    """(2, n): between which means a sample's prediction moves on the exact flow from its first one to its picture, if
+    """Lowest and highest mean of a sample's prediction on the exact flow from its first one to its picture, (2, n), if
     the averages of the prompt's pictures vary by anything within TAU."""
 
     def way(tau: float) -> np.ndarray:

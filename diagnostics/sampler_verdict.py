@@ -10,17 +10,17 @@ from ..errors import UserError
 from .estimates import CONFIDENCE, Estimate, at_least_two, mean_over_seeds, over_seeds, spread_of
 from .leak_probes import SamplerProbe
 
-PULL_LEVELS = 1.0  # of 255, from which on a bias counts
-PULL_LATENT = 0.02  # the same in latent units: of SDXL's first channel, about one level
-SLOPE_DEPARTURE = 0.1  # of the exact flow's slope
+PULL_LEVELS = 1.0  # of 255: the smallest bias that counts
+PULL_LATENT = 0.02  # the same in latent units: about one level in SDXL's first channel
+SLOPE_DEPARTURE = 0.1  # of the exact flow's slope: the smallest departure that counts
 
 
 @dataclass(frozen=True)
 class ChannelFit:
-    """How the picture's mean of one channel depends on the noise's: mean = intercept + slope * noise mean.
+    """One channel's line of the picture's mean on the noise's: mean = intercept + slope * noise mean.
 
     Attributes:
-        r_squared: share of the variation of the pictures' means that this line explains.
+        r_squared: share of the variance of the pictures' means that the line explains.
         reference_slope, reference_intercept: those of the exact flow; None without a reference.
     """
 
@@ -33,15 +33,15 @@ class ChannelFit:
 
 @dataclass(frozen=True)
 class SamplerAnswer:
-    """What a sampler adds to the exact flow of the same network.
+    """The verdict on a sampler: what it adds to the exact flow of the same network.
 
     Attributes:
         verdict: "exact", "biased", "coarse" (another slope than the flow's), "cannot tell", or "no reference".
         pull: toward grey, against the reference; in ``unit``.
         slope_ratio: slope as a share of the reference's; None if the prompt leaves no brightness open.
         spread, reference_spread: standard deviation of the brightness over all pictures, in ``unit``.
-        clipped, reference_clipped: share of clipped pixels; None without a way to RGB.
-        brightness, colour_error: of the pictures, over seeds; None likewise, or without a colour asked for.
+        clipped, reference_clipped: share of clipped pixels; None without RGB.
+        brightness, colour_error: of the pictures, over seeds; None without RGB, colour_error also without a target.
         unit: "levels of 255" or "latent units".
     """
 
@@ -70,18 +70,18 @@ def judge_sampler(
     start_sigma: float,
     reference: str = "the exact flow",
 ) -> SamplerAnswer:
-    """The sampler's answer, from one probe a seed of it and of the exact flow.
+    """The verdict on a sampler, from one probe per seed of it and of the exact flow.
 
     Args:
         start_sigma: the noise level that the sampler starts at, inf allowed.
-        reference: what the references were made with, in words.
+        reference: name of the exact flow, for the report.
 
     Raises:
-        UserError: fewer than two probes, or references of other seeds.
+        UserError: fewer than two probes, or references with different seeds.
     """
     at_least_two(probes)
     if references is not None and [p.seed for p in references] != [p.seed for p in probes]:
-        raise UserError("the sampler's and the reference's seeds differ")
+        raise UserError("probes and references must have the same seeds")
     levels = probes[0].rgb_mean is not None
     unit, limit = ("levels of 255", PULL_LEVELS) if levels else ("latent units", PULL_LATENT)
     shared = {
@@ -120,7 +120,7 @@ def judge_sampler(
 def _verdict(
     pull: Estimate, ratio: Estimate | None, start_sigma: float, unit: str, limit: float, seeds: int
 ) -> tuple[str, str, int | None]:
-    """The verdict, its sentence, and how many seeds would tell if these cannot."""
+    """The verdict, its sentence, and the number of seeds needed if these are too few."""
     infinite = math.isinf(start_sigma)
     starts = "starts at infinity" if infinite else f"starts at sigma {start_sigma:.6g}"
     bias, departure = pull.side(limit), _departure(ratio)
@@ -142,7 +142,7 @@ def _verdict(
         return "cannot tell", sentence, needed
     if infinite:
         return "exact", f"sampled exactly: {evidence}", None
-    return "exact", f"the sampler {starts}, which does not show: {evidence}", None
+    return "exact", f"the sampler {starts}, without visible effect: {evidence}", None
 
 
 def _channel_fits(probes: Sequence[SamplerProbe], references: Sequence[SamplerProbe] | None) -> list[ChannelFit]:
@@ -188,14 +188,14 @@ def _lines(probes: Sequence[SamplerProbe]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pull(probe: SamplerProbe, reference: SamplerProbe) -> float:
-    """How far one seed's picture lies from the reference's in the direction of grey (of 0, in latent units)."""
+    """Distance of one seed's picture from the reference's in the direction of grey (of 0, in latent units)."""
     if probe.rgb_mean is not None:
         own, exact, grey = probe.rgb_mean.mean(0), reference.rgb_mean.mean(0), 127.5
     else:
         own, exact, grey = probe.picture_mean.mean(0), reference.picture_mean.mean(0), 0.0
     direction = grey - exact
     length = np.linalg.norm(direction)
-    # of a colour the channels move together; in levels of one channel, as for black and white
+    # The channels of a colour move together; this gives levels of one channel, as for black and white.
     scale = math.sqrt(len(direction)) if probe.rgb_mean is not None else 1.0
     return float((own - exact) @ direction / length / scale) if length > 0 else 0.0
 
@@ -203,7 +203,7 @@ def _pull(probe: SamplerProbe, reference: SamplerProbe) -> float:
 def _slope_ratio(probes: Sequence[SamplerProbe], references: Sequence[SamplerProbe]) -> Estimate | None:
     """Slope as a share of the reference's, over all channels; None if the reference hardly follows the noise.
 
-    Seed by seed, because slopes differ between seeds by far more than between the two runs of one seed.
+    Taken seed by seed, because slopes differ far more between seeds than between the two runs of one seed.
     """
     slopes, exact = (np.stack([probe.slopes for probe in each]) for each in (probes, references))
     mean = exact.mean(0)
@@ -218,5 +218,5 @@ def _departure_estimate(ratio: Estimate) -> Estimate:
 
 
 def _departure(ratio: Estimate | None) -> int:
-    """1 if the slope certainly is another than the exact flow's, -1 if not, 0 if these seeds cannot tell."""
+    """1 if the slope departs from the exact flow's, -1 if not, 0 if these seeds cannot tell."""
     return -1 if ratio is None else _departure_estimate(ratio).side(SLOPE_DEPARTURE)

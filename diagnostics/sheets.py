@@ -15,16 +15,16 @@ from .sampler_verdict import PULL_LEVELS
 def start_sheet(
     pictures: np.ndarray, starts: Sequence[str], brightness: np.ndarray, prompt: str, seeds: Sequence[int]
 ) -> Figure:
-    """The same prompt and noise from several starts, one in a row, with the brightness under each picture.
+    """The same prompt and noise from several starts, one per row, with the brightness under each picture.
 
     Args:
-        pictures: (S, K, H, W, 3) uint8; the first row is what the others are compared with, exact infinity.
+        pictures: (S, K, H, W, 3) uint8; the first row, exact infinity, is what the others are compared with.
         starts: S labels; lines separated by newlines.
         brightness: (S, K) 0 to 255.
-        seeds: K of them.
+        seeds: (K,) their numbers.
 
     Raises:
-        UserError: shapes that do not fit together.
+        UserError: shapes that do not match.
     """
     brightness = np.asarray(brightness, dtype=float)
     _check_sheet(pictures, "starts", starts, brightness, seeds)
@@ -43,13 +43,13 @@ def guidance_sheet(
     """The same prompt and noise under several kinds of guidance, with the brightness and its change below.
 
     Args:
-        pictures: (G, K, H, W, 3) uint8; the first row is what the others are compared with, no guidance.
+        pictures: (G, K, H, W, 3) uint8; the first row, no guidance, is what the others are compared with.
         guidances: G names.
         brightness: (G, K) 0 to 255.
-        seeds: K of them.
+        seeds: (K,) their numbers.
 
     Raises:
-        UserError: shapes that do not fit together.
+        UserError: shapes that do not match.
     """
     brightness = np.asarray(brightness, dtype=float)
     _check_sheet(pictures, "kinds of guidance", guidances, brightness, seeds)
@@ -68,7 +68,8 @@ def _check_sheet(
     grid = (len(rows), len(seeds))
     if 0 in grid or pictures.shape[:2] != grid or brightness.shape != grid:
         raise UserError(
-            f"{grid[0]} {what} and {grid[1]} seeds, but pictures {pictures.shape} and brightness {brightness.shape}"
+            f"{grid[0]} {what} and {grid[1]} seeds need pictures {(*grid, 'H', 'W', 3)} and brightness {grid}, not "
+            f"{pictures.shape} and {brightness.shape}"
         )
 
 
@@ -82,7 +83,7 @@ def _sheet(
     seeds: Sequence[int],
     note: str,
 ) -> Figure:
-    """One prompt's pictures, a seed in each column."""
+    """One prompt's pictures, one seed per column."""
     line = 46 + 17 * (len(seeds) - 1)  # characters that fit beside each other
     prompt = f"prompt: {prompt}" if prompt.strip() else "the empty prompt"
     return contact_sheet(

@@ -13,13 +13,13 @@ from .sampler_verdict import SamplerAnswer
 
 @dataclass(frozen=True)
 class LeakReport:
-    """The answers, and what they were judged from.
+    """The verdicts of the mean-leak test, and the measurements behind them.
 
     Attributes:
-        checkpoint, sampler, guidance: the answers; None where the question was not asked.
+        checkpoint, sampler, guidance: the verdicts; None for what was not tested.
         offset: of the noise means, in their standard deviations.
-        brightness_through: how latents became levels, in words; None if they did not.
-        network_probes, sampler_probes, reference_probes: the measurements, one a seed.
+        brightness_through: how latents became pictures, in words; None without RGB.
+        network_probes, sampler_probes, reference_probes: the measurements, one per seed.
     """
 
     checkpoint: CheckpointAnswer | None
@@ -49,8 +49,8 @@ class LeakReport:
         deviations = "1 standard deviation" if self.offset == 1 else f"{self.offset:g} standard deviations"
         lines += [
             "",
-            f"{len(self.seeds)} seeds, each with noise means of plus and minus {deviations}. Intervals hold "
-            f"{CONFIDENCE:.0%}.{through}",
+            f"{len(self.seeds)} seeds, each with noise means of plus and minus {deviations}. Intervals: "
+            f"{CONFIDENCE:.0%} confidence.{through}",
         ]
         return "\n".join(lines)
 
@@ -61,14 +61,17 @@ class LeakReport:
 
 
 def join_verdicts(checkpoint: CheckpointAnswer | None, sampler: SamplerAnswer | None) -> str:
-    """Both answers in one sentence."""
+    """Both verdicts in one sentence."""
     if checkpoint is None or sampler is None:
         return (checkpoint or sampler).sentence
     if checkpoint.verdict != "zero SNR":
         return checkpoint.sentence
     if not checkpoint.marked:
         end = checkpoint.sigmas[-1]
-        return f"zero-SNR trained, but sampled on a schedule that ends at sigma {end:.6g}, as the file does not say so"
+        return (
+            f"zero-SNR trained, but sampled on a schedule that ends at sigma {end:.6g}, because the file is not marked "
+            "as zero-SNR"
+        )
     if sampler.verdict == "exact" and math.isinf(sampler.start_sigma):
         return "zero-SNR trained and sampled exactly"
     if sampler.verdict in ("exact", "no reference"):
@@ -88,5 +91,5 @@ def _details(sampler: SamplerAnswer) -> list[str]:
     if sampler.brightness is not None:
         lines.append(f"Brightness {sampler.brightness} of 255; {sampler.clipped:.1%} of the pixels are clipped.")
     if sampler.colour_error is not None:
-        lines.append(f"Distance from the colour asked for: CIEDE2000 {sampler.colour_error}.")
+        lines.append(f"Distance from the target colour: CIEDE2000 {sampler.colour_error}.")
     return lines

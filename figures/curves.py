@@ -1,6 +1,6 @@
-"""Figures: what a sampler's model believed at each noise level, and what came out.
+"""A figure of curves over sigma, such as what a model predicted at each noise level.
 
-They return matplotlib figures that belong to no window, so they work without a display and leave pyplot alone.
+It belongs to no window, so it works without a display and leaves pyplot alone.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def plot_over_sigma(
     """Curves over a logarithmic axis of sigma that runs from infinity on the left to the finished picture on the right.
 
     Args:
-        truths: (value, text) of values to compare with, drawn as horizontal lines.
+        truths: (value, text) of reference values, drawn as horizontal lines.
     """
     figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -31,8 +31,8 @@ class Strip:
         shape, kind = np.shape(self.pictures), np.asarray(self.pictures).dtype
         if len(shape) != 4 or shape[-1] != 3 or 0 in shape or kind != np.uint8 or len(self.sigmas) != shape[0]:
             raise UserError(
-                f"a strip needs pictures (n, height, width, 3) of type uint8 and n sigmas, not {shape} of type {kind} "
-                f"and {len(self.sigmas)} sigmas"
+                f"a strip needs pictures (n, H, W, 3) of dtype uint8 and n sigmas, not {shape} of dtype {kind} and "
+                f"{len(self.sigmas)} sigmas"
             )
 
 

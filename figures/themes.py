@@ -31,5 +31,5 @@ def theme_of(name: str) -> Theme:
         UserError: another name.
     """
     if name not in THEMES:
-        raise UserError(f"there is no theme {name!r}; choose from {', '.join(THEMES)}")
+        raise UserError(f"theme must be one of {', '.join(THEMES)}, not {name!r}")
     return THEMES[name]

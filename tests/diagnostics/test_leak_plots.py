@@ -325,7 +325,7 @@ def test_without_a_fit_the_panel_says_why():
         (run_figure(changed(statistics, noise_mean=same), picture), "began with the same mean of the noise"),
         (run_figure(changed(statistics, noise_mean=None, noise_std=None), picture), "began with is not known"),
         (run_figure(statistics, None), "the finished picture is not known"),
-        (run_figure(*run(samples=2)), "takes 3 samples"),
+        (run_figure(*run(samples=2)), "needs 3 samples"),
     ]:
         assert reason in words(drawn)
         assert not any("Picture on noise" in axes.get_title(loc="left") for axes in drawn.axes)
@@ -618,9 +618,9 @@ def import_anew():
 def test_bad_input_is_one_sentence():
     statistics, picture = run()
     for draw in (lambda: leak_figure(report(), theme="solarized"), lambda: run_figure(statistics, theme="solarized")):
-        with pytest.raises(ValueError, match=r"^there is no theme 'solarized'; choose from light, dark$"):
+        with pytest.raises(ValueError, match=r"^theme must be one of light, dark, not 'solarized'$"):
             draw()
-    with pytest.raises(ValueError, match=r"picture means of shape \(4, 5\) for a run of shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"picture_mean must have the run's shape \(5, 4\), not \(4, 5\)"):
         run_figure(statistics, picture.T)
     none = {f.name: getattr(statistics, f.name)[:0] for f in dataclasses.fields(statistics)
             if f.name.split("_")[0] in ("sigmas", "state", "denoised")}  # fmt: skip
