@@ -1,18 +1,18 @@
 """``ztsnr demo``: what the first step of a sampler does to a picture, without any weights.
 
 The model is the exact denoiser of a small set of pictures (``PictureSet``), so that every error seen is the sampler's.
-Its samples come out of real diffusers scheduler objects, which are shown nothing but the v network and its timesteps.
+Its samples come from real diffusers scheduler objects, which see only the v network and its timesteps.
 
-How the set makes brightness matter.  A set that holds one black picture and nothing else would give black from any
-start: its denoiser answers black whatever it is asked.  Real captions leave brightness open, and the network reads it
-from x.  So every picture here is in the set at many exposures: the average of each colour channel over the canvas is
-spread by a Gaussian of standard deviation EXPOSURE (0.15 on the scale [-1, 1], 19 of 255 levels, half a stop at
-mid-grey), one number a channel.  Of H*W values x tells that average to within sigma/sqrt(H*W).  At sigma = 14.6 and
-128 x 128 pixels that is 0.11: the network can tell black (-1) from grey (0) and believes what it sees.  A sampler that
-starts at 14.6 with pure noise shows it a canvas of average 0 and gets a picture between black and grey; one that starts
-at infinity asks a network that knows that it sees nothing, and gets black.  A wider spread or a larger canvas pulls
-harder: in the limit of many steps a start at sigma_0 leaves -m * EXPOSURE / sqrt(EXPOSURE^2 + sigma_0^2 / (H*W)) of
-error in an average m.  Nothing of this is put in by hand: the pictures are what the schedulers return.
+How the set makes brightness matter.  A set of a single black picture would give black from any start: its denoiser
+predicts black for every input.  Real captions leave brightness open, and the network reads it from x.  So every picture
+here is in the set at many exposures: the average of each colour channel over the canvas is spread by a Gaussian of
+standard deviation EXPOSURE (0.15 on the scale [-1, 1], 19 of 255 levels, half a stop at mid-grey), one number per
+channel.  With H*W values, x shows that average to within sigma/sqrt(H*W).  At sigma = 14.6 and 128 x 128 pixels that is
+0.11: the network can tell black (-1) from grey (0), and trusts what it sees.  A sampler that starts at 14.6 with pure
+noise shows it a canvas of average 0 and gets a picture between black and grey; at infinity the network knows that it
+sees nothing, and a sampler that starts there gets black.  A wider spread or a larger canvas pulls harder: in the limit
+of many steps a start at sigma_0 leaves -m * EXPOSURE / sqrt(EXPOSURE^2 + sigma_0^2 / (H*W)) of error in an average m.
+Nothing of this is put in by hand: the pictures are what the schedulers return.
 
 The exact answer from the same noise is known: an average ends at m + EXPOSURE * z, with z = sqrt(H*W) * (average of the
 noise).  Brightness error and mean leak are intercept and slope of (result - exact answer) over z, so they do not depend
@@ -44,21 +44,21 @@ def run_demo(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Sample every prompt with every row; print the table, save contact sheet, plot and numbers.
+    """Run the demo: sample every prompt with every scheduler, print the table, save contact sheet, plot and numbers.
 
     Args:
-        out: folder for the files; made if missing.
-        images: folder of the user's pictures, to take the place of the photographs.
+        out: folder for the files; created if missing.
+        images: folder of pictures to use instead of the photographs.
         steps: sampling steps, at least 1.
         size: height and width of the pictures.
-        seed: of the first sample; sample i uses seed + i, the same noise in every row and prompt.
-        say: where text goes, one call a paragraph.
+        seed: seed of the first sample; sample i uses seed + i, the same noise in every row and prompt.
+        say: called with each paragraph of text.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        UserError: the folder cannot be written or no picture can be read.
+        UserError: the folder cannot be written, or no picture can be read.
     """
     from tqdm import tqdm
 

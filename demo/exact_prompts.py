@@ -1,4 +1,4 @@
-"""The pictures of ``ztsnr demo``'s exact models, and the prompts that they answer."""
+"""The pictures of ``ztsnr demo``'s exact models, and its prompts: subsets of the pictures."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ KNOWN_SEEDS, PHOTOGRAPH_SEEDS = 8, 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """A subset of the pictures and how much of it is sampled and shown.
+    """A subset of the pictures, and how many samples of it are drawn and shown.
 
     Attributes:
         model: the exact denoiser of the subset.
-        seeds: samples to draw.
-        shown: how many of them the contact sheet shows.
+        seeds: number of samples to draw.
+        shown: number of samples on the contact sheet.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Prompt:
 
     @property
     def known(self) -> bool:
-        """Whether the brightness of the answer is known: the subset is one picture."""
+        """True if the brightness of the result is known, because the subset is a single picture."""
         return len(self.model) == 1
 
 
 def solid(color: Sequence[float], size: int) -> torch.Tensor:
-    """(3, size, size) of one colour in [-1, 1]."""
+    """A canvas of one colour in [-1, 1]: (3, size, size)."""
     return torch.tensor(color, dtype=torch.float32).view(3, 1, 1).repeat(1, size, size)
 
 
 def logo(size: int, ink: int, paper: int) -> torch.Tensor:
-    """(3, size, size) line art: an aperture of six blades in a ring, drawn large and scaled down for smooth edges."""
+    """Line art, (3, size, size): an aperture of six blades in a ring, drawn large and scaled down for smooth edges."""
     large, middle = 512, 256
     image = Image.new("L", (large, large), paper)
     draw = ImageDraw.Draw(image)
@@ -73,10 +73,10 @@ def open_picture(path: Path, size: int) -> torch.Tensor:
 
 
 def decode(path: Path, size: int) -> Image.Image:
-    """A picture file, turned as its EXIF says, with at least 2 * size pixels a side if it has them.
+    """A picture file, turned as its EXIF says, decoded to at least 2 * size pixels a side if it has them.
 
     Raises:
-        One of ``DAMAGED``: it cannot be read.
+        One of ``DAMAGED``: the file cannot be read.
     """
     with Image.open(path) as image:
         image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no more than is needed
@@ -94,44 +94,45 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.Tensor:
-    """(K, 3, size, size): the pictures that lie in a folder, by name, at most ``MOST_PICTURES`` of them.
+    """The pictures in a folder, in order of their names and at most ``MOST_PICTURES``: (K, 3, size, size).
 
-    Files without a picture's suffix are passed over silently, those that cannot be read with a sentence.
+    Files without a picture's suffix are skipped silently, files that cannot be read with a message.
 
     Raises:
-        UserError: none is left.
+        UserError: no picture is left.
     """
     suffixes = Image.registered_extensions()
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.is_file())
     if len(files) > MOST_PICTURES:
-        say(f"{folder} holds {len(files)} pictures; the first {MOST_PICTURES} by name are used.")
+        say(f"{folder} contains {len(files)} pictures; only the first {MOST_PICTURES} by name are used.")
     pictures = []
     for file in files[:MOST_PICTURES]:
         try:
             image = decode(file, size)
         except DAMAGED as error:
             say(f"Skipped {file.name}: {' '.join(str(error).split()) or type(error).__name__}.")
-        else:  # outside, so that a bug of ours is not taken for damage
+        else:  # outside the try, so that a bug of ours does not count as damage
             pictures.append(to_tensor(to_rgb(image), size))
     if not pictures:
-        raise UserError(f"{folder} holds no picture that can be read; put JPEG, PNG or WebP files directly into it.")
+        raise UserError(f"{folder} contains no readable picture; put JPEG, PNG or WebP files directly into it.")
     return torch.stack(pictures)
 
 
 def library_photographs(size: int) -> torch.Tensor:
-    """(K, 3, size, size): photographs that come inside scikit-image, all free of copyright restrictions."""
+    """The photographs that come with scikit-image, all free of copyright restrictions: (K, 3, size, size)."""
     library = find_spec("skimage")
     folder = Path(library.submodule_search_locations[0]) / "data" if library else None
     files = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
     if not files:
         raise UserError(
-            "scikit-image, whose photographs the demo uses, is not installed; give your own with --images DIR."
+            "the demo uses photographs from scikit-image, which is not installed: pip install scikit-image, or give "
+            "your own with --images DIR."
         )
     return torch.stack([open_picture(file, size) for file in files])
 
 
 def make_prompts(photographs: torch.Tensor, size: int) -> list[Prompt]:
-    """The prompts: solid canvases, line art, colours, photographs."""
+    """The demo's prompts: solid canvases, line art, colours, photographs."""
 
     def prompt(name: str, pictures: torch.Tensor, seeds: int, shown: int) -> Prompt:
         return Prompt(name, PictureSet(pictures, brightness_std=EXPOSURE), seeds, shown)

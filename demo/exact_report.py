@@ -1,4 +1,4 @@
-"""What ``ztsnr demo`` shows of its exact models: a table, a contact sheet and a plot."""
+"""The results of ``ztsnr demo``'s exact models as a table, a contact sheet and a plot."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from .exact_runs import LEVEL, Row, Run, canvas_noise, intercept_and_slope
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VISIBLE = 5  # levels from which on the contact sheet marks an error
+VISIBLE = 5  # levels: the contact sheet marks larger errors
 
 
 def table(rows: list[Row], results: list[dict[str, Any]]) -> str:
-    """The measured numbers, one row a sampler, and a line on each kind of column."""
+    """The measured numbers, one row per sampler, and a line on each kind of column."""
     from tabulate import tabulate
 
     known = list(results[0]["brightness_error"])
@@ -52,7 +52,7 @@ def table(rows: list[Row], results: list[dict[str, Any]]) -> str:
 
 
 def start(row: Row) -> str:
-    """The noise level that a row's scheduler, whose timesteps are set, starts at."""
+    """The noise level at which a row's scheduler starts, once its timesteps are set."""
     sigma = float(row.scheduler.sigmas[0])
     return "infinity" if math.isinf(sigma) else f"{sigma:.4g}"
 
@@ -68,7 +68,7 @@ def draw_sheet(
 ) -> "Figure":
     """The contact sheet: the exact flow, then every row, over prompts and seeds.
 
-    Below a picture stands the channel average that is furthest off, or that it is another picture altogether.
+    The caption of a picture gives the error of its worst channel average, or says that it is another picture.
     """
     from ..figures.contact_sheet import contact_sheet
 
@@ -112,7 +112,7 @@ def draw_sheet(
 def draw_plot(
     rows: list[Row], prompts: list[Prompt], runs: list[list[Run]], noise: torch.Tensor, note: str
 ) -> "Figure":
-    """What the network believes the brightness to be, from the first step to the picture, for black and for white."""
+    """The brightness that the network predicts, from the first step to the picture, for black and for white."""
     from ..figures.curves import Curve, plot_over_sigma
 
     curves = []

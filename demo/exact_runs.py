@@ -16,7 +16,7 @@ LEVEL = 2 / 255  # one step of an 8-bit channel on the scale [-1, 1]
 
 @dataclass(frozen=True)
 class Row:
-    """One way to sample: a diffusers scheduler and the noise schedule that its network was trained with."""
+    """One way to sample: a diffusers scheduler, and the noise schedule its network was trained with."""
 
     name: str
     detail: str
@@ -25,7 +25,7 @@ class Row:
 
 
 def make_rows() -> list[Row]:
-    """Exact infinity, and the finite starts that people use."""
+    """Exact infinity, and the finite starts in common use."""
     from ..samplers.diffusers_scheduler import ZTSNRScheduler, stock_euler
 
     zero, plain = NoiseSchedule.sdxl(), NoiseSchedule.sdxl(zero_terminal_snr=False)
@@ -45,12 +45,12 @@ def make_rows() -> list[Row]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one row made of one prompt.
+    """The samples of one row for one prompt.
 
     Attributes:
-        pictures: (B, 3, H, W) the results.
-        sigmas: noise level of each network evaluation, as the network was told it.
-        denoised_means: (evaluations, B, 3) channel averages of what the network believed.
+        pictures: (B, 3, H, W) in [-1, 1].
+        sigmas: noise level of each network evaluation, as the network was given it.
+        denoised_means: (evaluations, B, 3) channel averages of the prediction x0.
     """
 
     pictures: torch.Tensor

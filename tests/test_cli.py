@@ -321,7 +321,7 @@ def test_no_usable_picture(tmp_path, content):
         (pictures / "bad.jpg").write_bytes(content)
     code, text = ztsnr_command("demo", "--images", pictures, "--out", tmp_path / "out")
     assert code == 2
-    assert text.strip().splitlines()[-1].startswith(f"Error: {pictures} holds no picture that can be read")
+    assert text.strip().splitlines()[-1].startswith(f"Error: {pictures} contains no readable picture")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
