@@ -16,6 +16,7 @@ MOVED = {
     "checkpoints.atomic": "files",
     "training.vae": "checkpoints.vae",
     "diagnostics.demo": "demo.exact_models",
+    "diagnostics.leak_plots": "diagnostics.leak_figure",
     "diagnostics.schedule_picture": "figures.schedule_picture",
     "training.data": "training.run_data",
     "training.decoder_training": "training.decoder.step",

@@ -14,7 +14,10 @@ import click
 import torch
 from PIL import Image
 
-from ztsnr.demo.exact_models import EXPOSURE, LEVEL, VISIBLE, PictureSet, signed, solid
+from ztsnr.demo.exact_prompts import EXPOSURE, solid
+from ztsnr.demo.exact_report import VISIBLE, signed
+from ztsnr.demo.exact_runs import LEVEL
+from ztsnr.diagnostics import PictureSet
 from ztsnr.samplers import NoiseSchedule, sample, step_schedule
 
 PICTURE = Path(__file__).resolve().parent.parent / "workflows" / "completely_black.jpg"

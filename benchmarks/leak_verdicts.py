@@ -28,10 +28,14 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from ztsnr.diagnostics import GaussianCanvas
+from ztsnr.diagnostics.checkpoint_verdict import CheckpointAnswer
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder
-from ztsnr.diagnostics.leak import CheckpointAnswer, LeakReport, exact_flow, mean_leak
-from ztsnr.diagnostics.leak_plots import Strip, leak_figure, to_image
+from ztsnr.diagnostics.leak import exact_flow, mean_leak
+from ztsnr.diagnostics.leak_figure import leak_figure
 from ztsnr.diagnostics.leak_probes import Run, noise_pair
+from ztsnr.diagnostics.verdict import LeakReport
+from ztsnr.figures.png import to_image
+from ztsnr.figures.strip import Strip
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule, to_denoised
 from ztsnr.samplers.sampling import Denoise
 

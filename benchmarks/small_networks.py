@@ -28,7 +28,7 @@ from ztsnr.demo.measures import frame
 from ztsnr.demo.networks import DemoNetwork
 from ztsnr.demo.objectives import OURS, shift_of
 from ztsnr.demo.shipped import load_shipped
-from ztsnr.diagnostics.leak import Estimate
+from ztsnr.diagnostics.estimates import Estimate
 from ztsnr.diagnostics.leak_probes import LUMA
 from ztsnr.samplers import DEFAULT_SOLVER, DEFAULT_SPACING, step_schedule
 from ztsnr.samplers.prediction import from_denoised

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..diagnostics.leak import Estimate
+from ..diagnostics.estimates import Estimate
 from .composed import COLOURS
 from .evaluation import BLACK, FOUR_TIMES, GUIDED, START, TWICE, WHITE, Numbers, mean_colour, start_name
 from .measures import WHOLE, brightness, colour_distance

@@ -12,7 +12,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from .. import __version__
-from ..diagnostics.leak import plain
+from ..diagnostics.plain import plain
 from ..files import atomic_write
 from .claims import FINITE, INFINITY, Claim, Run, judge_claims
 from .composed import COLOURS

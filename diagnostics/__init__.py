@@ -1,4 +1,4 @@
-"""Tools that measure a sampler or a model: models in closed form, the mean-leak test, plots, and the demo."""
+"""What measures a sampler or a model: models in closed form, a recorder of latent statistics, the mean-leak test."""
 
 from .ideal_models import (
     GaussianCanvas,
@@ -9,7 +9,8 @@ from .ideal_models import (
     v_network,
 )
 from .latent_stats import LatentMeanRecorder, LatentStatistics
-from .leak import LeakReport, exact_flow, mean_leak
+from .leak import exact_flow, mean_leak
+from .verdict import LeakReport
 
 __all__ = [
     "GaussianCanvas",

@@ -1,4 +1,4 @@
-"""What a few seeds say of all: a mean, and the interval that holds it."""
+"""A mean over a few seeds and its confidence interval."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UserError
 from .leak_probes import SamplerProbe
 
-CONFIDENCE = 0.99  # of every interval
-MOST_SEEDS = 1000  # that a report advises
+CONFIDENCE = 0.99  # level of every interval
+MOST_SEEDS = 1000  # the most that a report recommends
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Estimate:
 
     @classmethod
     def over_seeds(cls, values: Sequence[float]) -> "Estimate":
-        """The mean of one value a seed, at least two."""
+        """The mean of one value per seed, for at least two seeds."""
         from scipy import stats
 
         values = np.asarray(values, dtype=float)
@@ -32,7 +33,7 @@ class Estimate:
 
     @classmethod
     def rms_over_seeds(cls, squares: Sequence[float]) -> "Estimate":
-        """Root of the mean of one mean square a seed, at least two.
+        """The root of the mean of one mean square per seed, for at least two seeds.
 
         Squares of few seeds are skewed, so the interval is that of the logarithm, and its wider half stands for both.
         """
@@ -49,11 +50,11 @@ class Estimate:
         return self.value + self.error
 
     def side(self, limit: float) -> int:
-        """1 if certainly above the limit, -1 if certainly not, 0 if these seeds cannot tell."""
+        """1 if the interval lies above the limit, -1 if it lies below, 0 if it contains the limit."""
         return (self.low > limit) - (self.high <= limit)
 
     def seeds_to_tell(self, limit: float) -> int:
-        """About how many seeds it takes until the interval no longer holds the limit; more than were used."""
+        """Estimated number of seeds until the interval excludes the limit; always more than were used."""
         gap = abs(self.value - limit)
         needed = self.seeds * (self.error / gap) ** 2 if gap > 0 else math.inf
         return math.ceil(min(max(1.2 * needed, self.seeds + 2, 6), MOST_SEEDS))
@@ -66,19 +67,25 @@ class Estimate:
         return f"{self.value + 0.0:.{digits}f} ± {self.error:.{digits}f}"
 
 
+def at_least_two(seeds: Sequence) -> None:
+    """Raise UserError for a single seed, which has no interval."""
+    if len(seeds) < 2:
+        raise UserError(f"a confidence interval needs at least 2 seeds, not {len(seeds)}; 8 is a good start")
+
+
 def spread_of(probes: Sequence[SamplerProbe]) -> float:
-    """Standard deviation over all pictures of the brightness, or of what stands for it without a way to RGB."""
+    """Standard deviation of the brightness over all pictures; without RGB, of the first channel's mean."""
     return float(np.concatenate([probe.tone for probe in probes]).std(ddof=1))
 
 
 def over_seeds(probes: Sequence[SamplerProbe], name: str) -> Estimate | None:
-    """What probes call ``name``, over seeds; None where they lack it."""
+    """The mean over seeds of the attribute ``name``; None if the probes do not have it."""
     if getattr(probes[0], name) is None:
         return None
     return Estimate.over_seeds([getattr(probe, name).mean() for probe in probes])
 
 
 def mean_over_seeds(probes: Sequence[SamplerProbe], name: str) -> float | None:
-    """The mean alone."""
+    """As ``over_seeds``, without the interval."""
     estimate = over_seeds(probes, name)
     return None if estimate is None else estimate.value

@@ -7,7 +7,7 @@ canvas whose average spreads by the same tau with and without the prompt, the pi
 
 mu_c and mu_u being the averages with and without the prompt.  So the same noise is sampled exactly with the guidance
 and with the prompt alone, and each picture is compared with its own twin: a spread between noises, which is the
-variety of the prompt, cancels.  Exposure-true guidance (``samplers.exposure_true_guidance``) is asked beside it.
+variety of the prompt, cancels.  Exposure-true guidance (``samplers.exposure_true_guidance``) is measured beside it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .estimates import Estimate, mean_over_seeds, over_seeds, spread_of
+from .estimates import Estimate, at_least_two, mean_over_seeds, over_seeds, spread_of
 from .leak_probes import SamplerProbe
 
 EXPOSURE_TRUE = "exposure-true guidance"
@@ -24,15 +24,15 @@ EXPOSURE_TRUE = "exposure-true guidance"
 
 @dataclass(frozen=True)
 class BrightnessShift:
-    """What one kind of guidance does to the pictures of K seeds.
+    """How one kind of guidance moves the brightness of K seeds' pictures.
 
     Attributes:
         guidance: its name.
-        changes: (K, 2) each picture's brightness less its twin's without guidance; in the answer's unit.
+        changes: (K, 2) each picture's brightness minus that of its twin without guidance; in the answer's unit.
         mean, rms: of the changes, over seeds.
-        brightness: of the pictures, over seeds; None without a way to RGB.
+        brightness: of the pictures, over seeds; None without RGB.
         spread: standard deviation of the brightness over all pictures.
-        clipped: share of clipped pixels; None without a way to RGB.
+        clipped: share of clipped pixels; None without RGB.
     """
 
     guidance: str
@@ -50,9 +50,9 @@ class GuidanceAnswer:
 
     Attributes:
         sentence: the answer in words.
-        unguided: (K, 2) brightness of the prompt alone; without a way to RGB the mean of the latents' first channel.
+        unguided: (K, 2) brightness of the prompt alone; without RGB, the mean of the latents' first channel.
         unguided_brightness, unguided_spread, unguided_clipped: as in ``BrightnessShift``.
-        shifts: one a kind of guidance; the first is the one that was asked about.
+        shifts: one per kind of guidance; the first is the one in question.
         unit: "levels of 255" or "latent units".
     """
 
@@ -75,19 +75,18 @@ class GuidanceAnswer:
 
 
 def judge_guidance(unguided: Sequence[SamplerProbe], guided: Mapping[str, Sequence[SamplerProbe]]) -> GuidanceAnswer:
-    """The answer, from one probe a seed of the prompt alone and of each kind of guidance.
+    """The answer, from one probe per seed of the prompt alone and of each kind of guidance.
 
     Args:
         unguided: the exact flow at guidance scale 1.
         guided: by name, the exact flow from the same noise with guidance; the one in question comes first.
 
     Raises:
-        UserError: fewer than two seeds, or probes of other seeds.
+        UserError: fewer than two seeds, or different seeds with and without guidance.
     """
     if any([p.seed for p in probes] != [p.seed for p in unguided] for probes in guided.values()):
-        raise UserError("the seeds with and without guidance differ: brightness is compared noise by noise")
-    if len(unguided) < 2:
-        raise UserError(f"an average with an interval needs at least 2 seeds, not {len(unguided)}")
+        raise UserError("unguided and guided need the same seeds, because brightness is compared noise by noise")
+    at_least_two(unguided)
     unit = "latent units" if unguided[0].rgb_mean is None else "levels of 255"
     shifts = [_shift(name, probes, unguided) for name, probes in guided.items()]
     asked, *others = shifts
@@ -106,7 +105,7 @@ def judge_guidance(unguided: Sequence[SamplerProbe], guided: Mapping[str, Sequen
 
 
 def moved_most(answers: Sequence[GuidanceAnswer]) -> int:
-    """Which of several prompts the guidance in question moves most."""
+    """Index of the prompt that the guidance in question moves most."""
     return max(range(len(answers)), key=lambda i: answers[i].shifts[0].rms.value)
 
 
@@ -124,7 +123,7 @@ def _shift(name: str, probes: Sequence[SamplerProbe], unguided: Sequence[Sampler
 
 
 def _pictures(brightness: Estimate | None, spread: float, clipped: float | None) -> str:
-    """Pictures in words."""
+    """Brightness, spread and clipping of pictures, for a sentence."""
     if brightness is None:
         return f"spread {spread:.3g}"
     return f"brightness {brightness}, spread {spread:.3g}, {clipped:.1%} of the pixels clipped"

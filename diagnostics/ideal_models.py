@@ -6,7 +6,7 @@ At infinity (alpha = 0, s = 1) each answers its prior mean.  They are written in
 with sigma.  ``exact(noise)`` is the picture that the probability flow carries that noise to, so a sampler's error can
 be told from a model's.
 
-``sample`` takes them as they are; ``v_network`` makes of them what a diffusers scheduler expects.
+``sample`` takes them as they are; ``v_network`` turns them into what a diffusers scheduler expects.
 """
 
 import math
@@ -24,7 +24,7 @@ from ..samplers.sampling import Denoise
 
 
 def v_network(denoise: Denoise, schedule: NoiseSchedule) -> Callable[..., torch.Tensor]:
-    """A v-prediction network that answers like ``denoise`` and, like a trained one, is told only the timestep.
+    """A v-prediction network equivalent to ``denoise`` that, like a trained one, is given only the timestep.
 
     Args:
         denoise: one of the models below.
@@ -46,7 +46,7 @@ def v_network(denoise: Denoise, schedule: NoiseSchedule) -> Callable[..., torch.
 def reference_flow(
     denoise: Denoise, noise: torch.Tensor, steps: int = 400, sigma_max: float = 1e4, sigma_min: float = 1e-4
 ) -> torch.Tensor:
-    """The probability flow from infinity to 0 in many small steps, by a method that no sampler here uses.
+    """The probability flow from infinity to 0 in many small steps, with a method that no sampler here uses.
 
     dx/dphi = v in the angle phi = atan(sigma) (Salimans and Ho, arXiv 2202.00512, appendix D), classical Runge-Kutta of
     order 4, one step from pi/2 to sigma_max, the others even in log sigma, and x0 itself at sigma_min.  That resolves
@@ -81,7 +81,7 @@ def reference_flow(
 
 
 def _gain(std: torch.Tensor | float, sigma: float) -> torch.Tensor | float:
-    """alpha var / (alpha^2 var + s^2): what share of x - alpha mean is taken for signal, 0 at infinity."""
+    """alpha var / (alpha^2 var + s^2): the share of x - alpha mean that counts as signal, 0 at infinity."""
     alpha, s = alpha_s(sigma)
     return alpha * std**2 / (alpha**2 * std**2 + s**2)
 
@@ -236,7 +236,7 @@ class GaussianMixture:
             UserError: more than one dimension, or a component without spread (F then jumps and has no inverse).
         """
         if self.means.shape[1] != 1 or not (self.stds > 0).all():
-            raise UserError("transport needs a mixture in one dimension whose stds are all positive")
+            raise UserError("transport needs a mixture in one dimension with positive stds")
         n = to_float64(noise).cpu().reshape(-1, 1)
         # Work in the tail that n lies in: there the probability is small and keeps its relative precision.
         sign = torch.where(n > 0, -1.0, 1.0)
@@ -295,7 +295,7 @@ class _CanvasMixture:
 
 
 class PictureSet:
-    """A finite set of pictures: what a network becomes that has learned its training set and nothing else.
+    """A finite set of pictures: the ideal network of a training set, which knows nothing else.
 
     Each picture is in the set at every exposure: x0 = picture + brightness + grain.  The brightness is one number a
     channel for the whole canvas, N(0, brightness_std^2), as pictures of one caption differ in exposure and white

@@ -1,9 +1,9 @@
-"""Mean and spread of the latents over a run: of the state, of the denoised prediction, of the noise it began with.
+"""Mean and spread of the latents over a run: of the state, of the denoised prediction, and of the initial noise.
 
 A picture's brightness is the mean of its latents, and a sampler that leaks carries the mean of the noise into it.
-``LatentMeanRecorder`` writes both down at every network evaluation, in ``sample``, in diffusers pipelines and in
-ComfyUI.  It keeps them on the device until they are read, so a run waits for nothing and its result stays the same to
-the last bit.
+``LatentMeanRecorder`` records both at every network evaluation, in ``sample``, in diffusers pipelines and in ComfyUI.
+It keeps them on the device until they are read, so a run waits for nothing and its result stays the same to the last
+bit.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ..samplers.sampling import check_answer
 
 @dataclass(frozen=True, eq=False)
 class LatentStatistics:
-    """What a recorder saw, as numpy arrays; a step is one network evaluation.
+    """What a recorder recorded, as numpy arrays; a step is one network evaluation.
 
     Means and standard deviations (of the population, dividing by N) are over all dimensions after the channel.
 
@@ -49,7 +49,7 @@ class LatentStatistics:
     canvas: int
 
     def nonfinite(self) -> str | None:
-        """A sentence that says where NaN or infinite values began; None where there are none."""
+        """A sentence that says where NaN or infinite values began; None if there are none."""
         means = np.stack([self.state_mean, self.denoised_mean], axis=1)  # in the order in which they came to be
         found = np.argwhere(~np.isfinite(means))
         if len(found) == 0:
@@ -63,7 +63,7 @@ class LatentStatistics:
 
 
 class LatentMeanRecorder:
-    """Writes down mean and standard deviation of the latents at every step of a run, per sample and channel.
+    """Records mean and standard deviation of the latents at every step of a run, per sample and channel.
 
     In ``sample``::
 
@@ -75,31 +75,31 @@ class LatentMeanRecorder:
 
         pipe(prompt, callback_on_step_end=recorder.on(pipe))
 
-    Elsewhere ``begin`` and then ``record`` at every evaluation.  A recorder serves one run after another; each starts
-    afresh.  Nothing but ``read`` waits for the device.
+    Elsewhere call ``begin`` once, then ``record`` at every evaluation.  A recorder can serve any number of runs, one
+    after another; each starts empty.  Only ``read`` waits for the device.
 
     The noise a run began with is known from ``begin(noise)``; in a run that begins at infinity, where the state is the
     noise; and in diffusers pipelines that begin with nothing else, which are those without a ``strength``.
 
     Args:
-        steps: room to begin with; it grows by itself.
-        on_denoised: shown (sigma, x0) of every evaluation, for whoever wants to keep pictures of the way.
+        steps: initial capacity; it grows as needed.
+        on_denoised: called with (sigma, x0) at every evaluation, for example to keep pictures.
     """
 
     def __init__(
         self, steps: int = 64, on_denoised: Callable[[float | torch.Tensor, torch.Tensor], None] | None = None
     ):
         if steps < 1:
-            raise UserError(f"a recorder needs room for at least 1 step, not {steps}")
+            raise UserError(f"steps must be at least 1, not {steps}")
         self._room = steps
         self._on_denoised = on_denoised
         self.begin()
 
     def begin(self, noise: torch.Tensor | None = None) -> None:
-        """Forget the last run and start another.
+        """Clear the last run and start a new one.
 
         Args:
-            noise: (B, C, ...) the unit noise it begins with, where that is known.
+            noise: (B, C, ...) the unit noise it begins with, if known.
         """
         if noise is not None:
             _check_latents(noise)
@@ -151,12 +151,12 @@ class LatentMeanRecorder:
     def on(self, pipe: Any) -> Callable[[Any, int, Any, dict], dict]:
         """Start a run in a diffusers pipeline: ``pipe(..., callback_on_step_end=recorder.on(pipe))``.
 
-        Such a callback is shown only what a step left behind.  So this looks on at ``pipe.scheduler.step`` until the
-        run's last step, and then lets go of it.  Call it anew for every run, after choosing the scheduler.  x0 is what
+        Such a callback receives only the result of a step.  So this wraps ``pipe.scheduler.step`` until the run's last
+        step, and then restores it.  Call it again before every run, after choosing the scheduler.  x0 is what
         the network predicts, guidance included, before any clipping of the scheduler's.
 
         Raises:
-            UserError: a scheduler of a model that is not variance-preserving, such as flow matching.
+            UserError: the scheduler's model is not variance-preserving, but flow matching for example.
         """
         scheduler = pipe.scheduler
         schedule = _noise_schedule(scheduler)
@@ -178,13 +178,13 @@ class LatentMeanRecorder:
         return callback
 
     def read(self) -> LatentStatistics:
-        """The run so far, brought to the host in one transfer.  NaN and infinite values are kept as they are.
+        """The run so far, copied to the host in one transfer.  NaN and infinite values are kept.
 
         Raises:
-            UserError: nothing was recorded since the last beginning.
+            UserError: nothing was recorded since ``begin``.
         """
         if self._count == 0:
-            raise UserError("this recorder has seen no step yet: give it to a sampler, run that, and then read")
+            raise UserError("the recorder has recorded no step: pass it to a sampler as callback and run that first")
         rows = self._rows[: self._count]
         noise = rows[:0] if self._noise is None else self._noise.to(rows.device)
         values = torch.cat([rows.flatten(), noise.flatten()]).cpu().numpy()
@@ -218,7 +218,7 @@ def _std_mean(x: torch.Tensor) -> torch.Tensor:
 
 def _check_latents(x: torch.Tensor) -> None:
     if x.ndim < 3:
-        raise UserError(f"latents are (batch, channels, height, width) or alike, not {tuple(x.shape)}")
+        raise UserError(f"latents must have shape (B, C, H, W) or (B, C, F, H, W), not {tuple(x.shape)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,11 +226,11 @@ def _check_latents(x: torch.Tensor) -> None:
 
 
 class _StepOnlooker:
-    """Stands in for ``scheduler.step`` and keeps what the last call was given, for the callback that follows it."""
+    """Replaces ``scheduler.step`` and keeps the arguments of its last call for the callback that follows."""
 
     def __init__(self, scheduler: Any):
         displaced = vars(scheduler).get("step")
-        if isinstance(displaced, _StepOnlooker):  # of a run that was broken off
+        if isinstance(displaced, _StepOnlooker):  # left by an aborted run
             displaced.leave()
         functools.update_wrapper(self, scheduler.step)  # pipelines read the signature; first, as it copies attributes
         self._scheduler = scheduler
@@ -251,26 +251,26 @@ class _StepOnlooker:
         result = self.__wrapped__(model_output, timestep, sample, *args, **kwargs)
         if self._seen is None:
             self._seen = model_output, timestep, sample, scale
-        else:  # no callback asked for the last step: that run was broken off, and this is another
+        else:  # no callback took the last step: that run was aborted, and this is another
             self.leave()
         return result
 
     def __reduce__(self):
-        # a copy of the scheduler gets a step of its own, which nobody looks at
+        # a copy of the scheduler gets a step of its own, which is not recorded
         return getattr, (self._scheduler, "step")
 
     def take(self) -> tuple[torch.Tensor, float | torch.Tensor, torch.Tensor, float]:
-        """What the step just done was given, and the scale of its state."""
+        """The arguments of the last step, and the scale of its state."""
         if self._seen is None:
             raise UserError(
-                "the recorder saw no step of this run: call recorder.on(pipe) anew for every run, after choosing the "
-                "scheduler"
+                "the recorder saw no step of this run: call recorder.on(pipe) again before every run, after choosing "
+                "the scheduler"
             )
         seen, self._seen = self._seen, None
         return seen
 
     def leave(self) -> None:
-        """Give ``scheduler.step`` back."""
+        """Restore ``scheduler.step``."""
         self._seen = None
         if vars(self._scheduler).get("step") is self:
             del self._scheduler.step
@@ -279,12 +279,12 @@ class _StepOnlooker:
 
 
 def _noise_schedule(scheduler: Any) -> NoiseSchedule:
-    """The table of a scheduler for variance-preserving models, or a sentence that it is none."""
+    """The noise schedule of a scheduler; UserError if its model is not variance-preserving."""
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None or getattr(scheduler.config, "use_flow_sigmas", False):
         raise UserError(
-            f"{type(scheduler).__name__} is for another process than x = alpha x0 + s eps (flow matching or EDM): "
-            "the recorder follows variance-preserving models alone"
+            f"{type(scheduler).__name__} is for flow matching or EDM models; the recorder supports only "
+            "variance-preserving models, x = alpha x0 + s eps"
         )
     check_prediction_type(scheduler.config.prediction_type, zero_terminal_snr=False)
     return NoiseSchedule(alphas_cumprod)
@@ -293,7 +293,7 @@ def _noise_schedule(scheduler: Any) -> NoiseSchedule:
 def _noise_level(
     scheduler: Any, schedule: NoiseSchedule, timestep: float | torch.Tensor, scale: float
 ) -> float | torch.Tensor:
-    """sigma of the evaluation that the scheduler has just used; a tensor () where only the device knows it."""
+    """Sigma of the scheduler's last evaluation; a tensor () if only the device knows it."""
     sigmas = getattr(scheduler, "sigmas", ())
     is_per_evaluation = len(sigmas) == len(scheduler.timesteps) + 1
     listed = float(sigmas[scheduler.step_index - 1]) if is_per_evaluation else math.nan  # they are kept on the CPU

@@ -1,7 +1,7 @@
-"""One seed's measurements of the mean-leak test: what a network answers, and what a sampler makes, of a pair of noises.
+"""One seed's measurements of the mean-leak test: a network's predictions and a sampler's pictures for a pair of noises.
 
-The noises of a pair differ in nothing but their channel means, which are set to an offset and to its opposite, so what
-differs in the answers is owed to that.
+The noises of a pair differ only in their channel means, which are set to an offset and to its opposite, so any
+difference between the results comes from the means.
 """
 
 import math
@@ -17,7 +17,7 @@ from ..samplers.devices import to_float64
 from ..samplers.sampling import Denoise
 from .latent_stats import LatentStatistics
 
-PROBED = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)  # timesteps asked about, as shares of T
+PROBED = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)  # timesteps to probe, as shares of T
 LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
 
 Run = Callable[[torch.Tensor], tuple[torch.Tensor, LatentStatistics]]
@@ -26,14 +26,14 @@ ToRGB = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class NetworkProbe:
-    """What a network answers to one seed's noise with the offset and its opposite, at several noise levels.
+    """A network's predictions for one seed's pair of noises, at several noise levels.
 
     Attributes:
         seed: of the noise.
         sigmas: (T,) noise levels, increasing; the last is that of t = T, inf if the file says zero SNR.
-        noise_mean: (2, C) channel means of the noise, with + and - the offset.
+        noise_mean: (2, C) channel means of the noise, plus and minus the offset.
         denoised_mean: (T, 2, C) channel means of x0.
-        fine_response: (T,) how v follows the finest noise.
+        fine_response: (T,) slope of v on the finest noise.
     """
 
     seed: int
@@ -44,21 +44,21 @@ class NetworkProbe:
 
     @property
     def slopes(self) -> np.ndarray:
-        """(T, C): how much x0's mean moves with the noise's."""
+        """(T, C) slope of x0's mean on the noise's."""
         return (self.denoised_mean[:, 0] - self.denoised_mean[:, 1]) / (self.noise_mean[0] - self.noise_mean[1])
 
 
 @dataclass(frozen=True)
 class SamplerProbe:
-    """What a sampler makes of one seed's noise with + and - the offset.
+    """A sampler's pictures from one seed's pair of noises.
 
     Attributes:
         noise_mean, picture_mean: (2, C) channel means of the noise and of the finished latents.
-        rgb_mean: (2, 3) mean colour of the picture before clipping, in levels of 255; None without a way to RGB.
-        clipped: (2,) share of the pixels that lie on or beyond 0 or 255 in some channel; None likewise.
-        brightness: (2,) mean luma (Rec. 709) of the picture, 0 to 255; None likewise.
-        colour_error: (2,) mean CIEDE2000 between the pixels and the colour asked for; None if none was.
-        sigmas, denoised_mean: (S,), (S, 2, C) the predictions on the way.
+        rgb_mean: (2, 3) mean colour of the picture before clipping, in levels of 255; None without RGB.
+        clipped: (2,) share of pixels at or beyond 0 or 255 in some channel; None without RGB.
+        brightness: (2,) mean luma (Rec. 709) of the picture, 0 to 255; None without RGB.
+        colour_error: (2,) mean CIEDE2000 between the pixels and the target colour; None without a target.
+        sigmas, denoised_mean: (S,), (S, 2, C) the predictions x0 of the run.
     """
 
     seed: int
@@ -73,12 +73,12 @@ class SamplerProbe:
 
     @property
     def slopes(self) -> np.ndarray:
-        """(C,): how much the picture's mean moves with the noise's."""
+        """(C,) slope of the picture's mean on the noise's."""
         return (self.picture_mean[0] - self.picture_mean[1]) / (self.noise_mean[0] - self.noise_mean[1])
 
     @property
     def tone(self) -> np.ndarray:
-        """(2,): the brightness; without a way to RGB the mean of the latents' first channel."""
+        """(2,) the brightness; without RGB, the mean of the latents' first channel."""
         return self.picture_mean[:, 0] if self.brightness is None else self.brightness
 
 
@@ -86,7 +86,7 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
     """One seed's noise with the mean of every channel set to plus or minus an offset, and the same with the other sign.
 
     The signs are a row of a Hadamard matrix: over the seeds the channels' offsets are uncorrelated, so a channel that
-    follows its neighbour's is not taken for following its own.
+    follows its neighbour's offset does not seem to follow its own.
 
     Args:
         index: of the seed in the test, 0, 1, ...: which row.
@@ -98,9 +98,9 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
         (2, C, ...) float32 on the CPU.
     """
     if not 0 < offset < math.inf:
-        raise UserError(f"the offset must be positive and finite, not {offset}: constant noise cannot show a slope")
+        raise UserError(f"offset must be positive and finite, not {offset}")
     if len(shape) < 3:
-        raise UserError(f"latents need channels, height and width, not shape {tuple(shape)}")
+        raise UserError(f"shape must be (C, H, W) or (C, F, H, W), not {tuple(shape)}")
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     noise -= _channel_means(noise).view(1, -1, *[1] * (len(shape) - 1))
     signs = torch.tensor([(-1.0) ** (index & channel).bit_count() for channel in range(1, shape[0] + 1)])
@@ -109,7 +109,7 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
 
 
 def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float], seed: int = 0) -> NetworkProbe:
-    """Ask a network about pure noise at several noise levels.
+    """A network's predictions for pure noise at several noise levels.
 
     Args:
         denoise: ``denoise(x_vp, sigma) -> x0``, without guidance.
@@ -117,7 +117,7 @@ def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float]
         sigmas: (T,) increasing.
 
     Raises:
-        UserError: an answer that is not finite.
+        UserError: a prediction is not finite.
     """
     means, responses = [], []
     fine_noise = _finest(noise)
@@ -137,7 +137,7 @@ def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float]
         if not np.isfinite(mean).all():
             channel = int(np.argwhere(~np.isfinite(mean))[0][1])
             raise UserError(
-                f"the network answers NaN or infinity to pure noise at sigma {sigma:.4g}, in channel {channel + 1}; "
+                f"the network predicts NaN or infinity for pure noise at sigma {sigma:.4g}, in channel {channel + 1}; "
                 "half precision often overflows: try bfloat16 or float32"
             )
     return probe
@@ -150,19 +150,21 @@ def probe_sampler(
     target: Sequence[float] | None = None,
     seed: int = 0,
 ) -> SamplerProbe:
-    """Run a sampler on a pair of noises.
+    """A sampler's pictures from a pair of noises.
 
     Args:
         run: ``run(noise) -> (latents, what a LatentMeanRecorder saw)``; noise (2, C, ...) is unit Gaussian.
         to_rgb: latents to pictures (2, 3, H, W), 0 to 1, not clamped.
-        target: the colour that the prompt asks for, 0 to 255; needs to_rgb and scikit-image.
+        target: the colour that the prompt asks for, 0 to 255; needs ``to_rgb`` and scikit-image.
 
     Raises:
-        UserError: latents that are not finite; it says where that began.
+        UserError: the latents are not finite; the message says where that began.
     """
     latents, statistics = run(noise)
     if not latents.isfinite().all():
-        raise UserError(f"seed {seed}: {statistics.nonfinite() or 'the finished latents hold NaN or infinite values'}")
+        raise UserError(
+            f"seed {seed}: {statistics.nonfinite() or 'the finished latents contain NaN or infinite values'}"
+        )
     pictures = None if to_rgb is None else to_rgb(latents).float().cpu().numpy()
     return SamplerProbe(
         seed,
@@ -177,7 +179,7 @@ def probe_sampler(
 def measure_pictures(
     pictures: np.ndarray | None, target: Sequence[float] | None = None
 ) -> dict[str, np.ndarray | None]:
-    """Colour, clipping, brightness and colour error of pictures (B, 3, H, W) whose values 0 to 1 can be shown."""
+    """Colour, clipping, brightness and colour error of pictures (B, 3, H, W), 0 to 1 and beyond."""
     if pictures is None:
         return dict.fromkeys(("rgb_mean", "clipped", "brightness", "colour_error"))
     shown = pictures.clip(0, 1)
@@ -193,7 +195,7 @@ def colour_error(pictures: np.ndarray, target: Sequence[float]) -> np.ndarray:
     """Mean CIEDE2000 between the pixels of pictures (B, 3, H, W) in [0, 1], sRGB, and a colour of 0 to 255: (B,)."""
     from skimage.color import deltaE_ciede2000, rgb2lab
 
-    every = math.ceil(max(pictures.shape[-2:]) / 256)  # pixels enough for a mean, and 16 times faster at 1024 x 1024
+    every = math.ceil(max(pictures.shape[-2:]) / 256)  # enough pixels for a mean, and 16 times faster at 1024 x 1024
     lab = rgb2lab(pictures[..., ::every, ::every], channel_axis=1)
     wanted = rgb2lab(np.asarray(target, dtype=float).reshape(1, 1, 1, 3) / 255)
     return deltaE_ciede2000(np.moveaxis(lab, 1, -1), wanted).mean((-2, -1))
@@ -217,5 +219,5 @@ def _finest(x: torch.Tensor) -> torch.Tensor:
 
 
 def probed_sigmas(schedule: NoiseSchedule) -> list[float]:
-    """The noise levels that the checkpoint's question is asked at, up to that of t = T."""
+    """The noise levels at which a network is probed, up to that of t = T."""
     return [schedule.sigma(float(round(share * schedule.last_timestep))) for share in PROBED]

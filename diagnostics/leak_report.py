@@ -1,4 +1,4 @@
-"""What a ``ztsnr leak`` run leaves: a table to print, numbers as JSON, and one HTML page with the pictures inside."""
+"""The results of a ``ztsnr leak`` run: a table to print, numbers as JSON, and one HTML page with all pictures."""
 
 import base64
 import io
@@ -20,7 +20,8 @@ from ..errors import UserError
 from ..extras import no_matplotlib
 from ..figures.png import png
 from .guidance_shift import moved_most
-from .leak import LeakReport, plain
+from .plain import plain
+from .verdict import LeakReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sampled: a text, and the colour it asks for, if that is known."""
+    """A prompt: its text, and the colour it asks for, if that is known."""
 
     text: str
     target: tuple[int, int, int] | None = None
@@ -49,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures; measurements of other settings are never mixed with it."""
+    """What a run measures; measurements with other settings are never mixed in."""
 
     model: str
     weights: str
@@ -72,11 +73,11 @@ class LeakRun:
     """A finished run.
 
     Attributes:
-        evidence, warnings: what the checkpoint's files say it is, a sentence each.
-        reports: one a prompt; the first has the checkpoint's answer.
-        sheet: one entry a start: its sigma, the prompt, the seeds and the brightness of each picture.
-        guidance_sheet: one entry a kind of guidance, none first: its name, the file of its pictures, the prompt, the
-            seeds and the brightness of each picture; empty if there was no guidance.
+        evidence, warnings: what the checkpoint's files say about it, as sentences.
+        reports: one per prompt; the first has the verdict on the checkpoint.
+        sheet: one entry per start: its sigma, the prompt, the seeds and the brightness of each picture.
+        guidance_sheet: one entry per kind of guidance, none first: its name, the file of its pictures, the prompt, the
+            seeds and the brightness of each picture; empty without guidance.
         pictures: folder of strip_<prompt>.png, start_<sigma>.png and guidance_<prompt>_<kind>.png, from
             ``row_of_pictures``.
     """
@@ -91,7 +92,7 @@ class LeakRun:
 
 
 def report_table(run: LeakRun) -> str:
-    """One row a prompt, and one for what the exact flow of the same network makes of it."""
+    """Two rows per prompt: the sampler, and the exact flow of the same network."""
     from tabulate import tabulate
 
     rows = []
@@ -120,7 +121,7 @@ def report_table(run: LeakRun) -> str:
 
 
 def guidance_table(run: LeakRun) -> str:
-    """One row a prompt: how far guidance moves brightness, from the same noise, in levels."""
+    """One row per prompt: how far guidance moves brightness, from the same noise, in levels."""
     from tabulate import tabulate
 
     asked = [report.guidance for report in run.reports]
@@ -136,7 +137,7 @@ def guidance_table(run: LeakRun) -> str:
 
 
 def report_json(run: LeakRun) -> bytes:
-    """All numbers: no NaN, infinity as a word."""
+    """All numbers as JSON: null for NaN, infinity as a word."""
     prompts = zip(run.settings.prompts, run.reports, strict=True)
     content = {
         "ztsnr": __version__,
@@ -152,7 +153,7 @@ def report_json(run: LeakRun) -> bytes:
 
 
 def report_html(run: LeakRun) -> bytes:
-    """One page with everything inside it."""
+    """One HTML page with all numbers and pictures inside."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -177,8 +178,10 @@ def report_html(run: LeakRun) -> bytes:
 
 
 def _figures(run: LeakRun) -> dict[str, Any]:
-    """Figures as data URLs: one a prompt, by theme, and the sheets of starts and of guidance."""
-    from .leak_plots import Strip, guidance_sheet, leak_figure, start_sheet
+    """Figures as data URLs: one per prompt and theme, and the sheets of starts and of guidance."""
+    from ..figures.strip import Strip
+    from .leak_figure import leak_figure
+    from .sheets import guidance_sheet, start_sheet
 
     def both(draw: Callable[..., "Figure"]) -> dict[str, str]:
         return {theme: _data_url(png(draw(theme=theme))) for theme in ("light", "dark")}
@@ -223,9 +226,13 @@ def row_of_pictures(pictures: np.ndarray, labels: Sequence[str]) -> bytes:
 
 
 def load_row(path: Path) -> tuple[np.ndarray, list[str]]:
-    """What ``row_of_pictures`` wrote: pictures (n, H, W, 3) uint8, and their labels."""
+    """Pictures (n, H, W, 3) uint8 and labels from a file of ``row_of_pictures``.
+
+    Raises:
+        UserError: the file does not exist.
+    """
     if not path.exists():
-        raise UserError(f"{path} is gone; delete measurements.jsonl beside its folder to measure again.")
+        raise UserError(f"{path} does not exist; delete {path.parent.parent / 'measurements.jsonl'} to measure again.")
     with Image.open(path) as image:
         labels = json.loads(image.text["labels"])
         return np.stack(np.split(np.asarray(image.convert("RGB")), len(labels), axis=1)), labels

@@ -1,8 +1,7 @@
 """``ztsnr leak``: the mean-leak test on a diffusers pipeline, prompt by prompt, resumable, with a report to keep.
 
-The first prompt leaves the brightness open and is asked about the checkpoint too; prompts with a known answer, solid
-colours, show what is left of the brightness that they ask for.  With guidance, every prompt is asked how far that moves
-brightness.
+The first prompt leaves the brightness open and also tests the checkpoint; prompts for solid colours show how much
+of the brightness that they ask for is left.  With guidance, every prompt also shows how far that moves brightness.
 """
 
 import json
@@ -24,8 +23,9 @@ from ..files import prepare_folder, write_atomically
 from ..samplers import NoiseSchedule, exposure_true_guidance, guide, sample
 from ..samplers.sampling import Denoise
 from . import pipelines
+from .checkpoint_verdict import judge_network
 from .guidance_shift import EXPOSURE_TRUE, GuidanceAnswer, judge_guidance, moved_most
-from .leak import LeakReport, check_seeds, exact_flow, judge_network, judge_sampler, plain
+from .leak import check_seeds, exact_flow
 from .leak_probes import LUMA, NetworkProbe, Run, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
 from .leak_report import (
     COLOURS,
@@ -38,12 +38,13 @@ from .leak_report import (
     report_table,
     row_of_pictures,
 )
+from .plain import plain
+from .sampler_verdict import judge_sampler
+from .verdict import LeakReport
 
-STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # of the sheet, as in NovelAI V3's figure 2
+STARTS = (math.inf, 20000.0, 4518.0, 136.0, 56.0, 14.6)  # rows of the sheet, as in NovelAI V3's figure 2
 SHEET_STEPS, SHEET_SEEDS = 28, 3
-STRIP = 6  # predictions shown on the way
-
-
+STRIP = 6  # predictions shown of a run
 PROMPTS = (Prompt(""), *(Prompt(f"solid {name} background", colour) for name, colour in COLOURS.items()))
 
 
@@ -60,15 +61,16 @@ def parse_prompt(text: str) -> Prompt:
         except ValueError:
             pass
     raise UserError(
-        f"{colour!r} is no colour: write text=#rrggbb, text=one of {', '.join(COLOURS)}, or text= for a text with ="
+        f"{colour!r} is not a colour: write text=#rrggbb, text= and one of {', '.join(COLOURS)}, or text= alone if the "
+        "text contains ="
     )
 
 
 class Measurements:
-    """One JSON line a measurement, in the output folder: an interrupted run goes on where it stopped.
+    """One JSON line per measurement, in the output folder, so that an interrupted run resumes where it stopped.
 
-    The first line says what is measured; only the seeds may differ, so more of them can be added.  A line that an
-    interruption cut short is measured again.
+    The first line states the settings; only the seeds may differ, so more can be added later.  A line that was cut
+    short is measured again.
     """
 
     def __init__(self, path: Path, settings: Settings):
@@ -79,15 +81,15 @@ class Measurements:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if lines and json.loads(lines[0]) != header:
             raise UserError(
-                f"{path.parent} holds measurements of another model or with other settings; choose another folder with "
-                f"--out, or delete {path.name} there."
+                f"{path.parent} contains measurements of another model or with other settings; choose another folder "
+                f"with --out, or delete {path.name} there."
             )
         for line in lines[1:]:
             self.done |= json.loads(line)
         write_atomically(path, "".join(f"{line}\n" for line in lines or [json.dumps(header)]).encode())
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What was measured under a key, now or in an earlier run."""
+        """The measurement under a key, from an earlier run if there is one."""
         if key not in self.done:
             line = json.dumps({key: plain(measure())}, allow_nan=False)
             with self.path.open("a", encoding="utf-8") as file:
@@ -99,7 +101,7 @@ class Measurements:
 
 
 def as_probe(kind: type, values: dict) -> NetworkProbe | SamplerProbe:
-    """A probe from its line; infinity stands there as a word."""
+    """A probe from its line, where infinity is a word."""
 
     def array(value: Any) -> Any:
         return np.array(value, dtype=object).astype(float) if isinstance(value, list) else value
@@ -128,31 +130,31 @@ def run_leak(
     gate: float | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Measure, print the table, write report.json, report.html and pictures.
+    """Run the mean-leak test: print the table, write report.json, report.html and pictures.
 
     Args:
         loaded: what ``checkpoints.pipeline.load_pipeline`` returned.
-        out: folder for the files; a run that was interrupted there goes on.
-        prompts: the first is asked about the checkpoint too, and should leave the brightness open.
+        out: folder for the files; an interrupted run there is resumed.
+        prompts: the first also tests the checkpoint, and should leave the brightness open.
         size: width and height of the pictures.
         scheduler, spacing: as in ``pipelines.use_scheduler``.
-        guidance_scale: at least 1.  Above it, all prompts are asked how far guidance moves brightness as well.
+        guidance_scale: at least 1.  Above 1, the test also measures how far guidance moves brightness.
         reference_steps: of the exact flow.
         offset: of the noise means, in their standard deviations.
-        gate: the largest pull toward grey, in levels of 255, that passes.
+        gate: the largest pull toward grey that passes, in levels of 255.
 
     Returns:
-        Whether the gate was passed; True without one.
+        True if the gate was passed, or without one.
 
     Raises:
-        UserError: what the user can mend, in one sentence.
+        UserError: settings that cannot be run, or results that are not finite.
     """
     from tqdm import tqdm
 
     pipe = loaded.pipeline
     seeds = check_seeds(seeds)
     if not prompts:
-        raise UserError("there is no prompt to measure")
+        raise UserError("prompts is empty: give at least one prompt")
     if any(side % pipe.vae_scale_factor for side in size):
         raise UserError(f"width and height must be multiples of {pipe.vae_scale_factor}, not {size[0]} x {size[1]}")
     prepare_folder(out)
@@ -199,7 +201,7 @@ def run_leak(
 
 
 class _Bench:
-    """A pipeline under test, with everything that is the same for all prompts."""
+    """A pipeline under test, with everything that all prompts share."""
 
     def __init__(self, pipe: Any, prediction_type: str, schedule: NoiseSchedule, settings: Settings, pictures: Path):
         self.pipe, self.prediction_type, self.schedule, self.settings = pipe, prediction_type, schedule, settings
@@ -266,7 +268,7 @@ class _Bench:
         return judge_guidance(probes["unguided"], guided)
 
     def name_of(self, kind: str) -> str:
-        """What a kind of exact flow is called where guidance is spoken of."""
+        """The name of a kind of guidance, for tables and sentences."""
         names = {"unguided": "no guidance", "exposure-true": EXPOSURE_TRUE}
         return names.get(kind, f"CFG {self.settings.guidance_scale:g}")
 
@@ -274,7 +276,7 @@ class _Bench:
         return probe_sampler(flow, noise, self.to_rgb, prompt.target, seed)
 
     def _sample(self, embeddings: dict[str, torch.Tensor], noise: torch.Tensor, seed: int, number: int) -> SamplerProbe:
-        """The sampler's probe; of the first seed also the predictions on the way and the picture."""
+        """The sampler's probe; for the first seed, its predictions are saved as pictures too."""
         settings = self.settings
         first = seed == settings.seeds[0]
         seen: list[tuple[Any, torch.Tensor]] = []
@@ -335,7 +337,7 @@ class _Bench:
         return list(self.settings.seeds[:SHEET_SEEDS])
 
     def _row(self, name: str, number: int, make: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Save a row of a sheet, a picture a seed; what there is to say of it."""
+        """Save a row of a sheet, one picture per seed, and return its prompt, seeds and brightness."""
         seeds = self._sheet_seeds()
         noise = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         pictures = np.concatenate([self._show(make(n.to(self.pipe.device))) for n in noise])
@@ -347,7 +349,7 @@ class _Bench:
         }
 
     def _show(self, latents: torch.Tensor) -> np.ndarray:
-        """Pictures (B, H, W, 3) uint8."""
+        """Latents as pictures (B, H, W, 3) uint8."""
         pictures = self.to_rgb(latents).clamp(0, 1).mul(255).round().byte()
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -363,14 +365,14 @@ def steps_from(schedule: NoiseSchedule, start: float, steps: int) -> list[float]
 
 
 def _passes(prompts: Sequence[Prompt], reports: Sequence[LeakReport], gate: float, say: Callable[[str], None]) -> bool:
-    """Whether nothing leaks beyond the gate; says what does."""
+    """True if nothing leaks beyond the gate; whatever does is printed."""
     failed = [
         f"{prompt.name}: pull toward grey {report.sampler.pull} levels"
         for prompt, report in zip(prompts, reports, strict=True)
         if report.sampler.pull.value > gate
     ]
-    if reports[0].checkpoint.verdict != "zero SNR":  # a gate that cannot tell is not passed
+    if reports[0].checkpoint.verdict != "zero SNR":  # "cannot tell" does not pass the gate
         failed.insert(0, reports[0].checkpoint.sentence)
     for sentence in failed:
-        say(f"Not through the gate: {sentence}.")
+        say(f"Gate failed: {sentence}.")
     return not failed

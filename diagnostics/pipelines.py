@@ -1,6 +1,6 @@
 """A diffusers pipeline as the mean-leak test sees it: a network, a sampler, and a way to pictures.
 
-Nothing here imports diffusers: the pipeline brings what is needed.
+Nothing here imports diffusers; everything needed comes with the pipeline.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ Guidance = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # of x0 
 
 
 def encode(pipe: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:
-    """A prompt's embeddings, by the names that Stable Diffusion (XL) pipelines call them.
+    """A prompt's embeddings, under their argument names in Stable Diffusion (XL) pipelines.
 
     Args:
-        negative_prompt: None for what the pipeline does without one, which for SDXL is not the empty prompt.
+        negative_prompt: None for the pipeline's default, which for SDXL is not the empty prompt.
     """
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     embeddings = pipe.encode_prompt(
@@ -55,7 +55,7 @@ def network(
         t = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
         batch = len(x)
         added = {}
-        if is_xl:  # told the size, the crop and the size again
+        if is_xl:  # original size, crop, target size
             height, width = (side * pipe.vae_scale_factor for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=x.device)
             added["added_cond_kwargs"] = {
@@ -77,10 +77,10 @@ def sampler(
     guidance_scale: float,
     on_denoised: Callable[[float, torch.Tensor], None] | None = None,
 ) -> Run:
-    """The pipeline itself, with the scheduler it has, from a given noise to latents.
+    """The pipeline itself, with its own scheduler, from a given noise to latents.
 
     Args:
-        on_denoised: shown (sigma, x0) at every step.
+        on_denoised: called with (sigma, x0) at every step.
     """
 
     def run(noise: torch.Tensor) -> tuple[torch.Tensor, LatentStatistics]:
@@ -123,7 +123,7 @@ def vae_to_rgb(pipe: Any) -> ToRGB:
 
 
 def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[int, int]) -> str:
-    """Give the pipeline a scheduler by name and say which, in words.
+    """Give the pipeline a scheduler by name; its name and spacing in words.
 
     Args:
         name: "ztsnr", "model" for the one it came with, or the class name of another that suits it.
@@ -131,13 +131,13 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
         latent_size: (height, width), which our spacings depend on.
 
     Raises:
-        UserError: no such scheduler, or no such spacing.
+        UserError: an unknown scheduler or spacing.
     """
     config = pipe.scheduler.config
     if name == "ztsnr":
         from ..samplers import ZTSNRScheduler
 
-        # what the config leaves unsaid is epsilon; the test finds out whether that is so
+        # a config without prediction_type means epsilon; the test finds out whether that is right
         chosen = {"prediction_type": config.get("prediction_type", "epsilon")}
         chosen |= {} if spacing is None else {"spacing": spacing}
         pipe.scheduler = ZTSNRScheduler.from_config(config, latent_size=latent_size, **chosen)
@@ -145,21 +145,19 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
     if name != "model":
         classes = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
         if name not in classes:
-            raise UserError(
-                f"there is no scheduler {name!r}; choose ztsnr, model or one of {', '.join(sorted(classes))}"
-            )
+            raise UserError(f"scheduler must be ztsnr, model or one of {', '.join(sorted(classes))}, not {name!r}")
         pipe.scheduler = classes[name].from_config(config)
     if spacing is not None:
         if spacing not in ("trailing", "leading", "linspace"):
             raise UserError(
-                f"{type(pipe.scheduler).__name__} has the spacings trailing, leading and linspace, not {spacing!r}"
+                f"spacing of {type(pipe.scheduler).__name__} must be trailing, leading or linspace, not {spacing!r}"
             )
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
     return f"{type(pipe.scheduler).__name__} ({pipe.scheduler.config.get('timestep_spacing', 'its own spacing')})"
 
 
 def fingerprint(pipe: Any) -> str:
-    """A word for the weights of a pipeline, from a few values of every tensor: training changes it, a path does not."""
+    """A hash of a pipeline's weights, from a few values per tensor: it changes with training, not with the path."""
     digest = hashlib.sha256()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         for tensor in part.state_dict().values() if part is not None else ():

@@ -1,1 +1,1 @@
-"""What pictures of results are drawn with: palette, axes, contact sheet, PNG."""
+"""What pictures of results are drawn with: palette, themes, rows of panels, axes, contact sheet, PNG."""

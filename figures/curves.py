@@ -1,18 +1,16 @@
-"""Figures: what a sampler's model believed at each noise level, and what came out.
+"""A figure of curves over sigma, such as what a model predicted at each noise level.
 
-They return matplotlib figures that belong to no window, so they work without a display and leave pyplot alone.
+It belongs to no window, so it works without a display and leaves pyplot alone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from .palette import COLORS, FAINT, INK, MARKERS
+from .sigma_axis import sigma_axis
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def plot_over_sigma(
     """Curves over a logarithmic axis of sigma that runs from infinity on the left to the finished picture on the right.
 
     Args:
-        truths: (value, text) of values to compare with, drawn as horizontal lines.
+        truths: (value, text) of reference values, drawn as horizontal lines.
     """
     figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -76,29 +74,3 @@ def plot_over_sigma(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
     return figure
-
-
-def sigma_axis(axes: Axes, sigmas: np.ndarray):
-    """Set up the axis and return the map sigma -> x: decades in between, infinity and 0 one place beyond their ends."""
-    finite = sigmas[np.isfinite(sigmas) & (sigmas > 0)]
-    high, low = math.log10(finite.max()), math.log10(finite.min())
-    gap = max(0.08 * (high - low), 0.25)
-    decades = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
-    ticks = {-float(d): f"{10.0**d:g}" for d in decades}
-    if np.isinf(sigmas).any():
-        ticks[-high - gap] = "∞"
-        axes.axvline(-high - gap / 2, color="#d0d0d0", lw=1, ls=":")
-    if (sigmas == 0).any():
-        ticks[-low + gap] = "picture"
-        axes.axvline(-low + gap / 2, color="#d0d0d0", lw=1, ls=":")
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(list(ticks.values()))
-    axes.set_xlabel("noise level sigma, from pure noise (left) to the finished picture (right)")
-
-    def position(sigma: float) -> float:
-        if math.isinf(sigma):
-            return -high - gap
-        return -low + gap if sigma == 0 else -math.log10(sigma)
-
-    return position

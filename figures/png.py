@@ -1,7 +1,9 @@
-"""A figure as a PNG file."""
+"""A matplotlib figure as the bytes of a PNG file or as an array of pixels."""
 
 import io
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,3 +14,12 @@ def png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def to_image(figure: "Figure") -> np.ndarray:
+    """(H, W, 3) uint8, drawn without pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,4 +1,4 @@
-"""Load Checkpoint (ZTSNR): the stock loader, and then the wrapper for what the file says about itself."""
+"""Load Checkpoint (ZTSNR): the stock loader, followed by the patch that the file's marks ask for."""
 
 import copy
 import logging
@@ -28,9 +28,9 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
             node_id="ZTSNRCheckpointLoader",
             display_name="Load Checkpoint (ZTSNR)",
             category="ZTSNR",
-            description="Loads a checkpoint like Load Checkpoint, reads in the file whether it is a v-prediction and a "
-            "zero-terminal-SNR model, and makes it sample exactly if it is. Also for U-Net files of every format, where"
-            " the stock loader overlooks v-prediction.",
+            description="Loads a checkpoint like Load Checkpoint, reads from the file whether it is a v-prediction and "
+            "a zero-terminal-SNR model, and makes it sample exactly if it is. Also for U-Net files of every format, "
+            "where the stock loader overlooks v-prediction.",
             search_aliases=["load checkpoint", "load diffusion model", "UNETLoader", "v-pred", "zsnr", "NoobAI"],
             inputs=[
                 io.Combo.Input(
@@ -53,11 +53,11 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
         try:
             path = find_file(ckpt_name)
             report = inspect_checkpoint(path)
-            LatentScaling.from_metadata(report.metadata)  # these two refuse what the report only warns of
+            LatentScaling.from_metadata(report.metadata)  # these two raise what the report only warns of
             shift_of_metadata(report.metadata)
             if report.format == "LoRA":
-                raise UserError(f"{ckpt_name} is a LoRA: load it with Load LoRA, behind the checkpoint it is for.")
-            # A U-Net file as well: this finds its format, and gives a VAE that says so if it is used
+                raise UserError(f"{ckpt_name} is a LoRA: load it with Load LoRA, after its checkpoint.")
+            # For a U-Net file too: this finds its format, and returns a VAE that explains its absence when used
             model, clip, vae = comfy.sd.load_checkpoint_guess_config(
                 str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
             )[:3]
@@ -72,7 +72,7 @@ class ZTSNRCheckpointLoader(io.ComfyNode):
 
 
 def list_files() -> list[str]:
-    """What the list of files offers: the checkpoints, then the U-Net files with their folder's name before them."""
+    """The entries of the list: the checkpoints, then the U-Net files prefixed with their folder's name."""
     unets = folder_paths.get_filename_list(UNET_FOLDER)
     return [*folder_paths.get_filename_list("checkpoints"), *(UNET_PREFIX + name for name in unets)]
 
@@ -83,7 +83,9 @@ def find_file(ckpt_name: str) -> Path:
     if path is None and ckpt_name.startswith(UNET_PREFIX):
         path = folder_paths.get_full_path(UNET_FOLDER, ckpt_name.removeprefix(UNET_PREFIX))
     if path is None:
-        raise UserError(f"There is no file {ckpt_name} in models/checkpoints or models/diffusion_models.")
+        raise UserError(
+            f"{ckpt_name} is not in models/checkpoints or models/diffusion_models: refresh it (R) and choose again."
+        )
     return Path(path)
 
 
@@ -109,12 +111,12 @@ def scale_latents(model, scaling: LatentScaling) -> None:
     too, when previews and Add Noise ask the model and patches are not in it yet.
 
     Raises:
-        UserError: a scaling of other channels than the model's.
+        UserError: the scaling has another number of channels than the model.
     """
     stock = model.get_model_object("latent_format")
     if len(scaling.mean) != stock.latent_channels:
         raise UserError(
-            f"The file scales the latents of {len(scaling.mean)} channels, and this model has {stock.latent_channels}."
+            f"The file's latent scaling has {len(scaling.mean)} channels, but this model has {stock.latent_channels}."
         )
     scaled = copy.copy(stock)
     scaled.process_in, scaled.process_out = scaling.to_model, scaling.from_model
@@ -129,7 +131,7 @@ def scale_latents(model, scaling: LatentScaling) -> None:
 
 
 def missing_parts(report: CheckpointReport) -> list[str]:
-    """A sentence for each thing that the file lacks and that has to come from elsewhere."""
+    """A sentence for each part that the file lacks and that must be loaded elsewhere."""
     sentences = []
     if not report.has_text_encoders:
         sentences.append("No text encoders in the file: load them with DualCLIPLoader (SDXL) or Load CLIP.")

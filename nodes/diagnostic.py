@@ -17,9 +17,10 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import LeakReport, mean_leak
+from ..diagnostics.leak import mean_leak
 from ..diagnostics.leak_probes import PROBED, Run, ToRGB, probed_sigmas
 from ..diagnostics.leak_report import COLOURS
+from ..diagnostics.verdict import LeakReport
 from ..errors import UserError
 from ..extras import needs
 from ..samplers import DEFAULT_SOLVER, NoiseSchedule, step_schedule
@@ -46,16 +47,16 @@ class LatentMeanDiagnostic(io.ComfyNode):
             node_id="LatentMeanDiagnostic",
             display_name="Latent Mean Diagnostic",
             category="ZTSNR/diagnostics",
-            description="Measures whether brightness leaks: whether the model takes the mean of the noise for the "
-            "picture's, and what the sampler adds to that. It says whether a checkpoint is zero-SNR trained and whether"
-            " it is sampled exactly.",
+            description="Measures whether brightness leaks: whether the model mistakes the mean of the noise for the "
+            "picture's, and what the sampler adds to that. It tells whether a checkpoint is zero-SNR trained and "
+            "whether it is sampled exactly.",
             search_aliases=["mean leak", "zero terminal SNR test", "ztsnr", "brightness", "checkpoint test", "zsnr"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model as it goes to the sampler. It is not changed."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="For the question about the checkpoint an empty prompt, which leaves the brightness open.",
+                    tooltip="The prompt. Leave it empty to test the checkpoint: that leaves the brightness open.",
                 ),
                 io.Conditioning.Input("negative", tooltip="As in your workflow."),
                 io.Latent.Input("latent", tooltip="An empty latent of the size to test; only its size is used."),
@@ -68,29 +69,29 @@ class LatentMeanDiagnostic(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance scale of the sampler. The checkpoint is asked without guidance.",
+                    tooltip="Guidance scale of the sampler. The checkpoint is tested without guidance.",
                 ),
                 io.Int.Input(
                     "seeds",
                     default=8,
                     min=2,
                     max=1000,
-                    tooltip="How many noises. Each is sampled twice with your sampler and twice with the reference. "
-                    "The report says if more are needed.",
+                    tooltip="Number of noise seeds. Each is sampled twice with your sampler and twice with the "
+                    "reference. The report says if more are needed.",
                 ),
                 io.Int.Input(
                     "first_seed",
                     default=0,
                     min=0,
                     max=2**32 - 1,
-                    tooltip="The seed of the first noise; the others follow it.",
+                    tooltip="The first seed; each next one is higher by 1.",
                 ),
                 io.Combo.Input(
                     "asked_colour",
                     options=["none", *COLOURS],
                     default="none",
-                    tooltip="The colour of the whole picture that the prompt asks for, if it does: the report then says"
-                    " how far the pictures are from it.",
+                    tooltip="If the prompt asks for a picture of one colour, choose that colour: the report then says "
+                    "how far the pictures are from it.",
                 ),
                 io.Combo.Input(
                     "theme", options=["dark", "light"], default="dark", tooltip="Background of the picture."
@@ -99,8 +100,8 @@ class LatentMeanDiagnostic(io.ComfyNode):
                     "guidance_shift",
                     default=False,
                     optional=True,  # graphs that were saved before it existed do not have it
-                    tooltip="Also measure how far guidance moves brightness from what the same noise gives without it. "
-                    "Takes about twice as long.",
+                    tooltip="Also measure how far guidance moves the brightness of pictures from the same noise. Takes "
+                    "about twice as long.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -143,13 +144,13 @@ class LatentMeanDiagnostic(io.ComfyNode):
             latent_format = model.get_model_object("latent_format")
             to_rgb, through = rgb_of(latent_format, vae)
             if to_rgb is not None:
-                to_rgb(empty[:1])  # a VAE for other latents fails now and not after the first run
+                to_rgb(empty[:1])  # a VAE for other latents fails here, not after the first run
             target, remarks = colour_of(asked_colour, to_rgb is not None)
             question = question_for(model)
             if question is None:
                 remarks.append(
-                    f"The checkpoint was not asked: that is for Stable Diffusion and flow matching models, not for a "
-                    f"{type(model.model).__name__} ({model.model.model_type.name}) model."
+                    "The checkpoint was not tested: that works for Stable Diffusion and flow matching models, not for "
+                    f"{type(model.model).__name__} ({model.model.model_type.name})."
                 )
             exact, reference = reference_of(model, sampler, sigmas, empty.shape[-2:])
             guidances, more = guidances_of(exact[0], cfg, empty.ndim) if guidance_shift else ({}, [])
@@ -188,58 +189,65 @@ class LatentMeanDiagnostic(io.ComfyNode):
 
 
 def check_sigmas(sigmas: torch.Tensor) -> None:
-    """A run needs two sigmas, and a picture has no noise left."""
+    """UserError unless there are at least two sigmas and the last is 0."""
     if len(sigmas) < 2:
-        raise UserError(f"A run needs at least one step, which is two sigmas, not {len(sigmas)}.")
+        raise UserError(f"The sigmas must contain at least two values, which is one step, not {len(sigmas)}.")
     if sigmas[-1] != 0:
-        raise UserError(f"The sigmas end at {float(sigmas[-1]):.4g}, and a finished picture is at 0: give all of them.")
+        raise UserError(
+            f"The sigmas must end at 0, the finished picture, not at {float(sigmas[-1]):.4g}: connect all of them."
+        )
 
 
 def empty_pair(model, latent: dict) -> torch.Tensor:
     """Two empty latents of the size of a LATENT, with the channels of the model, as ComfyUI's samplers make them."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise UserError("This latent holds several tensors (audio and video): the diagnostic is for one alone.")
+        raise UserError(
+            "The latent has several tensors, such as audio and video: this node takes a latent of one tensor."
+        )
     ratios = {name: latent[name] for name in latent if name.startswith("downscale_ratio")}  # newer cores'
     samples = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), **ratios)
     return comfy.utils.repeat_to_batch_size(samples, 2)
 
 
 def colour_of(name: str, has_rgb: bool) -> tuple[tuple[int, int, int] | None, list[str]]:
-    """The colour to compare with, and a sentence if it cannot be."""
+    """The colour to compare with, and a sentence if that is impossible."""
     if name == "none":
         return None, []
     if not has_rgb:
-        return None, ["The colour was not compared: connect a VAE, this model's latents have no linear way to RGB."]
+        return None, [
+            "The colour was not compared: connect a VAE, because this model's latents have no linear map to RGB."
+        ]
     if find_spec("skimage") is None:
         return None, [f"The colour was not compared: {needs('CIEDE2000', 'skimage')}."]
     return COLOURS[name], []
 
 
 def tick(bar: comfy.utils.ProgressBar) -> None:
-    """One probe is done."""
+    """Advance the bar by one probe; stop here if the user has interrupted."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     bar.update(1)
 
 
 def sentence(text: str) -> str:
+    """Text with a capital at its beginning and a full stop at its end."""
     return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def figure_of(report: LeakReport, probe: RunProbe, to_rgb: ToRGB | None, theme: str):
     """The picture, with a strip of the last seed's run."""
-    from ..diagnostics.leak_plots import leak_figure
+    from ..diagnostics.leak_figure import leak_figure
 
     sigmas = probe.recorder.read().sigmas
     return leak_figure(report, theme=theme, strip=strip_of(probe.predictions, sigmas, finished(probe)[:1], to_rgb))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The checkpoint: what the network answers to pure noise
+# The checkpoint: what the network predicts for pure noise
 
 
 class Question(NamedTuple):
-    """Whom to ask at t = T, and with how much noise.
+    """The network to probe with pure noise, and at which noise levels.
 
     Attributes:
         model: a MODEL without guidance functions.
@@ -253,10 +261,10 @@ class Question(NamedTuple):
 
 
 def question_for(model) -> Question | None:
-    """What to ask a MODEL; None if its kind is neither Stable Diffusion nor flow matching.
+    """How to probe a MODEL; None if it is neither Stable Diffusion nor flow matching.
 
-    A Stable Diffusion model is asked through our own patch, so that t = T is asked exactly, whatever nodes there were;
-    one whose schedule another node has replaced is asked as it is.
+    A Stable Diffusion model is probed through our own patch, so that t = T is exact whatever nodes come before; one
+    whose schedule another node has replaced is probed as it is.
     """
     kind = model.model.model_type
     with contextlib.suppress(UserError):
@@ -278,7 +286,7 @@ def question_for(model) -> Question | None:
 
 
 def answers_of(question: Question, positive, negative, empty: torch.Tensor) -> Denoise:
-    """``denoise(x_vp, sigma) -> x0`` for one noise at several levels: the first question asks them all in one run."""
+    """``denoise(x_vp, sigma) -> x0`` for one noise at several levels: the first call computes them all in one run."""
     model_sampling = question.model.get_model_object("model_sampling")
     answers: dict[float, torch.Tensor] = {}
 
@@ -316,7 +324,7 @@ def state_at(model_sampling, sigma: float) -> tuple[float, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The sampler: what it makes of noise, beside the exact flow
+# The sampler: its pictures beside those of the exact flow
 
 
 def run_of(
@@ -324,7 +332,7 @@ def run_of(
 ) -> Run:
     """``run(noise) -> (latents, statistics)`` with ComfyUI's sampling, in the scale of the model."""
     model = watch(model, probe)
-    seeds = itertools.count(seed)  # of the noise that samplers add; another for each run, as for a user
+    seeds = itertools.count(seed)  # for the noise that samplers add; another for each run, as for a user
 
     def on_step(*_) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -340,7 +348,7 @@ def run_of(
 
 
 def finished(probe: RunProbe) -> torch.Tensor:
-    """What a run ended with, in the scale of the model, on the CPU."""
+    """The result of a run, in the scale of the model, on the CPU."""
     return probe.latent_format.process_in(probe.result.float().cpu())
 
 
@@ -361,7 +369,7 @@ def reference_of(
 
 
 def canvas_shift_of(model) -> float:
-    """By what nodes of ours have multiplied a MODEL's sigmas."""
+    """The factor by which our nodes have multiplied a MODEL's sigmas."""
     own = model.get_model_object("model_sampling")
     if not getattr(own, "made_by_ztsnr", False):
         return 1.0
@@ -381,5 +389,5 @@ def finer(sigmas: torch.Tensor) -> torch.Tensor:
 
 
 def start_of(model, sigmas: torch.Tensor) -> float:
-    """The noise level that a run starts at, inf if it starts with noise alone."""
+    """The noise level at which a run starts, inf if it starts with pure noise."""
     return float(noise_level(model.get_model_object("model_sampling"), sigmas[:1])[0])

@@ -23,7 +23,7 @@ KEY = "ztsnr_first_step"
 CFG_PP_START = 2.0**20  # so large that (x - x0) / sigma, which CFG++ samplers take, is the noise itself
 SCALED = 100.0  # rms of a latent from which on it is noise that is multiplied by sigma; pictures have about 1
 REPLACED = (
-    "A node behind ZTSNR Model (ModelSamplingDiscrete, for example) has replaced its exact schedule, and the first "
+    "A node after ZTSNR Model (ModelSamplingDiscrete, for example) has replaced its exact schedule, so the first "
     "step is ComfyUI's. Remove that node: ZTSNR Model does the same and more."
 )
 
@@ -39,7 +39,7 @@ def first_step_wrapper(
         noise: (B, C, H, W) unit Gaussian; all zero if the graph adds no noise: then the latent is the state.
 
     Raises:
-        UserError: sigmas that no sampler can run, a latent that holds NaN or infinity.
+        UserError: sigmas that no sampler can run, or a latent that contains NaN or infinity.
     """
     sampler, given, sigmas = executor.class_obj, float(sigmas[0]) if len(sigmas) else 0.0, sigmas.clone()
 
@@ -58,9 +58,9 @@ def first_step_wrapper(
         if from_text:
             show(
                 f"The steps start at sigma {given:.4g} and never run t = {model_sampling.schedule.last_timestep}, the "
-                "only one from which this zero-SNR model learned to start: expect greyish pictures. In KSampler take "
-                "the scheduler ztsnr_trailing, ztsnr_spectral, simple, beta or sgm_uniform, and denoise 1; in place of "
-                "a node that makes sigmas, take ZTSNR Scheduler.",
+                "only one from which this zero-SNR model learned to start: expect greyish pictures. In KSampler, set "
+                "scheduler to ztsnr_trailing, ztsnr_spectral, simple, beta or sgm_uniform, and denoise to 1; in custom "
+                "sampling, use ZTSNR Scheduler.",
                 logging.WARNING,
             )
         return run(sigmas, callback, noise)
@@ -122,17 +122,17 @@ def _unit_noise(latent: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def _check(sigmas: torch.Tensor, latent: torch.Tensor) -> None:
-    """Stop before a sampler turns bad numbers into a black picture, or never returns."""
+    """UserError before a sampler turns bad numbers into a black picture, or never returns."""
     values = sigmas.tolist()
     if any(math.isnan(s) or s < 0 for s in values) or any(math.isinf(s) for s in values[1:]):
         raise UserError(
             f"These sigmas cannot be sampled: {', '.join(f'{s:.4g}' for s in values)}. Only the first may be infinite. "
-            "Take ZTSNR Scheduler in place of the node that made them, or set first_step of ZTSNR Model to 'as ComfyUI "
+            "Use ZTSNR Scheduler instead of the node that made them, or set first_step of ZTSNR Model to 'as ComfyUI "
             "does it'."
         )
     if not latent.isfinite().all():
         raise UserError(
-            "The latent holds NaN or infinity: a node before the sampler has calculated with numbers that it could not."
+            "The latent contains NaN or infinity: check the nodes that made it, such as a VAE in half precision."
         )
 
 

@@ -25,7 +25,7 @@ class ZTSNRGuidance(io.ComfyNode):
             display_name="ZTSNR Guidance",
             category="ZTSNR",
             description="Strong guidance (CFG) without its burnt colours: brightness, tint and contrast stay those of "
-            "the prompt alone. Connect it behind other guidance nodes.",
+            "the prompt alone. Connect it after other guidance nodes.",
             search_aliases=["CFG", "exposure", "brightness", "burned", "oversaturation", "guidance interval"],
             inputs=[
                 io.Model.Input("model", tooltip="The model whose guidance is changed. It is not changed itself."),
@@ -130,7 +130,7 @@ class ZTSNRGuidanceRescale(io.ComfyNode):
     @classmethod
     def execute(cls, model, phi: float, method: str = DEFAULT_RESCALE) -> io.NodeOutput:
         try:
-            schedule_of(model.get_model_object("model_sampling"))  # v is something else in flow matching and EDM
+            schedule_of(model.get_model_object("model_sampling"))  # v means something else in flow matching and EDM
         except UserError as reason:
             return refused(reason, outputs=1)
         patched = model.clone()

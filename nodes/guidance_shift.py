@@ -1,19 +1,19 @@
-"""The MODELs of the diagnostic's question about guidance: with it, without it, and with its exposure kept true."""
+"""The MODELs with which the diagnostic measures guidance: with it, without it, and with exposure-true guidance."""
 
 from ..samplers.guidance import CONTRAST, EXPOSURE
 from .guidance import exposure_true_denoised
 
-# what other nodes hang into the guidance
+# where other nodes hook into guidance
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 def guidances_of(model, cfg: float, dimensions: int) -> tuple[dict[str, tuple[object, float]], list[str]]:
-    """What the guidance of a MODEL is compared with, as MODEL and CFG; and a sentence if it cannot be.
+    """What the guidance of a MODEL is compared with, as MODEL and CFG; and a sentence if that is impossible.
 
-    The prompt alone, and for pictures (4 dimensions) the same guidance with ZTSNR Guidance behind it.
+    The prompt alone, and for pictures (4 dimensions) the same guidance followed by ZTSNR Guidance.
     """
     if cfg == 1:
-        return {}, ["Guidance was not asked about: at CFG 1 there is none."]
+        return {}, ["Guidance was not measured: at CFG 1 there is none."]
     guidances = {"unguided": (without_guidance(model), 1.0)}
     if dimensions == 4:
         exposure_true = model.clone()
@@ -23,13 +23,13 @@ def guidances_of(model, cfg: float, dimensions: int) -> tuple[dict[str, tuple[ob
 
 
 def name_of_guidance(model, cfg: float) -> str:
-    """For a sentence: "CFG 5 moves brightness"."""
+    """The name of a MODEL's guidance, such as "CFG 5"."""
     others = any(model.model_options.get(name) for name in GUIDANCE)
     return f"CFG {cfg:g} with guidance nodes" if others else f"CFG {cfg:g}"
 
 
 def without_guidance(model):
-    """A clone of a MODEL without what other nodes hang into the guidance."""
+    """A clone of a MODEL without the guidance functions of other nodes."""
     model = model.clone()
     for name in GUIDANCE:
         model.model_options.pop(name, None)

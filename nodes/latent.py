@@ -1,4 +1,4 @@
-"""An empty latent of a size that the model was trained in."""
+"""An empty latent in one of the sizes that the model was trained on."""
 
 import math
 
@@ -19,7 +19,7 @@ def _label(name: str, width: int, height: int) -> str:
     return f"{name}: {width} x {height} ({width // divisor}:{height // divisor})"
 
 
-# What the list of sizes says: a whole set to search, or one bucket.  Workflows store these texts.
+# The entries of the list of sizes: a whole set to search, or one bucket.  Workflows store these texts.
 NEAREST = {f"{name}: nearest to image or ratio": buckets for name, buckets in BUCKETS.items()}
 FIXED = {_label(name, *bucket): bucket for name, buckets in BUCKETS.items() for bucket in buckets}
 
@@ -31,7 +31,7 @@ class ZTSNRBucketLatent(io.ComfyNode):
             node_id="ZTSNRBucketLatent",
             display_name="Empty Latent (training bucket)",
             category="ZTSNR",
-            description="An empty latent in one of the sizes that the model was trained in, chosen from a list or "
+            description="An empty latent in one of the sizes that the model was trained on: chosen from a list, or "
             "nearest to the shape of an image or to a ratio.",
             search_aliases=["empty latent", "aspect ratio bucket", "resolution", "canvas size", "image size", "SDXL"],
             inputs=[
@@ -41,15 +41,15 @@ class ZTSNRBucketLatent(io.ComfyNode):
                     default=_label("SDXL", 1024, 1024),
                     tooltip="Width x height in pixels. 'nearest' takes the shape of the image, or of the ratio if no "
                     "image is connected; with a size from the list, image and ratio do nothing. SDXL and what was "
-                    "made from it (Illustrious, NoobAI-XL) want the SDXL sizes; Stable Diffusion 1 models with "
-                    "NovelAI ancestry the NovelAI 2022 ones.",
+                    "made from it (Illustrious, NoobAI-XL) need the SDXL sizes; Stable Diffusion 1 models with "
+                    "NovelAI ancestry need the NovelAI 2022 ones.",
                 ),
                 io.Int.Input(
                     "ratio_width",
                     default=2,
                     min=1,
                     max=core.MAX_RESOLUTION,
-                    tooltip="First number of the ratio width : height, such as 2 of 2:3; a size in pixels will do.",
+                    tooltip="First number of the ratio width : height, such as 2 of 2:3; a size in pixels works too.",
                     extra_dict=used_for(size=NEAREST, unless="image"),
                 ),
                 io.Int.Input(
@@ -57,11 +57,11 @@ class ZTSNRBucketLatent(io.ComfyNode):
                     default=3,
                     min=1,
                     max=core.MAX_RESOLUTION,
-                    tooltip="Second number of the ratio width : height, such as 3 of 2:3; a size in pixels will do.",
+                    tooltip="Second number of the ratio width : height, such as 3 of 2:3; a size in pixels works too.",
                     extra_dict=used_for(size=NEAREST, unless="image"),
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="The number of latents, one for each picture."
+                    "batch_size", default=1, min=1, max=4096, tooltip="Number of latents, one for each picture."
                 ),
                 io.Image.Input(
                     "image",
@@ -85,7 +85,7 @@ class ZTSNRBucketLatent(io.ComfyNode):
         if size in FIXED:
             width, height = FIXED[size]
         elif size not in NEAREST:
-            raise UserError(f"There is no bucket named {size!r}; choose one from the list.")
+            raise UserError(f"size must be one of the list, not {size!r}: choose it again.")
         elif image is not None:
             width, height = nearest_bucket(image.shape[2], image.shape[1], NEAREST[size])
         else:

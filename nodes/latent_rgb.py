@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ..diagnostics.leak_probes import ToRGB
 from ..errors import UserError
 from ..extras import no_matplotlib
+from ..figures.png import to_image
 from .messages import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..diagnostics.leak_plots import Strip
+    from ..figures.strip import Strip
 
 STRIP = 6  # pictures
 STRIP_SIDE = 192  # pixels, of the longer side of each
@@ -24,10 +25,10 @@ PAPERS = {"dark": ("#353535", "#eeeeee"), "light": ("#ffffff", "#222222")}
 
 
 def rgb_of(latent_format, vae=None) -> tuple[ToRGB | None, str | None]:
-    """How a model's latents become pictures, and that in words; nothing for both if there is no way.
+    """A function from a model's latents to pictures, and its name in words; None for both if there is no way.
 
-    The pictures are (B, 3, H, W), 0 to 1.  Those of a VAE are clipped, as it gives them, and one for other latents ends
-    in a ValueError.  Of a video the frames lie one below the other.
+    The pictures are (B, 3, H, W), 0 to 1.  A VAE clips them, and raises a UserError if it is for other latents.  The
+    frames of a video are stacked below each other.
     """
     if vae is not None:
 
@@ -36,7 +37,9 @@ def rgb_of(latent_format, vae=None) -> tuple[ToRGB | None, str | None]:
                 pictures = vae.decode(latent_format.process_out(latents))
             except RuntimeError as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
-                raise UserError(f"The VAE that belongs to the model is needed; this one fails: {reason}.") from error
+                raise UserError(
+                    f"The VAE cannot decode this model's latents: {reason}. Connect the VAE that belongs to the model."
+                ) from error
             return pictures[..., :3].movedim(-1, 1).flatten(2, -2)
 
         return decode, "through the VAE"
@@ -57,8 +60,8 @@ def rgb_of(latent_format, vae=None) -> tuple[ToRGB | None, str | None]:
 def strip_of(
     predictions: Sequence[torch.Tensor], sigmas: Sequence[float], picture: torch.Tensor, to_rgb: ToRGB | None
 ) -> "Strip | None":
-    """Some of a run's predictions, evenly chosen, and the finished picture (1, C, ...)."""
-    from ..diagnostics.leak_plots import Strip
+    """A strip of a run's predictions, evenly chosen, and its finished picture (1, C, ...)."""
+    from ..figures.strip import Strip
 
     if to_rgb is None:
         return None
@@ -75,7 +78,7 @@ def strip_of(
 def draw(figure: "Callable[[], Figure]", theme: str, headline: str) -> torch.Tensor:
     """An IMAGE (1, H, W, 3) of a matplotlib figure that begins with a headline.
 
-    Where there is no matplotlib, the headline is shown under the node, and the IMAGE says how to get the figure.
+    Without matplotlib, the headline is shown under the node, and the IMAGE says how to install it.
     """
     sentence = no_matplotlib()
     if sentence is not None:
@@ -83,8 +86,6 @@ def draw(figure: "Callable[[], Figure]", theme: str, headline: str) -> torch.Ten
         picture = np.asarray(_notice(sentence, theme))
     else:
         # not under the node as well: it would halve the room that ComfyUI gives the picture
-        from ..diagnostics.leak_plots import to_image
-
         logging.info("ZTSNR: %s", headline)
         picture = to_image(figure())
     return torch.from_numpy(picture.astype(np.float32) / 255)[None]

@@ -1,4 +1,4 @@
-"""ZTSNR Model: the v-prediction wrapper."""
+"""ZTSNR Model (v-prediction): the node that gives a model its exact schedule and first step."""
 
 from comfy_api.latest import io, ui
 
@@ -30,7 +30,7 @@ class ZTSNRModelSampling(io.ComfyNode):
                     options=list(PREDICTIONS),
                     default="auto",
                     tooltip="What the network predicts. auto: what the checkpoint, or an earlier ZTSNR node, says. "
-                    "Choose v_prediction for a v-pred file that ComfyUI takes for epsilon (its pictures are noise or "
+                    "Choose v_prediction for a v-pred file that ComfyUI loads as epsilon (its pictures are noise or "
                     "oversaturated).",
                 ),
                 io.Combo.Input(
@@ -38,14 +38,14 @@ class ZTSNRModelSampling(io.ComfyNode):
                     options=list(SCHEDULES),
                     default="auto",
                     tooltip="auto: what the checkpoint says. zero terminal SNR: for NoobAI-XL v-pred, Illustrious "
-                    "v-pred and others that were trained from pure noise. as trained: without that.",
+                    "v-pred and others that were trained from pure noise. as trained: the schedule without it.",
                 ),
                 io.Combo.Input(
                     "first_step",
                     options=list(FIRST_STEPS),
                     default="exact infinity",
                     tooltip="exact infinity: the first step starts from pure noise. as ComfyUI does it: from sigma "
-                    "4518.76 with rounded timesteps, to compare.",
+                    "4518.76 with rounded timesteps, for comparison.",
                 ),
                 io.Float.Input(
                     "canvas_shift",
@@ -64,7 +64,8 @@ class ZTSNRModelSampling(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     optional=True,  # workflows saved before it existed do not have it
-                    tooltip="CFG that you sample with, 1 without guidance. Only the scheduler ztsnr_spectral uses it.",
+                    tooltip="The CFG that you sample with, 1 without guidance. Only the scheduler ztsnr_spectral uses "
+                    "it.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model for any sampler.")],

@@ -35,8 +35,8 @@ def patch_model(
 
     Args:
         model: ModelPatcher of a Stable Diffusion 1.x, 2.x or XL base model; it is not changed.
-        prediction: one of ``PREDICTIONS``; auto is what ComfyUI took the checkpoint for, or what an earlier node of
-            ours made of it.
+        prediction: one of ``PREDICTIONS``; auto is what ComfyUI found in the checkpoint, or what an earlier node of
+            ours set.
         schedule: one of ``SCHEDULES``; auto is zero terminal SNR if the checkpoint, or that node, says so.
         first_step: one of ``FIRST_STEPS``; the second is ComfyUI's own model_sampling, which starts at sigma 4518.76.
         canvas_shift: length of the canvas over the trained one, by which every sigma is multiplied
@@ -44,10 +44,10 @@ def patch_model(
         guidance: CFG scale that the scheduler ztsnr_spectral makes its steps for.
 
     Returns:
-        The patched clone, and one sentence or more that say what it is.
+        The patched clone, and its description in one or more sentences.
 
     Raises:
-        UserError: a model that this does not fit, or settings that contradict each other.
+        UserError: the model is not supported, or settings contradict each other.
     """
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
@@ -62,8 +62,9 @@ def patch_model(
     zero_snr = marked if schedule == "auto" else schedule == "zero terminal SNR"
     if zero_snr and not v_prediction:
         raise UserError(
-            "An epsilon model cannot run with zero terminal SNR: at infinite sigma its input is the very noise it is "
-            "asked for. Set prediction to v_prediction if the checkpoint was trained so, or schedule to 'as trained'."
+            "An epsilon model cannot run with zero terminal SNR: at infinite sigma its input is already the noise that "
+            "it has to predict. Set prediction to v_prediction if the checkpoint was trained so, or schedule to 'as "
+            "trained'."
         )
 
     if first_step == "as ComfyUI does it":
@@ -93,7 +94,7 @@ def trained_schedule(model_sampling, zero_snr: bool) -> NoiseSchedule:
     if zero_snr == model_sampling.zsnr:
         return NoiseSchedule(alphas_cumprod)
     if model_sampling.zsnr:
-        raise UserError("This checkpoint's schedule has zero terminal SNR and no other; set schedule to auto.")
+        raise UserError("This checkpoint's schedule always has zero terminal SNR; set schedule to auto.")
     betas = 1 - alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]])
     return NoiseSchedule.from_betas(betas, zero_terminal_snr=True)
 
@@ -126,12 +127,12 @@ def canvas_length_of(model) -> float:
 
 
 def unpatched_zero_snr(model_sampling) -> bool:
-    """Whether a zero-SNR model would start from ComfyUI's finite sigma because ZTSNR Model is missing."""
+    """True if a zero-SNR model would start from ComfyUI's finite sigma because ZTSNR Model is missing."""
     return bool(getattr(model_sampling, "zsnr", False)) and not getattr(model_sampling, "made_by_ztsnr", False)
 
 
 def _says_zero_snr_v(model_sampling) -> bool:
-    """Whether it is what core ModelSamplingDiscrete makes of v_prediction and zsnr, as NoobAI-XL's authors advise."""
+    """True if it is core ModelSamplingDiscrete with v_prediction and zsnr, as NoobAI-XL's authors advise."""
     stable_diffusion = isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
     v_prediction = isinstance(model_sampling, comfy.model_sampling.V_PREDICTION)
     return stable_diffusion and v_prediction and bool(getattr(model_sampling, "zsnr", False))
@@ -141,7 +142,7 @@ def _check(model) -> None:
     base = model.model
     if isinstance(base, comfy.model_base.SDXLRefiner):
         raise UserError(
-            "This is the SDXL refiner, an epsilon model that only ever sees little noise: connect it without this node."
+            "This is the SDXL refiner, an epsilon model that works at low noise only: connect it without this node."
         )
     if base.model_type not in (ModelType.EPS, ModelType.V_PREDICTION) or base.latent_format.latent_channels != 4:
         raise UserError(
@@ -156,7 +157,7 @@ def _check(model) -> None:
 
 
 def _stock(model, v_prediction: bool, zero_snr: bool, canvas_shift: float, guidance: float):
-    """What ComfyUI itself makes of these settings: integer timesteps, and 4518.76 for infinity."""
+    """ComfyUI's own model_sampling for these settings: integer timesteps, and 4518.76 for infinity."""
     parameterization = comfy.model_sampling.V_PREDICTION if v_prediction else comfy.model_sampling.EPS
 
     class Stock(comfy.model_sampling.ModelSamplingDiscrete, parameterization):

@@ -1,10 +1,9 @@
-"""Watching sampling runs from outside: every evaluation of the network, under every sampler.
+"""Recording sampling runs from outside: every evaluation of the network, under every sampler.
 
-Two wrappers around ComfyUI's guider, and an onlooker inside it.  OUTER_SAMPLE sees the noise that a run begins with and
-what it ends with, and lies outside of every wrapper of the sampler, so it does not matter which node comes first.
-PREDICT_NOISE sees each question that a sampler asks, with its sigma, and the answer after guidance; a post_cfg function
-sees the answer to the prompt alone.  Nothing is changed and nothing waits for the device, so pictures stay the same to
-the last bit.
+Two wrappers around ComfyUI's guider, and a function inside it.  OUTER_SAMPLE sees the initial noise and the result of a
+run, and lies outside of every wrapper of the sampler, so the order of nodes does not matter.  PREDICT_NOISE sees each
+evaluation, with its sigma, and the prediction after guidance; a post_cfg function sees the prediction for the prompt
+alone.  Nothing is changed and nothing waits for the device, so pictures stay the same to the last bit.
 """
 
 import math
@@ -24,10 +23,10 @@ class RunProbe:
 
     Attributes:
         recorder: means of the state, the prediction and the noise at every evaluation.
-        predictions: the first sample's x0 at every evaluation, (1, C, H, W); of a video (1, C, 1, H, W), its beginning.
-        unguided: that of the first evaluation by the prompt alone, which guidance then changed; None if unknown.
+        predictions: the first sample's x0 at every evaluation, (1, C, H, W); or a video's first frame.
+        unguided: the first prediction for the prompt alone, before guidance; None if unknown.
         latent_format: the model's.
-        result: (B, C, ...) what the run ended with, scaled as in a LATENT; None if it did not end.
+        result: (B, C, ...) the run's result, scaled as in a LATENT; None if it did not finish.
     """
 
     def __init__(self):
@@ -54,16 +53,16 @@ class RunProbe:
         return self.result
 
     def predict_noise(self, executor, x, timestep, *args, **kwargs):
-        """Around ``CFGGuider.predict_noise`` (WrappersMP.PREDICT_NOISE), which answers x0."""
+        """Around ``CFGGuider.predict_noise`` (WrappersMP.PREDICT_NOISE), which returns x0."""
         x0 = executor(x, timestep, *args, **kwargs)
-        if x.shape == self._shape:  # some samplers of other packs also ask about smaller pictures
+        if x.shape == self._shape:  # some samplers of other packs also evaluate smaller pictures
             sigma, x_scale = noise_level(executor.class_obj.inner_model.model_sampling, timestep)
             self.recorder.record(sigma, x, x0, x_scale)
             self.predictions.append(first_picture(x0))
         return x0
 
     def post_cfg(self, args: dict):
-        """A post_cfg function that changes nothing: it sees what the prompt alone predicts."""
+        """A post_cfg function that changes nothing: it records the prediction for the prompt alone."""
         cond = args["cond_denoised"]
         if not self.predictions and cond.shape == self._shape:
             self.unguided = first_picture(cond)
@@ -76,7 +75,7 @@ def first_picture(x0: torch.Tensor) -> torch.Tensor:
 
 
 def watch(model, probe: RunProbe):
-    """A clone of a MODEL whose runs the probe sees."""
+    """A clone of a MODEL whose runs the probe records."""
     watched = model.clone()
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, probe.outer_sample)
     watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, probe.predict_noise)
@@ -97,7 +96,7 @@ def unwatched(model):
 
 
 def noise_level(model_sampling, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ComfyUI's sigma means, by device arithmetic alone.
+    """The noise level that ComfyUI's sigma means, computed on the device.
 
     Args:
         timestep: (B,) as samplers give it to the model: k-diffusion's sigma, or the time 0...1 of flow matching.

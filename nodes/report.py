@@ -6,8 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..diagnostics.estimates import CONFIDENCE
 from ..diagnostics.latent_stats import LatentStatistics
-from ..diagnostics.leak import ChannelFit, fit_pictures
 from ..diagnostics.leak_probes import ToRGB, measure_pictures
+from ..diagnostics.sampler_verdict import ChannelFit, fit_pictures
 from ..errors import UserError
 from .latent_rgb import draw, rgb_of, strip_of
 from .messages import refused
@@ -25,13 +25,13 @@ class LatentMeanProbe(io.ComfyNode):
             node_id="LatentMeanProbe",
             display_name="Latent Mean Probe",
             category="ZTSNR/diagnostics",
-            description="Lets a model through and writes down, while any sampler runs it, the mean and spread of the "
+            description="Passes a model through and records, while any sampler runs it, the mean and spread of the "
             "latents at every step. Pictures stay the same to the last bit.",
             search_aliases=["latent statistics", "mean leak", "brightness", "monitor", "sigma"],
             inputs=[io.Model.Input("model", tooltip="Any model. It is not changed.")],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For the sampler to watch."),
-                Probe.Output(display_name="probe", tooltip="For Latent Mean Report."),
+                io.Model.Output(display_name="model", tooltip="Connect it to the sampler to watch."),
+                Probe.Output(display_name="probe", tooltip="Connect it to Latent Mean Report."),
             ],
         )
 
@@ -48,8 +48,8 @@ class LatentMeanReport(io.ComfyNode):
             node_id="LatentMeanReport",
             display_name="Latent Mean Report",
             category="ZTSNR/diagnostics",
-            description="Shows what a Latent Mean Probe saw: the mean of the prediction over the noise levels of the "
-            "run, and for a batch whether brightness followed the noise.",
+            description="Shows what a Latent Mean Probe recorded: the mean of the prediction over the noise levels of "
+            "the run, and for a batch whether brightness followed the noise.",
             search_aliases=["latent statistics", "mean leak", "brightness", "plot", "sigma"],
             is_output_node=True,
             inputs=[
@@ -87,7 +87,7 @@ class LatentMeanReport(io.ComfyNode):
             lines += describe_first_guidance(probe, to_rgb)
 
         def figure():
-            from ..diagnostics.leak_plots import run_figure
+            from ..diagnostics.run_figure import run_figure
 
             strip = strip_of(probe.predictions, statistics.sigmas, latents[:1], to_rgb)
             return run_figure(statistics, picture_mean, theme=theme, strip=strip)
@@ -97,18 +97,20 @@ class LatentMeanReport(io.ComfyNode):
 
 
 def check_result(probe: RunProbe, samples: torch.Tensor) -> None:
-    """The latent must be what the probed run ended with."""
+    """UserError unless the latent is the result of the probed run."""
     if probe.result is None:
         raise UserError(
-            "The probe has seen no run: connect the model of Latent Mean Probe to the sampler that makes this latent."
+            "The probe has recorded no run: connect the model of Latent Mean Probe to the sampler of this latent."
         )
     if getattr(samples, "is_nested", False):
-        raise UserError("This latent holds several tensors (audio and video): the report is for one alone.")
+        raise UserError(
+            "The latent has several tensors, such as audio and video: this node takes a latent of one tensor."
+        )
     result, samples = probe.result.float().cpu(), samples.float().cpu()
     # LATENTs may be kept in half precision
     if result.shape != samples.shape or not torch.allclose(result, samples, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise UserError(
-            f"This latent {tuple(samples.shape)} is not what the last probed run ended with {tuple(result.shape)}: "
+            f"This latent {tuple(samples.shape)} is not the result of the last probed run {tuple(result.shape)}: "
             "connect the sampler's own output, and use one Latent Mean Probe for each sampler."
         )
 
@@ -143,11 +145,11 @@ def describe_run(statistics: LatentStatistics, picture_mean: np.ndarray) -> list
             parts.append(f"slope of the pictures' means on the noise's {fit.slope}, R^2 {fit.r_squared:.2f}")
         lines.append(f"Channel {channel + 1}: {', '.join(parts)}.")
     if fits is not None:
-        lines.append(f"Intervals hold {CONFIDENCE:.0%}.")
+        lines.append(f"Intervals: {CONFIDENCE:.0%} confidence.")
     elif statistics.noise_mean is None:
-        lines.append("The noise is not known: the sampler added none itself.")
+        lines.append("The noise is unknown: the sampler itself added none.")
     elif is_constant(statistics.noise_mean) and batch > 1:
-        lines.append("All pictures began with the same noise means, so there is no slope to see.")
+        lines.append("All pictures began with the same noise means, so there is no slope to fit.")
     elif batch < FEWEST:
         lines.append(f"A batch of at least {FEWEST} would show how the pictures' means follow the noise's.")
     if statistics.noise_std is not None and (statistics.noise_std == 0).any():
@@ -156,14 +158,14 @@ def describe_run(statistics: LatentStatistics, picture_mean: np.ndarray) -> list
 
 
 def slopes_of(noise_mean: np.ndarray | None, picture_mean: np.ndarray) -> list[ChannelFit] | None:
-    """The line of each channel's pictures' means (B, C) on the noise's; None where there is none to see."""
+    """Each channel's line of the pictures' means (B, C) on the noise's; None if none can be fitted."""
     if noise_mean is None or len(noise_mean) < FEWEST or is_constant(noise_mean) or not np.isfinite(picture_mean).all():
         return None
     return fit_pictures(noise_mean, picture_mean)
 
 
 def is_constant(noise_mean: np.ndarray) -> bool:
-    """Whether some channel's means are the same in all samples, (B, C)."""
+    """True if some channel's means (B, C) are the same in all samples."""
     return bool((np.ptp(noise_mean, axis=0) == 0).any())
 
 
@@ -179,7 +181,7 @@ def describe_brightness(pictures: np.ndarray, through: str) -> str:
 
 
 def describe_first_guidance(probe: RunProbe, to_rgb: ToRGB) -> list[str]:
-    """How far guidance moved the first prediction's brightness, in a sentence; none where it changed nothing."""
+    """How far guidance moved the first prediction's brightness, as a sentence; none if it changed nothing."""
     if probe.unguided is None or torch.equal(probe.unguided, probe.predictions[0]):
         return []
     pictures = [to_rgb(x0.cpu().float()).float().cpu().numpy() for x0 in (probe.unguided, probe.predictions[0])]
@@ -193,5 +195,5 @@ def describe_first_guidance(probe: RunProbe, to_rgb: ToRGB) -> list[str]:
 
 
 def number(value: float, infinite: str = "not finite") -> str:
-    """For a sentence."""
+    """A number with four digits, or ``infinite`` if it is not finite."""
     return f"{value:.4g}" if np.isfinite(value) else infinite

@@ -25,7 +25,7 @@ class ZTSNRSampler(io.ComfyNode):
             node_id="ZTSNRSampler",
             display_name="ZTSNR Sampler",
             category="ZTSNR",
-            description="Solvers to which infinite sigma is an ordinary point; the same steps as the diffusers "
+            description="Solvers for which infinite sigma is an ordinary point; the same steps as the diffusers "
             "scheduler of this package. Best with sigmas from ZTSNR Scheduler.",
             search_aliases=["solver", "KSamplerSelect", "spectral", "dpmpp", "unipc", "euler", "er_sde", "CFG++"],
             inputs=[
@@ -52,7 +52,7 @@ class ZTSNRSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength of the fresh noise, that of lcm included; 1 by the theory.",
+                    tooltip="Strength of the fresh noise, including that of lcm; 1 in theory.",
                     extra_dict=used_for(solver=FRESH_NOISE),
                 ),
                 io.Boolean.Input(
@@ -126,7 +126,7 @@ def _keep_unconditional(extra_args: dict, kept: dict) -> dict:
         return args["denoised"]
 
     options = extra_args.get("model_options", {}).copy()
-    # without the optimization that leaves it out at cfg 1
+    # without the optimization that skips it at cfg 1
     options = comfy.model_patcher.set_model_options_post_cfg_function(options, keep, disable_cfg1_optimization=True)
     return extra_args | {"model_options": options}
 
@@ -144,7 +144,7 @@ def _to_variance_preserving(x: torch.Tensor, sigma: float) -> torch.Tensor:
 def _check(model_sampling, sigmas: torch.Tensor) -> None:
     if not isinstance(model_sampling, comfy.model_sampling.EPS):
         raise UserError(
-            "The ZTSNR Sampler is for Stable Diffusion 1.x, 2.x and XL models, not for flow matching: take a sampler "
+            "The ZTSNR Sampler is for Stable Diffusion 1.x, 2.x and XL models, not for flow matching: use a sampler "
             "from KSamplerSelect."
         )
     if sigmas[0] >= INFINITE_FROM and not isinstance(model_sampling, ExactVPrediction):

@@ -49,8 +49,8 @@ class ZTSNRScheduler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 for text to image. Below 1, only the last part of the way: how much an input picture "
-                    "changes.",
+                    tooltip="1 for text to image. Below 1, only the last part of the schedule: how much an input "
+                    "picture changes.",
                 ),
                 io.Float.Input(  # optional, like the next: workflows saved before they existed do not have them
                     "cfg",
@@ -130,14 +130,14 @@ def _canvas(model, latent: dict | None) -> tuple[int, int]:
     samples = latent["samples"]
     if samples.ndim != 4:
         raise UserError(
-            f"The latent has {samples.ndim} dimensions, {tuple(samples.shape)}: a video, perhaps. ZTSNR nodes are for "
-            "pictures, (batch, channels, height, width)."
+            f"The latent has {samples.ndim} dimensions, {tuple(samples.shape)}. ZTSNR nodes are for pictures (batch, "
+            "channels, height, width), not for videos."
         )
     return tuple(samples.shape[-2:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The list of schedulers in KSampler and BasicScheduler, which know the model's schedule, and nothing of canvas and CFG.
+# The list of schedulers in KSampler and BasicScheduler, which know the model's schedule, but not the canvas and CFG.
 
 
 def register_schedulers() -> None:

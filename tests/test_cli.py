@@ -16,7 +16,7 @@ from PIL import Image
 import ztsnr
 from ztsnr import extras, files
 from ztsnr.cli import main, mistakes
-from ztsnr.demo import exact_models as demo
+from ztsnr.demo import exact_prompts, exact_runs
 
 
 def ztsnr_command(*arguments) -> tuple[int, str]:
@@ -140,15 +140,15 @@ def test_demo_repeats_itself(tmp_path):
 
 @pytest.fixture(scope="module")
 def rows():
-    return demo.make_rows()
+    return exact_runs.make_rows()
 
 
-def run_black(row: demo.Row, steps: int, size: int = 16) -> tuple[float, float]:
+def run_black(row: exact_runs.Row, steps: int, size: int = 16) -> tuple[float, float]:
     """Brightness error and mean leak, in levels, of solid black."""
-    prompt = demo.make_prompts(torch.zeros(1, 3, size, size), size)[0]
+    prompt = exact_prompts.make_prompts(torch.zeros(1, 3, size, size), size)[0]
     noise = torch.randn(prompt.seeds, 3, size, size, generator=torch.Generator().manual_seed(1))
-    run = demo.sample_with_scheduler(row, prompt.model, noise, steps)
-    result = demo.measure([prompt], [run], noise, [prompt.model.exact(noise)])
+    run = exact_runs.sample_with_scheduler(row, prompt.model, noise, steps)
+    result = exact_runs.measure([prompt], [run], noise, [prompt.model.exact(noise)])
     return result["brightness_error"]["solid black"], result["mean_leak"]
 
 
@@ -157,10 +157,10 @@ def test_finite_start_has_the_error_of_its_limit(rows):
         error, leak = run_black(row, steps=500)
         sigma = float(row.scheduler.sigmas[0])
         noise = sigma / 16  # what is left of the noise in an average over 16 x 16 values
-        share = demo.EXPOSURE / math.hypot(demo.EXPOSURE, noise)
+        share = exact_prompts.EXPOSURE / math.hypot(exact_prompts.EXPOSURE, noise)
         # from x = noise * z on: an average a has become m + share * (a - m)
-        assert error == pytest.approx(share / demo.LEVEL, rel=0.03)
-        assert leak == pytest.approx((share * noise - demo.EXPOSURE) / demo.LEVEL, abs=0.5)
+        assert error == pytest.approx(share / exact_runs.LEVEL, rel=0.03)
+        assert leak == pytest.approx((share * noise - exact_prompts.EXPOSURE) / exact_runs.LEVEL, abs=0.5)
 
 
 def test_exact_infinity_has_no_error_whatever_the_steps(rows):
@@ -180,7 +180,7 @@ def test_the_network_is_told_the_noise_level_the_scheduler_means(rows):
 
 def test_intercept_and_slope():
     z = torch.randn(5, 3)
-    intercept, slope = demo.intercept_and_slope(3 - 2 * z, z)
+    intercept, slope = exact_runs.intercept_and_slope(3 - 2 * z, z)
     assert (intercept, slope) == pytest.approx((3, -2), abs=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_intercept_and_slope():
 
 
 def test_library_photographs_are_there_without_a_download():
-    photographs = demo.library_photographs(16)
+    photographs = exact_prompts.library_photographs(16)
     assert len(photographs) >= 4
     assert photographs.shape[1:] == (3, 16, 16)
     assert photographs.min() >= -1
@@ -202,21 +202,21 @@ def test_open_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise for display
     save(tmp_path / "turned.png", halves, exif=exif)
-    turned = demo.open_picture(tmp_path / "turned.png", 8)
+    turned = exact_prompts.open_picture(tmp_path / "turned.png", 8)
     assert turned[:, :2].min() > 0.9  # the left half is now the upper one
     assert turned[:, 6:].max() < -0.9
 
     save(tmp_path / "clear.png", np.full((9, 9, 4), (255, 0, 0, 0), np.uint8))
-    assert demo.open_picture(tmp_path / "clear.png", 8).min() > 0.99
+    assert exact_prompts.open_picture(tmp_path / "clear.png", 8).min() > 0.99
 
     save(tmp_path / "deep.png", np.full((9, 9), 32896, np.uint16))
-    assert demo.open_picture(tmp_path / "deep.png", 8).abs().max() < 0.01
+    assert exact_prompts.open_picture(tmp_path / "deep.png", 8).abs().max() < 0.01
 
     Image.new("CMYK", (30, 9)).save(tmp_path / "cmyk.jpg")
-    assert demo.open_picture(tmp_path / "cmyk.jpg", 8).min() > 0.9
+    assert exact_prompts.open_picture(tmp_path / "cmyk.jpg", 8).min() > 0.9
 
     Image.new("P", (9, 9), 0).save(tmp_path / "palette.gif")
-    assert demo.open_picture(tmp_path / "palette.gif", 8).shape == (3, 8, 8)
+    assert exact_prompts.open_picture(tmp_path / "palette.gif", 8).shape == (3, 8, 8)
 
 
 def test_own_pictures_and_a_bad_one(tmp_path):
@@ -256,7 +256,7 @@ def test_damaged_pictures_are_passed_over(tmp_path, damage):
     picture.save(path, kind)
     path.write_bytes(harm(path.read_bytes()))
     said = []
-    assert len(demo.load_pictures(tmp_path, 16, said.append)) == 1
+    assert len(exact_prompts.load_pictures(tmp_path, 16, said.append)) == 1
     (sentence,) = said
     assert sentence.startswith(f"Skipped {path.name}: ")
     assert "\n" not in sentence
@@ -265,9 +265,9 @@ def test_damaged_pictures_are_passed_over(tmp_path, damage):
 @pytest.mark.parametrize("step", ["to_rgb", "to_tensor"])
 def test_a_bug_is_not_taken_for_a_damaged_picture(tmp_path, monkeypatch, step):
     save(tmp_path / "sound.png", np.zeros((8, 8, 3), np.uint8))
-    monkeypatch.setattr(demo, step, None)
+    monkeypatch.setattr(exact_prompts, step, None)
     with pytest.raises(TypeError, match="not callable"):
-        demo.load_pictures(tmp_path, 16, print)
+        exact_prompts.load_pictures(tmp_path, 16, print)
 
 
 def test_one_own_picture_has_a_known_brightness(tmp_path):
@@ -279,13 +279,13 @@ def test_one_own_picture_has_a_known_brightness(tmp_path):
 
 
 def test_many_pictures_are_cut_to_the_first(tmp_path):
-    for i in range(demo.MOST_PICTURES + 2):
+    for i in range(exact_prompts.MOST_PICTURES + 2):
         save(tmp_path / f"{i:03}.png", np.full((2, 2, 3), i, np.uint8))
     said = []
-    pictures = demo.load_pictures(tmp_path, 16, said.append)
-    assert len(pictures) == demo.MOST_PICTURES
+    pictures = exact_prompts.load_pictures(tmp_path, 16, said.append)
+    assert len(pictures) == exact_prompts.MOST_PICTURES
     assert len(said) == 1
-    assert pictures[-1].mean().item() == pytest.approx((demo.MOST_PICTURES - 1) / 127.5 - 1, abs=1e-4)
+    assert pictures[-1].mean().item() == pytest.approx((exact_prompts.MOST_PICTURES - 1) / 127.5 - 1, abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_no_usable_picture(tmp_path, content):
         (pictures / "bad.jpg").write_bytes(content)
     code, text = ztsnr_command("demo", "--images", pictures, "--out", tmp_path / "out")
     assert code == 2
-    assert text.strip().splitlines()[-1].startswith(f"Error: {pictures} holds no picture that can be read")
+    assert text.strip().splitlines()[-1].startswith(f"Error: {pictures} contains no readable picture")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

@@ -16,9 +16,9 @@ from ztsnr import extras
 from ztsnr.checkpoints import load_pipeline
 from ztsnr.cli import main
 from ztsnr.diagnostics import leak_run, pipelines
-from ztsnr.diagnostics.leak import plain
 from ztsnr.diagnostics.leak_probes import SamplerProbe
 from ztsnr.diagnostics.leak_report import load_row, row_of_pictures
+from ztsnr.diagnostics.plain import plain
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler, exposure_true_guidance
 
 from .tiny_pipelines import make_tiny_sdxl, write_single_file
@@ -196,7 +196,7 @@ def test_the_gate(tiny, tmp_path, monkeypatch):
     arguments = (tiny, *TWO_PROMPTS, *SHORT, "--out", tmp_path, "--gate", 100)
     code, text = leak(*arguments)
     assert code == 1  # a random network ignores the noise's mean too much to be judged
-    assert "Not through the gate: cannot tell: this prompt fixes the brightness" in text
+    assert "Gate failed: cannot tell: this prompt fixes the brightness" in text
 
     real = leak_run.judge_network
     monkeypatch.setattr(leak_run, "judge_network", lambda *a: replace(real(*a), verdict="zero SNR"))
@@ -207,7 +207,7 @@ def test_the_gate(tiny, tmp_path, monkeypatch):
     assert worst > 0
     code, text = leak(*arguments[:-1], 0.9 * worst)
     assert code == 1
-    assert "pull toward grey" in text.split("Not through the gate")[-1]
+    assert "pull toward grey" in text.split("Gate failed")[-1]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -323,9 +323,9 @@ def test_guidance_of_the_network_is_of_its_own_predictions(pipe):
 def test_mistakes_end_in_a_sentence(tiny, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "no file or folder" in sentence_of(tmp_path / "nothing.safetensors", *out)
-    assert "is no colour" in sentence_of(tiny, "--prompt", "a cat=purplish", *out)
-    assert "is no colour" in sentence_of(tiny, "--prompt", "a cat=#12345g", *out)
-    assert "no scheduler 'Euler'" in sentence_of(tiny, "--scheduler", "Euler", *SHORT, *out)
+    assert "is not a colour" in sentence_of(tiny, "--prompt", "a cat=purplish", *out)
+    assert "is not a colour" in sentence_of(tiny, "--prompt", "a cat=#12345g", *out)
+    assert "not 'Euler'" in sentence_of(tiny, "--scheduler", "Euler", *SHORT, *out)
     assert "spacing" in sentence_of(tiny, "--scheduler", "model", "--spacing", "karras", *SHORT, *out)
     assert "multiples of" in sentence_of(tiny, "--width", 33, *SHORT, *out)
     assert leak(tiny, "--seeds", 1)[0] == 2

@@ -87,11 +87,18 @@ MODELS = {
 }
 
 
+FIGURES = ("diagnostics.leak_figure", "diagnostics.run_figure", "diagnostics.panels", "figures.strip", "figures.rows")
+
+
 @contextlib.contextmanager
 def without(module):
     """As if a module were not installed."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == module}
-    drawing = {name: sys.modules.pop(name) for name in list(sys.modules) if name.endswith("diagnostics.leak_plots")}
+    drawing = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.endswith(("diagnostics.leak_figure", "diagnostics.run_figure"))
+    }
     sys.modules[module] = None
     try:
         yield

@@ -133,7 +133,7 @@ def test_other_noise_levels_are_left_alone(loaded):
     [
         ("old.ckpt", "is a pickle"),
         ("lora.safetensors", "is a LoRA"),
-        ("gone.safetensors", "There is no file gone"),
+        ("gone.safetensors", "gone.safetensors is not in models/checkpoints"),
         ("half_scaled.safetensors", "have ztsnr.latent_mean alone"),
         ("sixteen.safetensors", "scales the latents of 16 channels, and this model has 4"),
     ],

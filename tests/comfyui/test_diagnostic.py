@@ -184,7 +184,7 @@ def test_other_models_are_asked_about_their_sampler_alone(diagnose):
     assert found["report"]["checkpoint"] is None
     assert found["report"]["sampler"]["start_sigma"] == pytest.approx(120)
     sentence = found["text"].splitlines()[-1]
-    assert sentence.startswith("The checkpoint was not asked: ")
+    assert sentence.startswith("The checkpoint was not tested: ")
     assert "BaseModel (V_PREDICTION_EDM)" in sentence
     assert found["slope"] == {"blocked": sentence}
 
@@ -245,7 +245,7 @@ def test_without_asking_the_first_prediction_is_read(call):
 def test_guidance_at_cfg_1_is_none(call):
     found = call("diagnose_guided", cfg=1.0, guidance_shift=True)
     assert found["report"]["guidance"] is None
-    assert found["text"].splitlines()[-1] == "Guidance was not asked about: at CFG 1 there is none."
+    assert found["text"].splitlines()[-1] == "Guidance was not measured: at CFG 1 there is none."
 
 
 def test_guidance_of_a_video_has_no_exposure_true_twin(diagnose):
@@ -342,14 +342,14 @@ def test_bad_input_ends_in_a_sentence(call):
         assert output["count"] == 3, name
         assert output["shown"] == output["refused"], name
         assert re.fullmatch(r"[A-Z][^\n]+\.", output["refused"]), name
-    assert "two sigmas, not 1" in found["one sigma"]["refused"]
-    assert "two sigmas, not 0" in found["no sigmas"]["refused"]
-    assert "end at 1," in found["half way"]["refused"]
+    assert "one step, not 1" in found["one sigma"]["refused"]
+    assert "one step, not 0" in found["no sigmas"]["refused"]
+    assert "not at 1:" in found["half way"]["refused"]
     assert re.search(r"pure noise at sigma 1\.77.*channel 3", found["nan at T"]["refused"])
     assert re.search(r"Seed 5: .*step 5 of 5 \(sigma 0\.59.*channel 3 of 4 of the pred", found["nan later"]["refused"])
     assert "put ZTSNR Model" in found["infinity without our model"]["refused"]
     assert "at least 2 seeds" in found["one seed"]["refused"]
-    assert "this one fails: " in found["wrong vae"]["refused"]
+    assert "The VAE cannot decode" in found["wrong vae"]["refused"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,10 +474,10 @@ def test_picture_of_a_run(inside, call, theme, paper):
 
 def test_latents_of_other_runs_are_refused(call):
     found = call("report_refusals")
-    assert found["unseen"]["refused"].startswith("The probe has seen no run: ")
+    assert found["unseen"]["refused"].startswith("The probe has recorded no run: ")
     for name, shape in (("batch", "(1, 4, 8, 8)"), ("other", "(2, 4, 8, 8)")):
-        assert found[name]["refused"].startswith(f"This latent {shape} is not what the last probed run ended with")
-    assert "this one fails: " in found["wrong vae"]["refused"]
+        assert found[name]["refused"].startswith(f"This latent {shape} is not the result of the last probed run")
+    assert "The VAE cannot decode" in found["wrong vae"]["refused"]
     assert "refused" not in found["fitting"]
     assert "A batch of at least 3 would show" in found["fitting"]["text"]
 
@@ -488,10 +488,10 @@ def test_unusual_runs(call):
     assert nan[0].startswith("NaN or infinite values began at step 3 of 4 (sigma 1.768), in channel 3 of 4")
     assert nan[3].endswith("last prediction not finite, picture not finite.")
     assert nan[-1].endswith("is not finite.")
-    assert "no slope to see" in found["alike"]["text"]
-    assert "no slope to see" in found["constant"]["text"]
+    assert "no slope to fit" in found["alike"]["text"]
+    assert "no slope to fit" in found["constant"]["text"]
     assert "The noise is constant" in found["constant"]["text"]
-    assert "The noise is not known" in found["no noise"]["text"]
+    assert "The noise is unknown" in found["no noise"]["text"]
     assert found["no noise"]["text"].startswith("2 evaluations of the network, from sigma 3 to 1.")
     for output in found.values():
         assert "nan" not in re.sub("NaN or infinite values began", "", output["text"]).lower()

@@ -11,7 +11,7 @@ from ztsnr.demo.claims import LEARNED, Claim, Evidence, judge_claims
 from ztsnr.demo.composed import COLOURS
 from ztsnr.demo.measures import colour_distance
 from ztsnr.demo.objectives import EPSILON, OURS, PLAIN, STARVED
-from ztsnr.diagnostics.leak import CONFIDENCE, Estimate
+from ztsnr.diagnostics.estimates import CONFIDENCE, Estimate
 
 from .synthetic import COHERENT, GREYISH, NOISES, as_claimed, as_denied, numbers_of
 

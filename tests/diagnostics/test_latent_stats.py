@@ -173,7 +173,7 @@ def test_every_run_starts_afresh():
         close(found.state_mean, by_numpy([x for _, x, _ in evaluations])[0])
         assert found.canvas == math.prod(shape[2:])
     recorder.begin()
-    with pytest.raises(ValueError, match="has seen no step yet"):
+    with pytest.raises(ValueError, match="has recorded no step"):
         recorder.read()
 
 
@@ -235,9 +235,9 @@ def test_where_values_stop_being_numbers(where, sentence, value):
 def test_bad_input_ends_in_a_sentence():
     recorder = LatentMeanRecorder()
     x = random((2, 4, 8, 8))
-    with pytest.raises(ValueError, match="at least 1 step, not 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
         LatentMeanRecorder(steps=0)
-    with pytest.raises(ValueError, match="has seen no step yet"):
+    with pytest.raises(ValueError, match="has recorded no step"):
         recorder.read()
     with pytest.raises(ValueError, match=r"not \(8, 8\)"):
         recorder.record(1.0, x[0, 0], x[0, 0])
@@ -551,7 +551,7 @@ def test_a_copied_or_saved_scheduler_is_not_looked_at(pipeline, tmp_path):
             assert twin.step.__self__ is twin
             pipe.scheduler = twin
             run(pipe)
-        with pytest.raises(ValueError, match="has seen no step yet"):
+        with pytest.raises(ValueError, match="has recorded no step"):
             recorder.read()
 
 
@@ -559,7 +559,7 @@ def test_a_callback_serves_one_run(pipeline):
     pipe, recorder = pipeline(SCHEDULERS["ours"]()), LatentMeanRecorder()
     callback = recorder.on(pipe)
     run(pipe, callback)
-    with pytest.raises(ValueError, match="anew for every run"):
+    with pytest.raises(ValueError, match="again before every run"):
         run(pipe, callback)
     run(pipe, recorder.on(pipe), batch=3, steps=7)  # and the recorder any number, of any shape
     assert recorder.read().state_mean.shape == (7, 3, 4)
@@ -567,10 +567,10 @@ def test_a_callback_serves_one_run(pipeline):
 
 def test_schedulers_it_cannot_follow_are_refused(pipeline):
     pipe, recorder = pipeline(FlowMatchEulerDiscreteScheduler()), LatentMeanRecorder()
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is for another process"):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is for flow matching"):
         recorder.on(pipe)
     pipe = pipeline(DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
-    with pytest.raises(ValueError, match="another process"):
+    with pytest.raises(ValueError, match="only variance-preserving"):
         recorder.on(pipe)
     pipe = pipeline(SCHEDULERS["euler trailing"]())
     pipe.scheduler.register_to_config(prediction_type="original_sample")

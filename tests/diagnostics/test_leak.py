@@ -14,19 +14,11 @@ from scipy.integrate import solve_ivp
 from skimage.color import deltaE_ciede2000
 
 from ztsnr.diagnostics import GaussianCanvas, PictureSet
+from ztsnr.diagnostics.checkpoint_verdict import closest_table, judge_network
 from ztsnr.diagnostics.estimates import CONFIDENCE, MOST_SEEDS, Estimate
+from ztsnr.diagnostics.expected import expected_denoised_mean, expected_slope
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder
-from ztsnr.diagnostics.leak import (
-    check_seeds,
-    closest_table,
-    exact_flow,
-    expected_denoised_mean,
-    expected_slope,
-    judge_network,
-    judge_sampler,
-    mean_leak,
-    plain,
-)
+from ztsnr.diagnostics.leak import check_seeds, exact_flow, mean_leak
 from ztsnr.diagnostics.leak_probes import (
     LUMA,
     NetworkProbe,
@@ -36,6 +28,8 @@ from ztsnr.diagnostics.leak_probes import (
     probe_network,
     probed_sigmas,
 )
+from ztsnr.diagnostics.plain import plain
+from ztsnr.diagnostics.sampler_verdict import judge_sampler
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule, to_denoised
 from ztsnr.samplers.prediction import alpha_s
 
@@ -231,7 +225,7 @@ def test_the_checkpoints_answer(kind):
         assert answer.believed_sigma == pytest.approx(expected[kind] + 0.36 / expected[kind], rel=1e-3)
         assert answer.share.value == pytest.approx(1, abs=0.01)
         # what a starved network believes at t = T is what became of it there, and not worth a sentence
-        takes = f"takes its input for one of sigma {expected[kind]:.3g}" in answer.sentence
+        takes = f"treats its input as one of sigma {expected[kind]:.3g}" in answer.sentence
         assert takes == (kind != "starved")
     else:
         assert answer.believed_sigma is None
@@ -408,7 +402,9 @@ def test_steps_that_are_too_coarse_are_told(reports):
 def test_a_finite_start_that_does_not_show_is_called_that(reports):
     report = reports["good", "4518"]
     assert report.sampler.verdict == "exact"
-    assert report.verdict.startswith("zero-SNR trained; the sampler starts at sigma 4517.85, which does not show: pull")
+    assert report.verdict.startswith(
+        "zero-SNR trained; the sampler starts at sigma 4517.85, without visible effect: pull"
+    )
 
 
 @each_kind
@@ -419,7 +415,8 @@ def test_the_network_comes_before_its_sampler(reports, kind, name):
     assert report.checkpoint.verdict == verdict
     if kind == "good, not marked":
         assert report.verdict == (
-            "zero-SNR trained, but sampled on a schedule that ends at sigma 14.6146, as the file does not say so"
+            "zero-SNR trained, but sampled on a schedule that ends at sigma 14.6146, because the file is "
+            "not marked as zero-SNR"
         )
     elif kind != "good":
         assert report.verdict == report.checkpoint.sentence
@@ -683,7 +680,7 @@ def test_constant_noise_is_refused(offset):
 
 
 def test_latents_without_space_are_refused():
-    with pytest.raises(ValueError, match=r"channels, height and width, not shape \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"\(C, F, H, W\), not \(4, 8\)"):
         noise_pair(0, 0, (4, 8))
 
 
@@ -695,7 +692,7 @@ def test_a_network_that_answers_nan_is_told_where():
         return answer
 
     with pytest.raises(
-        ValueError, match=r"NaN or infinity to pure noise at sigma 40\.39, in channel 3; half precision"
+        ValueError, match=r"NaN or infinity for pure noise at sigma 40\.39, in channel 3; half precision"
     ):
         mean_leak(broken, None, (4, 8, 8), schedule=ZERO)
 
@@ -719,15 +716,15 @@ def test_latents_broken_after_the_last_step_are_told():
         latents, statistics = of_brightness([0.0])(noise)
         return latents / 0, statistics
 
-    with pytest.raises(ValueError, match="seed 0: the finished latents hold NaN or infinite values"):
+    with pytest.raises(ValueError, match="seed 0: the finished latents contain NaN or infinite values"):
         mean_leak(None, run, (4, 8, 8), schedule=ZERO)
 
 
 def test_a_reference_of_other_seeds_is_refused(reports):
     report = reports["good", "default"]
-    with pytest.raises(ValueError, match="the sampler's and the reference's seeds differ"):
+    with pytest.raises(ValueError, match="must have the same seeds"):
         judge_sampler(report.sampler_probes, report.reference_probes[::-1], math.inf)
-    with pytest.raises(ValueError, match="seeds differ"):
+    with pytest.raises(ValueError, match="must have the same seeds"):
         judge_sampler(report.sampler_probes, report.reference_probes[:-1], math.inf)
 
 
@@ -746,7 +743,7 @@ def test_the_report_as_text(reports):
     assert "Spread of brightness between seeds: " in text
     assert "of the pixels are clipped" in text
     assert "CIEDE2000" in text
-    assert "4 seeds, each with noise means of plus and minus 1 standard deviation. Intervals hold 99%." in text
+    assert "4 seeds, each with noise means of plus and minus 1 standard deviation. Intervals: 99% confidence." in text
     assert text.endswith(" Brightness by the linear factors.")
 
 

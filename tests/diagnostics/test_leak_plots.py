@@ -16,9 +16,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from ztsnr.diagnostics import GaussianCanvas
+from ztsnr.diagnostics.expected import expected_slope
 from ztsnr.diagnostics.latent_stats import LatentMeanRecorder, LatentStatistics
-from ztsnr.diagnostics.leak import exact_flow, expected_slope, mean_leak
-from ztsnr.diagnostics.leak_plots import THEMES, Strip, guidance_sheet, leak_figure, run_figure, start_sheet, to_image
+from ztsnr.diagnostics.leak import exact_flow, mean_leak
+from ztsnr.diagnostics.leak_figure import leak_figure
+from ztsnr.diagnostics.run_figure import run_figure
+from ztsnr.diagnostics.sheets import guidance_sheet, start_sheet
+from ztsnr.figures.png import to_image
+from ztsnr.figures.strip import Strip
+from ztsnr.figures.themes import THEMES
 from ztsnr.samplers import NoiseSchedule, from_denoised, sample, step_schedule
 from ztsnr.samplers.prediction import to_denoised
 
@@ -319,7 +325,7 @@ def test_without_a_fit_the_panel_says_why():
         (run_figure(changed(statistics, noise_mean=same), picture), "began with the same mean of the noise"),
         (run_figure(changed(statistics, noise_mean=None, noise_std=None), picture), "began with is not known"),
         (run_figure(statistics, None), "the finished picture is not known"),
-        (run_figure(*run(samples=2)), "takes 3 samples"),
+        (run_figure(*run(samples=2)), "needs 3 samples"),
     ]:
         assert reason in words(drawn)
         assert not any("Picture on noise" in axes.get_title(loc="left") for axes in drawn.axes)
@@ -600,7 +606,8 @@ def test_drawing_leaves_pyplot_and_settings_alone():
 def import_anew():
     for name in [name for name in sys.modules if name.partition(".")[0] == "ztsnr" or name == "matplotlib.pyplot"]:
         del sys.modules[name]
-    importlib.import_module("ztsnr.diagnostics.leak_plots")
+    for name in ("leak_figure", "run_figure", "sheets"):
+        importlib.import_module(f"ztsnr.diagnostics.{name}")
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -611,9 +618,9 @@ def import_anew():
 def test_bad_input_is_one_sentence():
     statistics, picture = run()
     for draw in (lambda: leak_figure(report(), theme="solarized"), lambda: run_figure(statistics, theme="solarized")):
-        with pytest.raises(ValueError, match=r"^there is no theme 'solarized'; choose from light, dark$"):
+        with pytest.raises(ValueError, match=r"^theme must be one of light, dark, not 'solarized'$"):
             draw()
-    with pytest.raises(ValueError, match=r"picture means of shape \(4, 5\) for a run of shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"picture_mean must have the run's shape \(5, 4\), not \(4, 5\)"):
         run_figure(statistics, picture.T)
     none = {f.name: getattr(statistics, f.name)[:0] for f in dataclasses.fields(statistics)
             if f.name.split("_")[0] in ("sigmas", "state", "denoised")}  # fmt: skip
