@@ -12,6 +12,7 @@ hold, or that is not finite because the VAE overflowed, ends the run.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from ..checkpoints.header import HASH, Header, read_header
 from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
 from ..checkpoints.vae import hash_encoder, load_vae
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, lock_folder
 from .bucketing import REASONS, TAKEN, bucket_pictures
 from .latent_cache import ABOUT, DTYPE, INDEX, PLACES, LatentCache, margins_cut
 from .latent_recipe import PICTURES, Recipe, add_buckets, picture_rows, recipe_difference, row_difference, stale
@@ -87,6 +88,23 @@ def cache_latents(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror or error}") from None
+    # Writes of the same shard by several processes do no harm, so the others follow the first one without a lock.
+    with lock_folder(folder) if rank == 0 else nullcontext():
+        return _write_cache(folder, index, recipe, rows, shards, vae, workers, rank, world_size)
+
+
+def _write_cache(
+    folder: Path,
+    index: PictureIndex,
+    recipe: Recipe,
+    rows: pa.Table,
+    shards: list[np.ndarray],
+    vae: "AutoencoderKL",
+    workers: int,
+    rank: int,
+    world_size: int,
+) -> LatentCache | None:
+    """Write this process's shards that are missing, and the index once all are there."""
     paths = [folder / f"latents-{shard:05d}.safetensors" for shard in range(len(shards))]
     if others := sorted(set(folder.glob("latents-*.safetensors")) - set(paths)):
         raise UserError(stale(folder, f"{others[0].name} is not among the {len(paths)} shards of these pictures"))
@@ -100,7 +118,10 @@ def cache_latents(
     numbers = [i for shard in todo for i in shards[shard].tolist()]
     scaled = np.stack([rows["scaled_width"].to_numpy(), rows["scaled_height"].to_numpy()], axis=1)
     opened = DataLoader(
-        _Pictures(index, scaled, recipe.factor, background), batch_size=None, sampler=numbers, num_workers=workers
+        _Pictures(index, scaled, recipe.factor, recipe.background),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
     )
     progress = iter(tqdm(opened, "encoding", unit=" pictures", disable=rank > 0 or None))
     for shard in todo:

@@ -38,6 +38,7 @@ from ztsnr.data.make_latent_cache import cache_latents, recipe_of, scaled_size
 from ztsnr.data.pictures import PictureError, cover_size
 from ztsnr.data.quarantine import Quarantine
 from ztsnr.data.sources import PictureIndex, Source, build_index
+from ztsnr.files import lock_folder
 
 BUCKETS = [(128, 192), (160, 160), (192, 128)]
 
@@ -749,8 +750,17 @@ def test_folders_that_are_no_cache(tmp_path):
         LatentCache(tmp_path)
     index = index_of(make_pictures(tmp_path / "pictures", 1))
     index.save(tmp_path / "index.arrow")
-    with pytest.raises(ValueError, match="no index of cached latents"):
+    with pytest.raises(ValueError, match="not an index of cached latents"):
         LatentCache(tmp_path)
+
+
+def test_a_folder_in_use_is_refused(dataset, vae, tmp_path):
+    """But not to the other processes of the one that uses it."""
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match=f"^{tmp_path} is in use by process"):
+            cache_latents(tmp_path, *dataset, vae)
+        cache_latents(tmp_path, *dataset, vae, rank=1, world_size=2)
+    assert cache_latents(tmp_path, *dataset, vae) is not None
 
 
 def test_a_foreign_shard_is_not_touched(dataset, vae, tmp_path, write_checkpoint):
