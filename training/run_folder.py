@@ -1,13 +1,16 @@
 """The folder of a run, which one run uses at a time."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..files import lock_folder
 from ..world import World
 from .run_state import RunStates
+from .settings_file import changed_settings, settings_content
 
 
 @contextmanager
@@ -33,6 +36,17 @@ def open_run_folder(out: Path, states: RunStates, resume: bool, world: World) ->
         if trouble := world.tell(trouble):
             raise UserError(trouble)
         yield
+
+
+def say_changes(path: Path, settings: Any, say: Callable[[str], None]) -> None:
+    """List the settings that a resumed run changes, compared with the file at ``path`` that it has written before."""
+    with suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # the user may have edited or removed it
+        before = tomllib.loads(path.read_text(encoding="utf-8"))
+        now = settings_content(settings)
+        for content in (before, now):
+            content.pop("resume", None)  # says how the run starts, and nothing of the training
+        for line in changed_settings(before, now):
+            say(line)
 
 
 def _create(out: Path) -> None:

@@ -5,9 +5,8 @@ files say.  Everything random follows from the seed and the place in the plan, s
 it had never stopped, on any number of processes.
 """
 
-import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from ..world import describe_device, start_world
 from .config import FinetuneSettings
 from .progress import Progress
 from .run import Run
-from .run_folder import open_run_folder
+from .run_folder import open_run_folder, say_changes
 from .run_state import RunStates
 from .saving import export_run, restore_state, save_snapshots, save_state
-from .settings_file import changed_settings, settings_content, write_settings
+from .settings_file import settings_content, write_settings
 from .step import TrainingStep
 from .stopping import out_of_memory_in_one_sentence, stop_signals
 from .validation import Validation
@@ -59,7 +58,7 @@ def run_finetune(
             run = Run(settings, world, say)
             if last := states.last():
                 restore_state(run, states, *last)
-                _say_changes(run)
+                say_changes(settings.out / "config.toml", settings, say)
             if not (dry_run and last):  # a dry run leaves the settings that a run was trained with
                 _write_settings(run)
             if dry_run:
@@ -141,14 +140,6 @@ def _write_settings(run: Run) -> None:
     for name, content in contents.items() if run.world.first else ():
         with atomic_write(run.settings.out / name) as file:
             file.write(content)
-
-
-def _say_changes(run: Run) -> None:
-    """List the settings that a resumed run changes."""
-    with suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # the user may have edited or removed it
-        before = tomllib.loads((run.settings.out / "config.toml").read_text(encoding="utf-8"))
-        for line in changed_settings(before, settings_content(run.settings)):
-            run.say(line)
 
 
 def _batches(run: Run) -> Iterator[Batch]:
