@@ -8,8 +8,9 @@ from ..data.dataset import Batch
 from ..data.keyed_random import POSTERIOR, keyed_noise
 from ..data.prefetch import sent
 from ..data.tokens import batch_prompts
+from .learning_rate import lr_factor, set_lr
 from .networks import in_groups
-from .optimizers import clip_grad_norm, lr_factor, set_lr
+from .optimizers import clip_grad_norm
 from .run import Place, Run
 
 
