@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -23,10 +24,16 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
 
 SUFFIX = ".unfinished"
 RANDOM = "[0-9a-f]{8}" + re.escape(SUFFIX)  # the end of a neighbour's name
 LONGEST_STEM = 50  # characters: with 4 bytes each and what is added, a name that every file system takes
+LOCK = ".lock"  # in a folder that is in use: process and host of its user
+LOCKED_BYTE = 1 << 30  # Windows' locks forbid reading, so lock a byte behind the text
 PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds; only where there are no locks
 ABANDONED = 3600  # seconds without a change; only where there are no locks
 
@@ -128,6 +135,94 @@ def check_new(path: Path) -> None:
         raise UserError(f"{path} already exists: choose another name, or remove it first")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Reserve a folder for this process within the block.
+
+    The system lifts the lock when the process ends, however it ends; child processes do not hold it.  Where the file
+    system has no locks there is none.
+
+    Raises:
+        UserError: another process holds the lock, or nothing can be written into the folder.
+    """
+    path = Path(folder) / LOCK
+    try:
+        descriptor = _open_locked(path)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder} is in use by {_holder(path)}: wait until it ends, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror or error}): choose another folder") from None
+    _locked.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _locked:  # else this is a child that was forked within the block
+            _locked.discard(descriptor)
+            with suppress(OSError):  # before the lock is lifted; Windows does not remove an open file, which then stays
+                path.unlink()
+            os.close(descriptor)
+
+
+_locked: set[int] = set()  # descriptors of the locks of this process
+
+
+def _close_inherited_locks() -> None:
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):  # a copy in a child would hold the lock after its parent was killed
+    os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+def _open_locked(path: Path) -> int:
+    """A descriptor of the lock file at ``path``, locked.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            _try_lock(descriptor)
+            # The holder before may have removed the file between our opening and our locking it: then lock the new one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    with suppress(OSError):  # a full disk: the lock holds, and only its holder stays unnamed
+                        os.ftruncate(descriptor, 0)
+                        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    except OSError as error:
+        # Windows says EACCES or EDEADLOCK; whatever else flock says, the file system has no locks.
+        if isinstance(error, BlockingIOError) or fcntl is None:
+            raise BlockingIOError from None
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as it wrote."""
+    with suppress(OSError, UnicodeDecodeError):
+        if text := path.read_text(encoding="utf-8"):
+            return text
+    return "another process"
 
 
 def _replaceable(target: Path) -> os.stat_result | None:

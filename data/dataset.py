@@ -24,9 +24,9 @@ from ..errors import UserError
 from .captions import CaptionSettings, caption_text
 from .epoch_plan import EpochPlan
 from .keyed_random import CAPTION, CROP, FLIP, REPLACEMENT, keyed_generator
+from .picture_index import PictureIndex
 from .pictures import WHITE, Color, MicroConditioning, PictureError, cover_size, fit_picture, open_picture
 from .quarantine import Quarantine, UnusableShare
-from .sources import PictureIndex
 from .tokens import TokenBatch, batch_prompts
 
 TRIES = 16  # pictures drawn in the place of one; if 1 % cannot be used, all of them in 1 of 10^32 cases
@@ -197,7 +197,7 @@ class PictureDataset(Dataset):
         if counts.min() < 1:
             raise UserError(
                 f"{(counts < 1).sum()} pictures have no caption, the first is {self.index.key(int(counts.argmin()))}: "
-                "build the index with captions, or allow that some are missing"
+                "build the index again, with captions or with allow_missing_captions"
             )
         allowed = self.caption_settings.caption_weights
         if allowed is not None and counts.max() > len(allowed):

@@ -1,18 +1,18 @@
-"""Making the cache of ``latent_cache``.
+"""Writing the cache that ``latent_cache`` reads.
 
-The pictures are dealt out to shards in their order, so that what a shard holds does not depend on who makes it.  A
-shard is held in memory until it is whole, and then written atomically, with all that the index needs of it.  So a run
-that was killed goes on with the shards that are missing, any number of processes take their share of the shards without
-talking to each other, and the one that finds them all there, which is the last to end or a later run, puts the index
-together.
+Pictures are assigned to shards in the order of the index, so a shard's content does not depend on which process writes
+it.  A shard is built in memory and then written atomically, together with all that the index needs to know of it.  So a
+killed run resumes with the missing shards; any number of processes each write their own shards without talking to each
+other; and the process that finds all shards written, which is the last one to end or a later run, writes the index.
 
-Latents are stored as float16.  Those of Stable Diffusion and SDXL are at most some tens, far within its range, and it
-keeps 11 bits of each number where bfloat16 keeps 8; float32 would take twice the disk.  A number that it cannot hold,
-or that is none because the VAE has overflowed, ends the run.
+Latents are stored as float16.  Those of Stable Diffusion and SDXL stay below 100, far within its range, and float16
+keeps 11 bits of each number where bfloat16 keeps 8; float32 would double the disk space.  A latent that float16 cannot
+hold, or that is not finite because the VAE overflowed, ends the run.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,23 +28,10 @@ from ..checkpoints.header import HASH, Header, read_header
 from ..checkpoints.stream import DTYPE_NAMES, made, write_tensors
 from ..checkpoints.vae import hash_encoder, load_vae
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, lock_folder
 from .bucketing import REASONS, TAKEN, bucket_pictures
-from .latent_cache import (
-    ABOUT,
-    DTYPE,
-    INDEX,
-    PICTURES,
-    PLACES,
-    LatentCache,
-    Recipe,
-    add_buckets,
-    margins_cut,
-    picture_rows,
-    recipe_difference,
-    row_difference,
-    stale,
-)
+from .latent_cache import ABOUT, DTYPE, INDEX, PLACES, LatentCache, margins_cut
+from .latent_recipe import PICTURES, Recipe, add_buckets, picture_rows, recipe_difference, row_difference, stale
 from .latent_stats import ChannelStatistics, merge
 from .pictures import WHITE, Color, PictureError, cover_size, open_picture, resize_picture
 from .sources import PictureIndex, Source, build_index
@@ -54,8 +41,8 @@ if TYPE_CHECKING:
 
 MARGIN = 64  # pixels
 SHARD_BYTES = 10**9
-LEAST_SHARDS = 32  # of a data set, if it has so many pictures: that processes can share them, and little gets lost
-MOST_PICTURES = 8192  # of a shard, so that its header stays small
+LEAST_SHARDS = 32  # so that processes can share them, and a kill loses little; fewer if there are fewer pictures
+MOST_PICTURES = 8192  # per shard, so that its header stays small
 
 
 def cache_latents(
@@ -71,28 +58,28 @@ def cache_latents(
     rank: int = 0,
     world_size: int = 1,
 ) -> LatentCache | None:
-    """Encode the pictures of an index, or what is missing of them in the folder.
+    """Encode the pictures of an index, except those that the folder has already.
 
-    A picture is resized so that it covers its bucket and ``margin`` more on both sides, or as much more as it can
-    without being enlarged.  All of it is encoded, but for less than a latent's width at its edges.
+    A picture is resized to cover its bucket plus ``margin`` in width and height, or as much of the margin as it can
+    without being enlarged.  All of it is encoded, except for less than one latent at its edges.
 
     Args:
-        folder: for the cache; made if it is not there.
-        index: of N pictures.
-        assignment: (N,) bucket of each picture, -1 for those that are left out (see ``EpochPlan``).
+        folder: folder of the cache; created if needed.
+        index: N pictures.
+        assignment: (N,) bucket of each picture, -1 to leave it out (see ``EpochPlan``).
         buckets: (width, height) of each, in pixels.
-        vae: on the device and in the dtype to run in.
-        margin: in pixels.
+        vae: VAE on the device and in the dtype to run in.
+        margin: margin in pixels.
         background: sRGB colour behind transparent pixels.
-        workers: processes that open pictures, beside this one.
-        rank, world_size: which of so many processes this is; each makes its own shards.
+        workers: number of processes that open pictures; 0 opens them in this one.
+        rank, world_size: number of this process, and number of processes; each writes its own shards.
 
     Returns:
-        The cache; None if other processes have not made all of their shards yet.
+        The cache; None if other processes still have shards to write.
 
     Raises:
-        UserError: nothing to encode; the folder holds a cache of other pictures, another VAE or other settings; a
-            bucket off the VAE's grid; latents that float16 cannot hold; no picture that can be used.
+        UserError: there is nothing to encode; the folder is in use, or holds a cache of other pictures, another VAE or
+            other settings; a bucket is off the VAE's grid; float16 cannot hold the latents; or no picture can be used.
     """
     folder = Path(folder)
     recipe = recipe_of(vae, margin, background)
@@ -101,9 +88,26 @@ def cache_latents(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror or error}") from None
+    # Writes of the same shard by several processes do no harm, so the others follow the first one without a lock.
+    with lock_folder(folder) if rank == 0 else nullcontext():
+        return _write_cache(folder, index, recipe, rows, shards, vae, workers, rank, world_size)
+
+
+def _write_cache(
+    folder: Path,
+    index: PictureIndex,
+    recipe: Recipe,
+    rows: pa.Table,
+    shards: list[np.ndarray],
+    vae: "AutoencoderKL",
+    workers: int,
+    rank: int,
+    world_size: int,
+) -> LatentCache | None:
+    """Write this process's shards that are missing, and the index once all are there."""
     paths = [folder / f"latents-{shard:05d}.safetensors" for shard in range(len(shards))]
     if others := sorted(set(folder.glob("latents-*.safetensors")) - set(paths)):
-        raise UserError(stale(folder, f"{others[0].name} is none of the {len(paths)} shards of these pictures"))
+        raise UserError(stale(folder, f"{others[0].name} is not among the {len(paths)} shards of these pictures"))
 
     todo = []
     for shard, (path, pictures) in enumerate(zip(paths, shards, strict=True)):
@@ -114,7 +118,10 @@ def cache_latents(
     numbers = [i for shard in todo for i in shards[shard].tolist()]
     scaled = np.stack([rows["scaled_width"].to_numpy(), rows["scaled_height"].to_numpy()], axis=1)
     opened = DataLoader(
-        _Pictures(index, scaled, recipe.factor, background), batch_size=None, sampler=numbers, num_workers=workers
+        _Pictures(index, scaled, recipe.factor, recipe.background),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
     )
     progress = iter(tqdm(opened, "encoding", unit=" pictures", disable=rank > 0 or None))
     for shard in todo:
@@ -126,7 +133,7 @@ def cache_latents(
 
 
 def recipe_of(vae: "AutoencoderKL", margin: int = MARGIN, background: Color = WHITE) -> Recipe:
-    """What ``cache_latents`` makes latents by if it is given the same."""
+    """The recipe of ``cache_latents`` with the same arguments."""
     return Recipe(
         dtype=str(vae.dtype).removeprefix("torch."),
         vae=hash_encoder(vae),
@@ -138,20 +145,22 @@ def recipe_of(vae: "AutoencoderKL", margin: int = MARGIN, background: Color = WH
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Who goes where
+# Assigning pictures to shards
 
 
 def plan(
     index: PictureIndex, assignment: np.ndarray, buckets: Sequence[Size], recipe: Recipe
 ) -> tuple[pa.Table, list[np.ndarray]]:
-    """What is going to be made, which depends on nothing else.
+    """Which pictures go into which shard, at which size; depends on the arguments alone.
 
     Returns:
-        A table of PICTURES, and for each shard the numbers of its pictures.
+        A table of PICTURES, and the numbers of the pictures of each shard.
     """
     taken = np.flatnonzero(np.asarray(assignment) >= 0)
     if not len(taken):
-        raise UserError("there is nothing to cache: no picture has a bucket")
+        raise UserError(
+            "there is nothing to cache: no picture has a bucket; choose other buckets, or a smaller minimum size"
+        )
     if off := [bucket for bucket in buckets if any(side % recipe.factor for side in bucket)]:
         raise UserError(
             f"a bucket of {off[0][0]} x {off[0][1]} is off the grid of this VAE: sides must be multiples of "
@@ -173,7 +182,7 @@ def plan(
 
 
 def scaled_size(size: Size, bucket: Size, margin: int) -> Size:
-    """(width, height) to which a picture is resized: it covers bucket and margin, but is not enlarged for the margin.
+    """(width, height) that a picture is resized to: covers bucket and margin, but does not enlarge for the margin.
 
     Args:
         size, bucket: (width, height) in pixels.
@@ -187,7 +196,7 @@ def scaled_size(size: Size, bucket: Size, margin: int) -> Size:
 
 
 class _Pictures(Dataset):
-    """The pixels (3, h, w) uint8 of each picture, resized and cut to the grid; or, as a text, why it cannot be used."""
+    """Pixels (3, h, w) uint8 of each picture, resized and cut to the grid; or a text that says why it is unusable."""
 
     def __init__(self, index: PictureIndex, scaled: np.ndarray, factor: int, background: Color):
         self.index, self.scaled, self.factor, self.background = index, scaled, factor, background
@@ -226,7 +235,7 @@ def encode(vae: "AutoencoderKL", pixels: torch.Tensor) -> torch.Tensor:
 def _write_shard(
     path: Path, rows: pa.Table, recipe: Recipe, vae: "AutoencoderKL", opened: Iterator[torch.Tensor | str]
 ) -> None:
-    """Encode the pictures of a shard and write it, with all that the index needs in its metadata."""
+    """Encode the pictures of a shard and write it, with all that the index needs to know in its metadata."""
     latents, refused = {}, {}
     for key, pixels in zip(rows["key"].to_pylist(), opened, strict=True):
         if isinstance(pixels, str):
@@ -235,8 +244,8 @@ def _write_shard(
             latents[key] = encode(vae, pixels)
             if not latents[key].isfinite().all():
                 raise UserError(
-                    f"the VAE's latents of {key} are no numbers or too large for {DTYPE}; it ran in {vae.dtype}: that "
-                    "of SDXL overflows in float16, and is right in float32"
+                    f"the VAE's latents of {key} are not finite, or too large for {DTYPE}; the VAE ran in {vae.dtype}: "
+                    "if that is float16, in which SDXL's VAE overflows, set --dtype float32"
                 )
     parts = [ChannelStatistics.of(*tensor.float()) for tensor in latents.values()]
     about = {
@@ -251,20 +260,20 @@ def _write_shard(
 
 
 def _read_shard(path: Path, rows: pa.Table, recipe: Recipe) -> tuple[Header, dict]:
-    """The header of a shard, and what its metadata say, if they say what they should."""
+    """The header of a shard, and its metadata; refuses a shard of other pictures or another recipe."""
     header = read_header(path)
     try:
         about = json.loads(header.metadata[ABOUT])
         old_recipe, old_rows = Recipe.from_json(about["recipe"]), pa.table(about["pictures"], PICTURES)
     except (KeyError, TypeError, ValueError, pa.ArrowException):
-        raise UserError(f"{path} is no shard of cached latents: choose another folder, or remove it") from None
+        raise UserError(f"{path} is not a shard of cached latents: choose another folder, or remove it") from None
     if difference := recipe_difference(old_recipe, recipe) or row_difference(old_rows, rows):
         raise UserError(stale(path.parent, difference))
     return header, about
 
 
 def _write_index(folder: Path, rows: pa.Table, shards: dict[Path, np.ndarray], recipe: Recipe) -> None:
-    """Put together what the shards say."""
+    """Write the index from the metadata of all shards."""
     shard_of, offsets = np.full(len(rows), -1, np.int32), np.full(len(rows), -1, np.int64)
     reasons = np.full(len(rows), None, object)
     statistics, files = [], {}
@@ -282,7 +291,7 @@ def _write_index(folder: Path, rows: pa.Table, shards: dict[Path, np.ndarray], r
         files[path.name] = {"bytes": path.stat().st_size, "sha256": header.metadata[HASH]}
     if not statistics:
         i = next(i for i, reason in enumerate(reasons) if reason)
-        raise UserError(f"none of the pictures can be used; {rows['key'][i]}, for one: {reasons[i]}")
+        raise UserError(f"none of the pictures can be used; {rows['key'][i]}, for example: {reasons[i]}")
     for field, values in zip(PLACES, (shard_of, offsets, reasons), strict=True):
         rows = rows.append_column(field, pa.array(values, field.type))
     about = {"recipe": recipe.to_json(), "statistics": merge(statistics).to_json(), "shards": files}
@@ -313,21 +322,21 @@ def run_cache(
     say: Callable[[str], None] = print,
     **bucketing,
 ) -> None:
-    """Cache the latents of all pictures of some sources, and say which cannot be used.
+    """Cache the latents of all pictures of some sources, and report which cannot be used.
 
     Args:
-        sources: see ``Source``, or their paths; captions are not looked at.
-        out: folder for the cache.
+        sources: ``Source`` objects or paths; captions are ignored.
+        out: folder of the cache.
         bucket_sets, bucketing: see ``bucket_pictures``.
         vae, config, device, dtype: see ``load_vae``.
         margin, background, workers, rank, world_size: see ``cache_latents``.
-        verify: read all shards again in the end, and compare their checksums.
-        say: takes each line of the report.
+        verify: read all shards again at the end, and compare their checksums.
+        say: called with each line of the report.
 
     Raises:
         UserError: see ``build_index``, ``bucket_pictures``, ``load_vae`` and ``cache_latents``.
     """
-    encoder = load_vae(vae, config=config, device=device, dtype=dtype)  # a wrong name is told before all else
+    encoder = load_vae(vae, config=config, device=device, dtype=dtype)  # first: reports a wrong name at once
     listed = [source if isinstance(source, Source) else Source(source) for source in sources]
     index, unusable = build_index(listed, allow_missing_captions=True)
     found = bucket_pictures(index.sizes, bucket_sets, **bucketing)
@@ -336,7 +345,7 @@ def run_cache(
         counts = np.bincount(found.reason, minlength=len(REASONS))
         for reason, count in zip(REASONS, counts.tolist(), strict=True):
             if count and reason != REASONS[TAKEN]:
-                say(f"Left out, being {reason}: {count} pictures; `ztsnr buckets` lists them.")
+                say(f"Left out ({reason}): {count} pictures; `ztsnr buckets` lists them.")
     cache = cache_latents(
         out,
         index,
@@ -350,12 +359,12 @@ def run_cache(
         world_size=world_size,
     )
     if cache is None:
-        say(f"Process {rank} of {world_size} has made its shards; the last to end, or a new run, completes the cache.")
+        say(f"Process {rank} of {world_size} has written its shards; the last to end, or a new run, adds the index.")
         return
     if verify:
         cache.verify()
     _say_refused(cache.refused, say)
-    say(f"{cache.has.sum()} pictures are cached in {cache.folder}. Their latents, channel by channel:")
+    say(f"Cached {cache.has.sum()} pictures in {cache.folder}. Statistics of each latent channel:")
     for name in ("mean", "std"):
         say(f"{name:4}  " + "  ".join(f"{number:9.5f}" for number in getattr(cache.statistics, name)))
 

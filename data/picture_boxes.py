@@ -15,8 +15,8 @@ from ..canvas import Size
 from ..errors import UserError
 from .dataset import Numbers
 from .keyed_random import CROP, FLIP
+from .picture_index import PictureIndex
 from .pictures import WHITE, Color, MicroConditioning, cover_size, open_picture, resize_picture
-from .sources import PictureIndex
 
 Boxes = Mapping[int, np.ndarray]  # picture -> (K, 4) float64: left, top, right, bottom
 

@@ -10,7 +10,7 @@ of cuBLAS, cuDNN and NCCL, nor what the allocator loses between blocks; the rese
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,39 +23,15 @@ from ..canvas import Size
 from ..errors import UserError
 from .checkpointing import MODES
 from .fake_step import FakeStep, fused_attention, without_data
+from .optimizers import ENTRIES, FLOAT32
 
 GIB = 2**30
 RESERVE = 3 * GIB
-FLOAT32 = 4  # bytes
 GATHERED = "gathered blocks"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # State
-
-
-def _quantized(shape: torch.Size, bits: int, block: int, pads: bool = False) -> int:
-    """Codes, a float32 scale a block, and a float32 value a code; small ones stay in float32."""
-    count = shape.numel()
-    if count < 4096 or (count % block and not pads):
-        return 2 * FLOAT32 * count
-    return 2 * (count * bits // 8 + FLOAT32 * (-(-count // block) + 2**bits))
-
-
-def _factored(shape: torch.Size) -> int:
-    """Adafactor (Shazeer and Stern, arXiv 1804.04235): sums of rows and of columns in place of a matrix."""
-    count = shape.numel()
-    return FLOAT32 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
-
-
-# bytes that an optimizer keeps for a parameter; step counts, 4 bytes a parameter, are left out
-OPTIMIZER_BYTES: dict[str, Callable[[torch.Size], int]] = {
-    "adamw": lambda shape: 2 * FLOAT32 * shape.numel(),
-    "adamw8bit": lambda shape: _quantized(shape, 8, 256),
-    "adamw4bit": lambda shape: _quantized(shape, 4, 128),
-    "adafactor": _factored,
-    "bnb_adamw8bit": lambda shape: _quantized(shape, 8, 256, pads=True),
-}
 
 
 def state_bytes(
@@ -73,7 +49,7 @@ def state_bytes(
 
     Args:
         unet: with weights or on the meta device.
-        optimizer: a key of OPTIMIZER_BYTES.
+        optimizer: one of OPTIMIZERS.
         dtype: that the network computes in (training/precision.py): trained parameters are float32 and have a cast in
             it, the others are in it.
         ema_profiles: averages of the trained parameters on the device, float32.
@@ -86,8 +62,8 @@ def state_bytes(
     Raises:
         UserError: an optimizer that is not known.
     """
-    if optimizer not in OPTIMIZER_BYTES:
-        raise UserError(f"the memory of the optimizer {optimizer!r} is not known, only {', '.join(OPTIMIZER_BYTES)}")
+    if optimizer not in ENTRIES:
+        raise UserError(f"there is no optimizer {optimizer!r}: choose one of {', '.join(ENTRIES)}")
     named = dict(unet.named_parameters())
     trained = {name for name, parameter in named.items() if parameter.requires_grad} if trained is None else trained
     frozen = [parameter for name, parameter in named.items() if name not in trained]
@@ -97,7 +73,7 @@ def state_bytes(
     width = dtype.itemsize
     divided = {
         "trained parameters": FLOAT32 * count,
-        f"{optimizer} state": sum(map(OPTIMIZER_BYTES[optimizer], shapes)),
+        f"{optimizer} state": sum(map(ENTRIES[optimizer].state_bytes, shapes)),
         "averages": ema_profiles * FLOAT32 * count,
         "frozen parameters": width * _count(frozen),
         "gradients": FLOAT32 * count,

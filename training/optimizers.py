@@ -1,13 +1,17 @@
-"""Optimizers, how their learning rate goes, and their state as plain tensors.
+"""Optimizers, and their state as plain tensors.
+
+To add an optimizer is to add one entry: a function with ``@optimizer`` that makes it.
 
 Parameters are float32, or bfloat16 where an optimizer rounds stochastically; they may be sharded (FSDP2's DTensor).
-``make_optimizer`` creates the whole state at once, where libraries do in the first step.  So what does not fit into
-memory is known before training, a checkpoint can be loaded before the first step, and the state of a parameter always
-has the same tensors.
+``make_optimizer`` creates the whole state at once, where libraries do so in the first step.  So what does not fit into
+memory is known before training, a state can be loaded before the first step, and the state of a parameter always has
+the same tensors.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +22,182 @@ from torch.optim import Optimizer
 from ..errors import UserError
 from ..extras import needs
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "bnb_adamw8bit")
-LOW_BIT = ("adamw8bit", "adamw4bit")  # torchao's
-SCHEDULES = ("constant", "cosine", "rsqrt")
+FLOAT32 = 4  # bytes
+
+Groups = list[dict[str, Any]]
+State = dict[str, Tensor | int]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer that can be chosen.
+
+    Attributes:
+        make: makes it of groups of parameters and the arguments lr, betas, eps, weight_decay, bf16_stochastic_round.
+        new_state: the state of a parameter before the first step: what the first step would create, except where that
+            is wrong, for sharded parameters and those in bfloat16.
+        state_bytes: bytes of a parameter's state by its shape, without the step count.
+        library: package that has to be installed for it; None if torch or transformers have it.
+        rounds: whether it can round parameters in bfloat16 stochastically.
+        shards: whether it works with sharded parameters.
+    """
+
+    make: Callable[..., Optimizer]
+    new_state: Callable[[Optimizer, Tensor], State]
+    state_bytes: Callable[[torch.Size], int]
+    library: str | None = None
+    rounds: bool = False
+    shards: bool = True
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def optimizer(
+    name: str,
+    *,
+    new_state: Callable[[Optimizer, Tensor], State],
+    state_bytes: Callable[[torch.Size], int],
+    library: str | None = None,
+    rounds: bool = False,
+    shards: bool = True,
+) -> Callable[[Callable[..., Optimizer]], Callable[..., Optimizer]]:
+    """Register the function below as what makes the optimizer ``name``; for the arguments see ``Entry``."""
+
+    def register(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+        ENTRIES[name] = Entry(make, new_state, state_bytes, library, rounds, shards)
+        return make
+
+    return register
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AdamW (arXiv 1711.05101), fused
+
+
+def _adamw_state(optimizer: Optimizer, parameter: Tensor) -> State:
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+@optimizer("adamw", new_state=_adamw_state, state_bytes=lambda shape: 2 * FLOAT32 * shape.numel())
+def _adamw(groups: Groups, *, bf16_stochastic_round: bool, **adam: Any) -> Optimizer:
+    return torch.optim.AdamW(groups, **adam, fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torchao's AdamW, which keeps the moments in 8 bits (arXiv 2110.02861) or 4 bits (arXiv 2309.01507)
+
+
+def _low_bit_state(optimizer: Optimizer, parameter: Tensor) -> State:
+    def moment(signed: bool) -> Tensor:
+        if not _is_uneven(parameter):  # otherwise some ranks might quantise it and others not
+            buffer = optimizer._new_buffer(parameter, signed)
+            if _is_quantised(buffer):
+                return buffer
+        # torchao's own buffer has the parameter's dtype, and in bfloat16 a decay of 0.999 has no effect
+        return torch.zeros_like(parameter, dtype=torch.float32)
+
+    return {"step": torch.zeros(()), "exp_avg": moment(signed=True), "exp_avg_sq": moment(signed=False)}
+
+
+def _quantised_bytes(shape: torch.Size, bits: int, block: int, pads: bool = False) -> int:
+    """Codes, a float32 scale per block, and a float32 value per code; small parameters stay in float32."""
+    count = shape.numel()
+    if count < 4096 or (count % block and not pads):
+        return 2 * FLOAT32 * count
+    return 2 * (count * bits // 8 + FLOAT32 * (-(-count // block) + 2**bits))
+
+
+@optimizer(
+    "adamw8bit",
+    new_state=_low_bit_state,
+    state_bytes=partial(_quantised_bytes, bits=8, block=256),
+    library="torchao",
+    rounds=True,
+)
+def _adamw8bit(groups: Groups, **arguments: Any) -> Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(groups, **arguments)
+
+
+@optimizer(
+    "adamw4bit",
+    new_state=_low_bit_state,
+    state_bytes=partial(_quantised_bytes, bits=4, block=128),
+    library="torchao",
+    rounds=True,
+)
+def _adamw4bit(groups: Groups, **arguments: Any) -> Optimizer:
+    from torchao.optim import AdamW4bit
+
+    return AdamW4bit(groups, **arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# transformers' Adafactor (arXiv 1804.04235) without a first moment and without its relative steps, so that the learning
+# rate means what it means elsewhere; betas and eps are not used.  torch's own reads the device twice per parameter and
+# step, always scales the learning rate by the weights, and refuses sharded parameters.  Both factor the last two
+# dimensions, which saves little for 3 x 3 convolutions.
+
+
+def _adafactor_state(optimizer: Optimizer, parameter: Tensor) -> State:
+    step = {"step": torch.zeros(()), "RMS": 0}
+    zeros = torch.zeros_like(parameter)
+    if parameter.ndim < 2:
+        return step | {"exp_avg_sq": zeros}
+    row, column = zeros.mean(dim=-1), zeros.mean(dim=-2)
+    if isinstance(column, DTensor):  # a mean over the sharded dimension is still one per rank
+        column = column.redistribute(placements=[Replicate() if p.is_partial() else p for p in column.placements])
+    return step | {"exp_avg_sq_row": row, "exp_avg_sq_col": column}
+
+
+def _factored_bytes(shape: torch.Size) -> int:
+    """Means of the rows and of the columns in place of a matrix."""
+    count = shape.numel()
+    return FLOAT32 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+
+
+@optimizer("adafactor", new_state=_adafactor_state, state_bytes=_factored_bytes)
+def _adafactor(groups: Groups, *, lr: float, weight_decay: float, **unused: Any) -> Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bitsandbytes' AdamW in 8 bits
+
+
+def _bitsandbytes_state(optimizer: Optimizer, parameter: Tensor) -> State:
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # what it reads of a group is equal in all groups
+    state = optimizer.state[parameter]
+    shared = {entry: state[entry].clone() for entry in ("qmap1", "qmap2") if entry in state}
+    return state | shared  # safetensors refuses tensors that share memory
+
+
+@optimizer(
+    "bnb_adamw8bit",
+    new_state=_bitsandbytes_state,
+    state_bytes=partial(_quantised_bytes, bits=8, block=256, pads=True),
+    library="bitsandbytes",
+    shards=False,
+)
+def _bnb_adamw8bit(groups: Groups, *, bf16_stochastic_round: bool, **adam: Any) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **adam)
+
+
+OPTIMIZERS = tuple(ENTRIES)
+LOW_BIT = tuple(name for name, entry in ENTRIES.items() if entry.rounds)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Making one
@@ -36,123 +213,52 @@ def make_optimizer(
     weight_decay: float = 0.01,
     bf16_stochastic_round: bool = False,
 ) -> Optimizer:
-    """An optimizer with all its state, zero.
-
-    - adamw: torch's AdamW (arXiv 1711.05101), fused.
-    - adamw8bit, adamw4bit: torchao's, which keep the moments in 8 bits (arXiv 2110.02861) or 4 (2309.01507).
-    - adafactor: transformers' Adafactor (arXiv 1804.04235) without a first moment and without its relative steps, so
-      that the learning rate means what it means elsewhere; ``betas`` and ``eps`` are not used.  torch's own reads the
-      device twice a parameter and step, always scales the learning rate by the weights, and refuses sharded
-      parameters.  Both factor the last two dimensions, which saves little for 3 x 3 convolutions.
-    - bnb_adamw8bit: bitsandbytes' AdamW in 8 bits; no sharded parameters.
+    """An optimizer with its whole state, zero.
 
     Args:
         name: one of OPTIMIZERS.
-        groups: as torch takes them, {"params": [...]}; "lr" in one is the absolute learning rate that it has instead
-            of ``lr``, and "weight_decay" likewise.
+        groups: as torch takes them, {"params": [...]}; "lr" in a group is the absolute learning rate that it has
+            instead of ``lr``, and "weight_decay" likewise.
         lr: learning rate that ``set_lr`` multiplies.
         betas, eps: of Adam.
-        weight_decay: decoupled, for all parameters of a group, those of norms and biases too.
-        bf16_stochastic_round: for the parameters in bfloat16 of a low-bit optimizer: round them up or down with the
-            probability that makes the mean right.  It draws from torch's global generator of the device, which must
-            be in the same state on all ranks that hold the same parameter, and after a resume.
+        weight_decay: decoupled, for all parameters of a group, norms and biases included.
+        bf16_stochastic_round: round parameters in bfloat16 up or down with the probability that makes the mean exact.
+            It draws from torch's global generator of the device, which must be in the same state on all ranks that
+            hold the same parameter, and after a resume.
 
     Raises:
-        UserError: no such optimizer, a library that is not installed, or parameters that it does not work for.
+        UserError: there is no such optimizer, its library is not installed, or it does not work for the parameters.
     """
-    if name not in OPTIMIZERS:
+    if name not in ENTRIES:
         raise UserError(f"there is no optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    if bf16_stochastic_round and name not in LOW_BIT:
-        raise UserError(f"{name} does not round stochastically: {' and '.join(LOW_BIT)} do")
+    entry = ENTRIES[name]
+    if bf16_stochastic_round and not entry.rounds:
+        raise UserError(f"{name} does not round stochastically: choose {' or '.join(LOW_BIT)}")
     # "initial_lr" as torch's schedulers name it
-    groups = [{**group, "params": list(group["params"]), "initial_lr": group.get("lr", lr)} for group in groups]
-    _check_parameters(name, groups, bf16_stochastic_round)
-
-    adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    if name == "adamw":
-        optimizer, new_state = torch.optim.AdamW(groups, **adam, fused=True), _adamw_state
-    elif name in LOW_BIT:
-        optimizer = _low_bit_class(name)(groups, **adam, bf16_stochastic_round=bf16_stochastic_round)
-        new_state = _low_bit_state
-    elif name == "adafactor":
-        from transformers.optimization import Adafactor
-
-        optimizer = Adafactor(groups, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
-        new_state = _adafactor_state
-    else:
-        optimizer, new_state = _bitsandbytes_class()(groups, **adam), _bitsandbytes_state
+    prepared = [{**group, "params": list(group["params"]), "initial_lr": group.get("lr", lr)} for group in groups]
+    _check_parameters(name, entry, prepared, bf16_stochastic_round)
+    arguments = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    try:
+        made = entry.make(prepared, **arguments, bf16_stochastic_round=bf16_stochastic_round)
+    except ImportError:
+        if entry.library is None:
+            raise
+        raise UserError(needs(name, entry.library)) from None
     with torch.no_grad():
-        for parameter in _parameters(optimizer):
-            optimizer.state[parameter] = new_state(optimizer, parameter)
-    return optimizer
+        for parameter in _parameters(made):
+            made.state[parameter] = entry.new_state(made, parameter)
+    return made
 
 
-def _check_parameters(name: str, groups: list[dict], bf16_stochastic_round: bool) -> None:
+def _check_parameters(name: str, entry: Entry, groups: Groups, bf16_stochastic_round: bool) -> None:
     for parameter in (parameter for group in groups for parameter in group["params"]):
         if parameter.dtype != torch.float32 and not (bf16_stochastic_round and parameter.dtype == torch.bfloat16):
             raise UserError(
                 f"the optimizer was given parameters in {parameter.dtype}, in which small updates are lost: keep them "
                 f"in float32, or in bfloat16 with bf16_stochastic_round of {' or '.join(LOW_BIT)}"
             )
-        if name == "bnb_adamw8bit" and isinstance(parameter, DTensor):
-            raise UserError("bnb_adamw8bit does not work with sharded parameters: choose adamw8bit")
-
-
-def _low_bit_class(name: str) -> type[Optimizer]:
-    try:
-        from torchao import optim
-    except ImportError:
-        raise UserError(needs(name, "torchao")) from None
-    return optim.AdamW8bit if name == "adamw8bit" else optim.AdamW4bit
-
-
-def _bitsandbytes_class() -> type[Optimizer]:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError(needs("bnb_adamw8bit", "bitsandbytes")) from None
-    return AdamW8bit
-
-
-# What the first step of each would create, but where that is wrong: for sharded parameters and those in bfloat16.
-
-
-def _adamw_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    return {
-        "step": torch.zeros((), device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def _low_bit_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    def moment(signed: bool) -> Tensor:
-        if not _is_uneven(parameter):  # else some ranks might quantise it and others not
-            buffer = optimizer._new_buffer(parameter, signed)
-            if _is_quantised(buffer):
-                return buffer
-        # torchao's own has the parameter's type, and in bfloat16 a decay of 0.999 is lost
-        return torch.zeros_like(parameter, dtype=torch.float32)
-
-    return {"step": torch.zeros(()), "exp_avg": moment(signed=True), "exp_avg_sq": moment(signed=False)}
-
-
-def _adafactor_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor | int]:
-    step = {"step": torch.zeros(()), "RMS": 0}
-    zeros = torch.zeros_like(parameter)
-    if parameter.ndim < 2:
-        return step | {"exp_avg_sq": zeros}
-    row, column = zeros.mean(dim=-1), zeros.mean(dim=-2)
-    if isinstance(column, DTensor):  # a mean over the sharded dimension is one of each rank still
-        column = column.redistribute(placements=[Replicate() if p.is_partial() else p for p in column.placements])
-    return step | {"exp_avg_sq_row": row, "exp_avg_sq_col": column}
-
-
-def _bitsandbytes_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor | int]:
-    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # what it asks of a group is the same in all
-    state = optimizer.state[parameter]
-    shared = {entry: state[entry].clone() for entry in ("qmap1", "qmap2") if entry in state}
-    return state | shared  # safetensors refuses tensors that share memory
+        if isinstance(parameter, DTensor) and not entry.shards:
+            raise UserError(f"{name} does not work with sharded parameters: choose adamw8bit")
 
 
 def _is_uneven(parameter: Tensor) -> bool:
@@ -172,61 +278,6 @@ def _is_quantised(value: Tensor) -> bool:
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Learning rate
-
-
-def lr_factor(
-    step: int,
-    *,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    total_steps: int | None = None,
-    final_share: float = 0.0,
-    reference_steps: int | None = None,
-) -> float:
-    """What the learning rate of a step is multiplied by; it depends on nothing else, so a resume needs no state.
-
-    - constant: 1.
-    - cosine: from 1 behind the warm-up along half a cosine to ``final_share`` at ``total_steps`` (arXiv 1608.03983).
-    - rsqrt: 1 / sqrt(max(step / reference_steps, 1)), the decay of EDM2 (arXiv 2312.02696).
-
-    Args:
-        step: about to be taken, from 0.
-        schedule: one of SCHEDULES.
-        warmup_steps: over which a factor goes up linearly, from 1 / warmup_steps in step 0 to 1.
-        total_steps: of the training; for cosine only.
-        final_share: for cosine only.
-        reference_steps: for rsqrt only.
-
-    Raises:
-        UserError: no such schedule, or a number that it needs is missing or out of range.
-    """
-    warmup = min((step + 1) / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
-    if schedule == "constant":
-        return warmup
-    if schedule == "cosine":
-        if total_steps is None or total_steps <= warmup_steps:
-            raise UserError(f"cosine needs total_steps above the {warmup_steps} of the warm-up, not {total_steps}")
-        progress = min(max(step - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)
-        return warmup * (final_share + (1 - final_share) * (1 + math.cos(math.pi * progress)) / 2)
-    if schedule == "rsqrt":
-        if reference_steps is None or reference_steps < 1:
-            raise UserError(f"rsqrt needs reference_steps of at least 1, not {reference_steps}")
-        return warmup / math.sqrt(max(step / reference_steps, 1.0))
-    raise UserError(f"there is no learning-rate schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
-
-
-def set_lr(optimizer: Optimizer, factor: float) -> None:
-    """Give every group its learning rate times ``lr_factor`` of the step."""
-    for group in optimizer.param_groups:
-        lr = group["initial_lr"] * factor
-        if isinstance(group["lr"], Tensor):  # torchao's, on the CPU; compiled once for all values
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """The state of a run on disk: written whole or not at all, by any number of processes, read by any other number.
 
-A state is a folder of safetensors files, which torch.distributed.checkpoint writes side by side from all processes, and
-of one JSON file with the few numbers that are no tensors.  Random numbers have no state: they follow from the seed and
-the place in the plan.
+A state is a folder of safetensors files, which torch.distributed.checkpoint writes in parallel from all processes, and
+one JSON file with the few values that are not tensors.  Random generators have no state: all random numbers follow from
+the seed and the place in the plan.
 """
 
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ STATE = "state.json"
 REMOVED = ".removed"
 # What torch.distributed.checkpoint and safetensors raise for files that are damaged or cannot be written.
 DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
-BEFORE = "remove it to go on from the one before"
+BEFORE = "remove it to resume from the state before it"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -36,9 +36,9 @@ class RunStates:
     """The states that a run has written.
 
     Args:
-        folder: of them.
-        keep: so many of the last stay.
-        keep_every: the states of these steps stay too; 0 for none.
+        folder: folder of the states.
+        keep: number of most recent states to keep.
+        keep_every: also keep the state of every step divisible by this; 0 for none.
         world: the processes that write.
     """
 
@@ -46,27 +46,28 @@ class RunStates:
         self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world
 
     def paths(self) -> dict[int, Path]:
-        """Step -> folder, the last one last."""
+        """Step -> folder of its state, in ascending order."""
         if not self.folder.is_dir():
             return {}
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return dict(sorted((int(match[1]), path) for match, path in found if match and (path / STATE).is_file()))
 
     def last(self) -> tuple[int, Path] | None:
-        """Step and folder of the last one, as the first process sees it; all processes call this."""
+        """Step and folder of the last state, as the first process sees it; all processes call this."""
         return self.world.tell(max(self.paths().items(), default=None) if self.world.first else None)
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the state at a step; then remove those that need not stay.
+        """Write the state at a step, then remove old states; if anything fails, the earlier states stay.
 
-        All processes call this.  What was there before stays where anything fails.
+        All processes call this.
 
         Args:
-            tensors: by name; plain ones are the same in all processes, DTensors are put down shard by shard.
-            state: what JSON can hold.
+            step: number of steps done.
+            tensors: tensors by name; plain ones are equal in all processes, DTensors are written shard by shard.
+            state: values that JSON can hold.
 
         Raises:
-            UserError: it cannot be written: a full disk, ...
+            UserError: it cannot be written, for example because the disk is full.
         """
         target = self.folder / f"step-{step:08d}"
         trouble = None
@@ -74,7 +75,7 @@ class RunStates:
             if self.world.first:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    if target.exists():  # without STATE: no state
+                    if target.exists():  # left without STATE, so not a state
                         shutil.rmtree(target)
                     place = opened.enter_context(atomic_folder(target))
                 except (OSError, UserError) as error:
@@ -85,7 +86,7 @@ class RunStates:
             if trouble is None and self.world.first:
                 try:
                     (place / STATE).write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
-                    opened.close()  # brings all to the disk, and renames
+                    opened.close()  # flushes everything to the disk, and renames
                 except (OSError, UserError) as error:
                     trouble = str(error)
             trouble = self.world.tell(trouble)
@@ -94,6 +95,28 @@ class RunStates:
         if self.world.first:
             self._remove_old()
         return target
+
+    def write_or_say(
+        self,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
+        say: Callable[[str], None],
+        *,
+        is_last: bool,
+    ) -> None:
+        """Write the state at a step; if that fails, report it and let the training continue.
+
+        Raises:
+            UserError: the state of the last step cannot be written, behind which there is nothing to continue.
+        """
+        try:
+            self.write(step, tensors, state)
+        except UserError as error:
+            saved = max(self.paths(), default=None)
+            say(f"{error}; " + ("no state is saved yet" if saved is None else f"the state of step {saved} is kept"))
+            if is_last:
+                raise
 
     def _write_tensors(self, place: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
         writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
@@ -109,7 +132,7 @@ class RunStates:
         return None
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """The numbers of a state.
+        """The JSON part of a state.
 
         Raises:
             UserError: they cannot be read.
@@ -120,10 +143,10 @@ class RunStates:
             raise UserError(f"{path / STATE} cannot be read: {error}; {BEFORE}") from None
 
     def read_into(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill the tensors with those of a state, however many processes wrote it.
+        """Load a state into these tensors, however many processes wrote it.
 
         Raises:
-            UserError: files that are damaged, or of other tensors.
+            UserError: its files are damaged, or hold other tensors.
         """
         reader = dcp.HuggingFaceStorageReader(str(path))
         rows = {name: _packed(tensor) for name, tensor in tensors.items()}
@@ -146,21 +169,21 @@ class RunStates:
             raise UserError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
 
     def _remove_old(self) -> None:
-        for leftover in self.folder.glob(".*" + REMOVED):  # by a run that was killed meanwhile
+        for leftover in self.folder.glob(".*" + REMOVED):  # a run was killed between renaming and removing
             shutil.rmtree(leftover, ignore_errors=True)
         remove_leftovers(self.folder)
         paths = self.paths()
         kept = set(list(paths)[-self.keep :])
         for step, path in paths.items():
             if step not in kept and not (self.keep_every and step % self.keep_every == 0):
-                # renamed first, so that a state is whole as long as it has its name
+                # rename first, so that whatever has the name of a state is whole
                 gone = path.with_name(f".{path.name}{REMOVED}")
                 path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
 
 def _compare(path: Path, saved: Mapping[str, tuple], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a state of other tensors than these."""
+    """Refuse a state with other tensors than these."""
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
     if not differing:
@@ -171,13 +194,13 @@ def _compare(path: Path, saved: Mapping[str, tuple], tensors: Mapping[str, torch
     else:
         how = "has {} of shape {} in {} where this run's is {} in {}".format(name, *saved[name], *own[name])
     raise UserError(
-        f"{path} {how}, one of {len(differing)} tensors by which it differs from this run: go on with the model, "
+        f"{path} {how}, one of {len(differing)} tensors by which it differs from this run: resume with the model, "
         "optimizer, trained parameters and averages that the run had"
     )
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as safetensors wants it; those in channels_last are copied, where there is more room."""
+    """The tensor contiguous, as safetensors requires; a channels_last one is copied to the CPU, which has more room."""
     if isinstance(tensor, DTensor) or tensor.is_contiguous():
         return tensor.contiguous()
     return tensor.detach().to("cpu", memory_format=torch.contiguous_format)

@@ -1,22 +1,21 @@
-"""How a run ends before its last step: asked to, or for want of memory."""
+"""How a run ends before its last step: by a signal, or because the device has too little memory."""
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from ..errors import UserError
-from .config import FinetuneSettings
 
-ONE_REQUEST = 5.0  # seconds in which signals are one request: torchrun passes on what others have sent already
+ONE_REQUEST = 5.0  # seconds; signals within them are one request, because torchrun passes a signal on
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is not empty any more once the process was asked to stop; asked again, it stops at once."""
+    """A list to which SIGINT and SIGTERM are added: stop when it is not empty.  A second request stops at once."""
     caught: list[int] = []
     before = {}
     first = 0.0
@@ -33,7 +32,7 @@ def stop_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    with suppress(ValueError):  # in another thread than the main one there are no signals
+    with suppress(ValueError):  # only the main thread gets signals
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
     try:
@@ -43,19 +42,9 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def out_of_memory_in_one_sentence(settings: FinetuneSettings) -> Iterator[None]:
-    """What can be done about it."""
+def out_of_memory_in_one_sentence(ways: Sequence[str]) -> Iterator[None]:
+    """Raise a UserError that names some ways to need less memory if the device has too little for the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        ways = []
-        if settings.speed.checkpointing != "full":
-            ways.append('speed.checkpointing = "full"')
-        ways.append(f"optimizer.accumulation above {settings.optimizer.accumulation}")
-        if settings.optimizer.name == "adamw":
-            ways.append('optimizer.name = "adamw8bit"')
-        if not settings.average.on_cpu and settings.speed.strategy == "ddp":
-            ways.append("average.on_cpu = true")
-        if settings.model.adapter is None:
-            ways.append("model.adapter")
         raise UserError(f"the device has too little memory: try {', '.join(ways)}") from error

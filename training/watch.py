@@ -1,9 +1,9 @@
-"""What is written down during a run: lines of JSON always, TensorBoard's files, and W&B where it is asked for."""
+"""What is recorded during a run: always lines of JSON, and TensorBoard's files and W&B if the settings say so."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def check_installed(settings: WatchSettings) -> None:
-    """Refuse, before anything is loaded, what is asked for and not installed.
+    """Refuse, before anything is loaded, a watcher that is set but not installed.
 
     Raises:
         UserError: how to install it.
@@ -35,24 +35,36 @@ def check_installed(settings: WatchSettings) -> None:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
-            raise UserError(f"{needs('watch.tensorboard', 'tensorboard')}, or turn it off") from None
+            raise UserError(f"{needs('watch.tensorboard', 'tensorboard')}, or set watch.tensorboard = false") from None
     if settings.wandb:
         try:
             import wandb  # noqa: F401
         except ImportError:
-            raise UserError(f"{needs('watch.wandb', 'wandb')}, or leave it out") from None
+            raise UserError(f"{needs('watch.wandb', 'wandb')}, or leave out watch.wandb") from None
+
+
+@contextmanager
+def written_if_possible(what: str, step: int, say: Callable[[str], None]) -> Iterator[None]:
+    """Report what the block could not write, and go on: the training is worth more than a line of metrics."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        say(f"{what} of step {step} could not be written: {reason}; training continues without it")
 
 
 class Watch:
-    """Where metrics and pictures go; in all processes but the first, nowhere.
+    """Writes metrics and pictures, in the first process alone.
 
     Args:
-        folder: of the run.
-        step: that the run goes on from: what was written down behind it by a run before is dropped.
+        folder: folder of the run.
+        settings: which of TensorBoard and W&B to write for.
+        world: the processes of the run.
+        step: the step that the run resumes at; lines of later steps, which an earlier run wrote, are dropped.
         config: all settings of the run, for W&B.
 
     Raises:
-        UserError: a library that is not installed, W&B without a login, files that cannot be written.
+        UserError: a library is not installed, W&B has no login, or a file cannot be written.
     """
 
     def __init__(
@@ -86,10 +98,10 @@ class Watch:
                     project=settings.wandb, dir=str(folder), name=folder.resolve().name, config=config
                 )
             except wandb.Error as error:
-                raise UserError(f"W&B cannot be written for, which watch.wandb asks for: {error}") from None
+                raise UserError(f"W&B did not start: {error}; run `wandb login`, or leave out watch.wandb") from None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A line of metrics at a step; names with a slash are groups."""
+        """Write a line of metrics; a slash in a name makes a group. Numbers that are not finite become null."""
         if not self._writes:
             return
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -99,7 +111,7 @@ class Watch:
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
-            except OSError:  # no half line, to which the next one would be added
+            except OSError:  # remove the half line, else the next one would be appended to it
                 file.truncate(before)
                 raise
         with self._tensorboard() as writer:
@@ -109,7 +121,7 @@ class Watch:
             self._run.log(dict(metrics), step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture at a step."""
+        """Give a picture to TensorBoard and W&B."""
         with self._tensorboard() as writer:
             if writer:
                 writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
@@ -119,7 +131,7 @@ class Watch:
             self._run.log({name: wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
-        """Bring all to the disk."""
+        """Flush everything to the disk."""
         if self._writer is not None:
             self._writer.close()
         if self._run is not None:
@@ -127,7 +139,7 @@ class Watch:
 
     @contextmanager
     def _tensorboard(self) -> Iterator["SummaryWriter | None"]:
-        """What writes for it, if it is asked for.  One that failed never writes again, so another takes its place."""
+        """TensorBoard's writer, or None.  A writer that failed never writes again, so a new one replaces it."""
         if self._writer is None and self._new_writer is not None:
             self._writer = self._new_writer()
         try:
@@ -143,7 +155,7 @@ class Watch:
             return
         kept = []
         for line in lines:
-            with suppress(ValueError):  # of a line that was being written when the run was killed
+            with suppress(ValueError):  # a line that a killed run was writing
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         with atomic_write(self._path) as file:
@@ -151,14 +163,15 @@ class Watch:
 
 
 class BandedLoss:
-    """Mean losses by bands of timesteps, gathered on the device and read when asked.
+    """Mean losses by bands of timesteps, summed on the device and read on demand.
 
     Args:
-        bands: first timesteps of all bands but the lowest.
-        last: the last timestep T, which is a band of its own.
+        last: the last timestep T, a band of its own.
+        bands: first timestep of each band except the lowest.
+        device: device of the sums.
 
     Attributes:
-        sums: (3, bands) on the device, of this process: counts, errors, losses; float64 where it has that.
+        sums: (3, bands) counts, errors and losses of this process; float64 if the device has it.
     """
 
     def __init__(self, last: int, bands: Sequence[int], device: torch.device):
@@ -171,18 +184,18 @@ class BandedLoss:
         self.sums = torch.zeros(3, len(self.names), dtype=widest_float(device), device=device)
 
     def add(self, t: torch.Tensor, errors: torch.Tensor, losses: torch.Tensor) -> None:
-        """(B,) timesteps, mean square errors and weighted losses; what is not finite does not count."""
+        """Add (B,) timesteps, mean square errors and weighted losses; errors that are not finite are left out."""
         band = torch.bucketize(t.contiguous(), self._starts, right=True)
         rows = torch.stack([torch.ones_like(errors), errors, losses]).to(self.sums.dtype)
         self.sums.index_add_(1, band, torch.where(errors.isfinite(), rows, 0.0))
 
     def read(self, world: World) -> dict[str, float]:
-        """The mean error of each band that had a picture, "loss" of all and "loss/weighted"; begins anew.
+        """The mean error of each band that had a picture, "loss" of all, and "loss/weighted"; then start from zero.
 
-        Waits for the device.
+        All processes call this; it waits for the device.
         """
         counts, errors, losses = world.sum(self.sums).tolist()
         self.sums.zero_()
         metrics = {name: error / count for name, error, count in zip(self.names, errors, counts, strict=True) if count}
-        total = sum(counts) or math.nan  # where none counts there is no loss
+        total = sum(counts) or math.nan  # without a single finite error the loss is nan
         return {"loss": sum(errors) / total, "loss/weighted": sum(losses) / total} | metrics

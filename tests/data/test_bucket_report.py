@@ -153,7 +153,7 @@ def test_lists_of_pictures_elsewhere(pictures, tmp_path):
     path.write_text(json.dumps({"path": str(next(pictures.glob("*.png")))}))
     done = run(path, "--out", tmp_path / "out")
     assert done.exit_code == 2
-    assert "if that is right, allow it by --outside" in done.output
+    assert "to allow it, use --outside" in done.output
     done = run(path, "--outside", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out" / "buckets.json").read_text())["taken"] == 1

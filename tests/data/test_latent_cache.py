@@ -38,6 +38,7 @@ from ztsnr.data.make_latent_cache import cache_latents, recipe_of, scaled_size
 from ztsnr.data.pictures import PictureError, cover_size
 from ztsnr.data.quarantine import Quarantine
 from ztsnr.data.sources import PictureIndex, Source, build_index
+from ztsnr.files import lock_folder
 
 BUCKETS = [(128, 192), (160, 160), (192, 128)]
 
@@ -362,7 +363,7 @@ def test_no_file_is_kept_open(cache):
     assert not [path for path in opened if path.endswith(".safetensors")]
 
 
-@pytest.mark.parametrize(("bucket", "sentence"), [((512, 128), "cannot be cut out"), ((100, 128), "grid of 8")])
+@pytest.mark.parametrize(("bucket", "sentence"), [((512, 128), "cannot be cropped"), ((100, 128), "grid of 8")])
 def test_a_bucket_that_does_not_fit(cache, bucket, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_latents(int(np.flatnonzero(cache.has)[0]), bucket, numbers_of(0), cache=cache)
@@ -391,7 +392,7 @@ def test_killed_and_resumed(vae, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (folder / "index.arrow").exists()
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="not a finished cache"):
         LatentCache(folder)
 
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
@@ -456,8 +457,8 @@ def test_the_command(vae, tmp_path):
     assert result.exit_code == 0, result.output
     assert "pictures/101.png cannot be used: it is empty\n" in result.output
     assert "pictures/100.png cannot be used: it cannot be decoded" in result.output
-    assert "too far from every bucket's: 1 pictures" in result.output
-    assert f"4 pictures are cached in {tmp_path / 'cache'}" in result.output
+    assert "too far from every bucket's): 1 pictures" in result.output
+    assert f"Cached 4 pictures in {tmp_path / 'cache'}" in result.output
     cache = LatentCache(tmp_path / "cache")
     for number in cache.statistics.mean:
         assert f"{number:9.5f}" in result.output
@@ -488,7 +489,7 @@ def test_the_command_with_names_for_its_sources(vae, tmp_path):
     arguments = [str(part) for part in ["cache", *arguments, "--out", tmp_path / "cache"]]
     result = CliRunner().invoke(main, [*arguments, *map(str, folders)])
     assert result.exit_code == 2
-    assert "pictures/000.png is there twice" in result.output
+    assert "pictures/000.png occurs twice" in result.output
     result = CliRunner().invoke(main, [*arguments, f"cats={folders[0]}", str(folders[1])])
     assert result.exit_code == 0, result.output
     index, _ = build_index([Source(folders[0], "cats"), Source(folders[1])], allow_missing_captions=True)
@@ -502,7 +503,7 @@ def test_the_command_for_lists_of_pictures_elsewhere(vae, tmp_path):
     (tmp_path / "lists" / "one.jsonl").write_text(json.dumps({"path": str(folder / "000.png")}))
     arguments = ["cache", tmp_path / "lists" / "one.jsonl", "--vae", tmp_path / "vae", "--area", "128x128"]
     arguments = [str(part) for part in [*arguments, "--out", tmp_path / "cache", "--workers", 0, "--device", "cpu"]]
-    assert "allow it by --outside" in CliRunner().invoke(main, arguments).output
+    assert "to allow it, use --outside" in CliRunner().invoke(main, arguments).output
     result = CliRunner().invoke(main, [*arguments, "--outside"])
     assert result.exit_code == 0, result.output
     assert len(LatentCache(tmp_path / "cache")) == 1
@@ -634,12 +635,12 @@ def another_size(folder):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (touch, "the file of pictures/001.png has changed since"),
-        (longer, "the file of pictures/001.png has changed since"),
-        (another_size, "the file of pictures/001.png has changed since"),
+        (touch, "the file of pictures/001.png has changed since then"),
+        (longer, "the file of pictures/001.png has changed since then"),
+        (another_size, "the file of pictures/001.png has changed since then"),
         (
             lambda folder: (folder / "001.png").rename(folder / "0001.png"),
-            "where it has pictures/001.png, there is now pictures/0001.png",
+            "it has pictures/001.png where there is now pictures/0001.png",
         ),
         (lambda folder: (folder / "002.png").unlink(), "from 3 pictures, not 2|none of the 2 shards"),
         (lambda folder: (folder / "004.png").write_bytes((folder / "002.png").read_bytes()), "from 3 pictures, not 4"),
@@ -684,7 +685,7 @@ def test_a_shortened_shard(small):
     _, arguments, cache = small
     victim = sorted(cache.folder.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=f"{victim.name} is not of the size that the index says: it is damaged"):
+    with pytest.raises(ValueError, match=f"{victim.name} does not have the size that the index records: it is damaged"):
         LatentCache(cache.folder)
     with pytest.raises(ValueError, match=f"{victim.name} cannot be read"):
         cache_latents(cache.folder, *arguments)
@@ -698,7 +699,7 @@ def test_a_damaged_shard_is_found_when_asked(small):
     data[-1] ^= 1
     victim.write_bytes(data)
     opened = LatentCache(cache.folder)
-    with pytest.raises(ValueError, match=f"{victim.name} does not have the checksum that the index says"):
+    with pytest.raises(ValueError, match=f"{victim.name} does not have the checksum that the index records"):
         opened.verify()
 
 
@@ -706,7 +707,7 @@ def test_a_vae_that_overflows(dataset, vae, tmp_path):
     vae = copy.deepcopy(vae)
     with torch.no_grad():
         vae.quant_conv.bias[0] = 1e5
-    with pytest.raises(ValueError, match=r"latents of pictures/000.png are no numbers or too large .* in float16"):
+    with pytest.raises(ValueError, match=r"latents of pictures/000.png are not finite, or too large .* in torch"):
         cache_latents(tmp_path / "cache", *dataset, vae)
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -716,7 +717,7 @@ def test_no_picture_can_be_used(vae, tmp_path):
     arguments = bucketed(index_of(folder))
     for path in folder.iterdir():
         path.write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"none of the pictures can be used; pictures/000.png, for one: it"):
+    with pytest.raises(ValueError, match=r"none of the pictures can be used; pictures/000.png, for example: it"):
         cache_latents(tmp_path / "cache", *arguments, vae)
 
 
@@ -724,7 +725,7 @@ def test_no_picture_can_be_used(vae, tmp_path):
     ("changes", "sentence"),
     [
         ({"assignment": np.full(10, -1)}, "nothing to cache: no picture has a bucket"),
-        ({"assignment": np.zeros(9, int)}, "there are 10 pictures, and buckets for 9"),
+        ({"assignment": np.zeros(9, int)}, "assignment has 9 buckets for 10 pictures"),
         ({"buckets": [(100, 128)] * 3}, "100 x 128 is off the grid of this VAE: sides must be multiples of 8"),
         ({"margin": -8}, "margin must be at least 0"),
     ],
@@ -742,21 +743,30 @@ def test_a_folder_that_cannot_be_made(dataset, vae, tmp_path):
 
 
 def test_folders_that_are_no_cache(tmp_path):
-    with pytest.raises(ValueError, match="no cache of latents"):
+    with pytest.raises(ValueError, match="not a finished cache of latents"):
         LatentCache(tmp_path / "nowhere")
     (tmp_path / "index.arrow").write_bytes(b"none")
     with pytest.raises(ValueError, match="cannot be read"):
         LatentCache(tmp_path)
     index = index_of(make_pictures(tmp_path / "pictures", 1))
     index.save(tmp_path / "index.arrow")
-    with pytest.raises(ValueError, match="no index of cached latents"):
+    with pytest.raises(ValueError, match="not an index of cached latents"):
         LatentCache(tmp_path)
+
+
+def test_a_folder_in_use_is_refused(dataset, vae, tmp_path):
+    """But not to the other processes of the one that uses it."""
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match=f"^{tmp_path} is in use by process"):
+            cache_latents(tmp_path, *dataset, vae)
+        cache_latents(tmp_path, *dataset, vae, rank=1, world_size=2)
+    assert cache_latents(tmp_path, *dataset, vae) is not None
 
 
 def test_a_foreign_shard_is_not_touched(dataset, vae, tmp_path, write_checkpoint):
     path = write_checkpoint(tmp_path / "latents-00000.safetensors", {"a": (2, 2)})
     before = digests(tmp_path)
-    with pytest.raises(ValueError, match="no shard of cached latents"):
+    with pytest.raises(ValueError, match="not a shard of cached latents"):
         cache_latents(tmp_path, *dataset, vae)
     assert digests(tmp_path) == before
     assert path.exists()

@@ -173,7 +173,7 @@ def test_names_of_sources(tmp_path, monkeypatch):
 def test_splits_of_a_saved_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"train": huggingface(tmp_path)}).save_to_disk(tmp_path / "all")
-    assert "holds a dataset in splits" in sentence(tmp_path / "all")
+    assert "holds a dataset with several splits" in sentence(tmp_path / "all")
     assert len(build(tmp_path / "all" / "train")[0]) == 4
 
 
@@ -218,8 +218,8 @@ def test_captions_beside_a_picture(tmp_path):
 def test_missing_captions(tmp_path):
     write(tmp_path / "set", {f"{n}.png": picture((5, 5)) for n in range(7)} | {"3.txt": "yes", "4.txt": " \n"})
     assert sentence(tmp_path / "set") == (
-        "6 of 7 pictures have no caption, the first are set/0.png, set/1.png, set/2.png: add captions, or allow that "
-        "some are missing"
+        "6 of 7 pictures have no caption, the first are set/0.png, set/1.png, set/2.png: add captions, or set "
+        "allow_missing_captions"
     )
     index, _ = build(tmp_path / "set", allow_missing_captions=True)
     assert [index.captions(i) for i in (3, 4, 5)] == [("yes",), ("",), ("",)]
@@ -271,7 +271,7 @@ def test_folder_of_tars(tmp_path):
     assert [index.captions(i) for i in range(2)] == [("00",), ("01",)]
     assert index.read(1) == file_of("b.jpg")
     write(tmp_path, {"stray.png": picture((5, 5))})
-    assert "holds pictures and tars" in sentence(tmp_path)
+    assert "holds both pictures and tars" in sentence(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_pictures_in_a_tar_are_read_by_their_place(tmp_path):
         row = index.table.slice(i, 1).to_pylist()[0]
         assert data[row["offset"] : row["offset"] + row["length"]] == file_of(name)
     path.write_bytes(data[: row["offset"] + 5])
-    with pytest.raises(PictureError, match="it is cut short: the tar that it lies in has become shorter"):
+    with pytest.raises(PictureError, match="it is cut short: the tar that holds it has become shorter"):
         index.read(3)
     path.unlink()
     with pytest.raises(PictureError, match="it cannot be read: No such file"):
@@ -307,8 +307,8 @@ def test_names_in_a_tar(tmp_path):
 )
 def test_compressed_tars_are_refused(tmp_path, name, mode):
     path = write_tar(tmp_path / name, {"1.png": picture((5, 5))}, mode)
-    assert "if it is compressed, unpack it first" in sentence(path)
-    assert "if it is compressed, unpack it first" in sentence(tmp_path)
+    assert "if it is compressed, decompress it first" in sentence(path)
+    assert "if it is compressed, decompress it first" in sentence(tmp_path)
 
 
 def test_tars_that_end_too_early_are_refused(tmp_path):
@@ -371,7 +371,7 @@ def test_a_file_of_another_program_makes_no_saved_dataset(tmp_path):
     write(tmp_path / "set", {"state.png": picture((5, 5)), "state.json": json.dumps({"caption": "of a state"})})
     assert build(tmp_path / "set")[0].captions(0) == ("of a state",)
     write(tmp_path / "set", {"dataset_info.json": "{}"})
-    assert "is not that of a dataset saved by save_to_disk" in sentence(tmp_path / "set")
+    assert "was not written by save_to_disk" in sentence(tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "../set2/1.png", "/etc/passwd", "a/../../b.png"])
@@ -379,8 +379,8 @@ def test_lists_name_no_picture_outside_of_their_folder(tmp_path, name):
     write(tmp_path, {"set/1.png": picture((5, 5))})
     path = listing(tmp_path / "set", {"path": "1.png", "text": "x"}, {"path": name, "text": "x"})
     assert sentence(path) == (
-        f"line 2 of {path} names a picture outside of its folder, {name}: if that is right, allow it by "
-        "--outside, or for this source alone by outside = true"
+        f"line 2 of {path} names a picture outside of its folder, {name}: to allow it, use --outside, or "
+        "set outside = true for this source"
     )
     pq.write_table(pa.table({"path": [name], "text": ["x"]}), tmp_path / "set" / "x.parquet")
     assert sentence(tmp_path / "set" / "x.parquet").startswith("row 0 of ")
@@ -401,12 +401,12 @@ def test_pictures_outside_when_asked(tmp_path):
         ("{", "line 2 of .* is not JSON: "),
         ("[1]", "line 2 of .* must hold a JSON object"),
         ("[" * 10**5, "line 2 of .* is not JSON: maximum recursion depth"),
-        ({"text": "x"}, "line 2 of .* names no picture: it needs a text in one of path, file_name, image"),
+        ({"text": "x"}, "line 2 of .* names no picture: put its path into path or file_name or image"),
         ({"path": 3}, "line 2 of .* names no picture"),
         ({"path": "1.png", "text": 3}, "text in line 2 of .* must be a text or a list of texts"),
         ({"path": "1.png", "text": ["a", None]}, "text in line 2 of .* must be a text or a list of texts"),
         ({"path": "1.png", "text": "\ud800"}, "a name or caption in .* is not UTF-8"),
-        ({"path": "1.png", "text": "again"}, "list.jsonl/1.png is there twice"),
+        ({"path": "1.png", "text": "again"}, "list.jsonl/1.png occurs twice"),
     ],
 )
 def test_bad_lines(tmp_path, line, reason):
@@ -422,7 +422,7 @@ def test_files_that_are_not_what_their_name_says(tmp_path):
     for name in ("x.parquet", "x.tar"):
         assert f"{tmp_path / name} cannot be read" in sentence(tmp_path / name)
     assert sentence(tmp_path / "x.jsonl") == f"{tmp_path / 'x.jsonl'} is not UTF-8 text"
-    assert "is no source of pictures" in sentence(tmp_path / "x.zip")
+    assert "is not a picture source" in sentence(tmp_path / "x.zip")
     assert sentence(tmp_path / "gone") == f"there is no folder or file {tmp_path / 'gone'}"
     for name, content in (("1.txt", b"\xff"), ("1.json", "{")):
         write(tmp_path / "b", {name: content})
@@ -444,7 +444,7 @@ def test_several_columns_of_bytes(tmp_path):
     pq.write_table(pa.table({"mask": [b""], "image": data, "text": ["x"]}), tmp_path / "x.parquet")
     assert build(tmp_path / "x.parquet")[0].read(0) == data[0]
     pq.write_table(pa.table({"mask": [b""], "photo": data}), tmp_path / "y.parquet")
-    assert "has bytes in several columns, mask, photo" in sentence(tmp_path / "y.parquet")
+    assert "has several columns of bytes, mask, photo" in sentence(tmp_path / "y.parquet")
 
 
 def test_a_parquet_without_captions(tmp_path):
@@ -466,16 +466,16 @@ def test_several_sources(tmp_path):
     index, _ = build(Source(tmp_path / "dogs", weight=2), Source(tmp_path / "cats", name="felines", weight=0.5))
     assert keys(index) == ["dogs/1.png", "felines/1.png"]
     assert index.repeats.tolist() == [2, 0.5]
-    assert "dogs/1.png is there twice" in sentence(tmp_path / "dogs", tmp_path / "dogs")
+    assert "dogs/1.png occurs twice" in sentence(tmp_path / "dogs", tmp_path / "dogs")
 
 
 def test_no_pictures(tmp_path):
     assert sentence(tmp_path) == f"there are no pictures in {tmp_path}"
     assert sentence(write(tmp_path / "texts", {"a.txt": "x"})) == f"there are no pictures in {tmp_path / 'texts'}"
-    assert sentence() == "there are no sources of pictures: give at least one"
+    assert sentence() == "no picture source was given: give at least one"
     assert "there are no pictures" in sentence(listing(tmp_path))
     write(tmp_path / "bad", {"1.png": b"", "1.txt": "x"})
-    assert sentence(tmp_path / "bad") == "none of the 1 pictures can be used; bad/1.png, for one: it is empty"
+    assert sentence(tmp_path / "bad") == "none of the 1 pictures can be used; bad/1.png, for example: it is empty"
 
 
 def test_more_pictures_than_are_held_at_a_time(tmp_path):
@@ -510,7 +510,7 @@ def test_bad_indexes(tmp_path):
     write(tmp_path, {"no": "no index"})
     with pa.ipc.new_file(str(tmp_path / "other"), pa.schema({"key": pa.string()})):
         pass
-    for name, reason in (("no", "cannot be read"), ("other", "is no index of pictures"), ("gone", "cannot be read")):
+    for name, reason in (("no", "cannot be read"), ("other", "is not a picture index"), ("gone", "cannot be read")):
         with pytest.raises(ValueError, match=f"{name} {reason}"):
             PictureIndex.load(tmp_path / name)
 

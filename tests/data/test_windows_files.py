@@ -10,9 +10,11 @@ from ztsnr.data.latent_cache import LatentCache, load_latents
 from ztsnr.data.make_latent_cache import cache_latents
 from ztsnr.data.picture_boxes import read_boxes
 from ztsnr.data.sources import PictureIndex, Source, build_index
-from ztsnr.training.decoder import trainer as vae_decoder
 from ztsnr.training.decoder.settings import VaeDecoderSettings
+from ztsnr.training.decoder.state import restore_state
+from ztsnr.training.run_state import RunStates
 from ztsnr.training.settings_file import read_settings
+from ztsnr.world import World
 
 from ..training.decoder.test_trainer import batch, training_of
 from ..training.tiny_run import make_content, states, train
@@ -63,12 +65,13 @@ def test_the_state_of_a_decoder_is_written_after_it_was_read(tmp_path, windows):
     make_tiny_sdxl(tmp_path / "folder")
     training = training_of(tmp_path)
     training.step(*batch())
-    path = tmp_path / "state.safetensors"
-    vae_decoder._save_state(training, path, {})
+    states_of_it = RunStates(tmp_path / "states", 1, 0, World(0, 1, 1, torch.device("cpu")))
+    states_of_it.write(1, training.state(), {"settings": {}})
     resumed = training_of(tmp_path)
-    vae_decoder._load_state(resumed, path, {})
-    vae_decoder._save_state(resumed, path, {})
+    restore_state(resumed, states_of_it, *states_of_it.last(), {})
+    states_of_it.write(2, resumed.state(), {"settings": {}})
     assert resumed.steps == 1
+    assert list(states_of_it.paths()) == [2]
 
 
 def test_files_that_notepad_saved(tmp_path):

@@ -57,7 +57,7 @@ def test_fifty_steps_of_sdxl(tmp_path, monkeypatch):
     )
     content["data"] |= {"buckets": ["1024x1024,1216x832"], "step": 64, "workers": 4}
     said, runs = [], []
-    states, export = tmp_path / "run" / "states", trainer._Run.export
+    states, export = tmp_path / "run" / "states", trainer.export_run
 
     def forget(batch):
         """A state is 41 GB, and the disk needs room for no more than one at a time."""
@@ -70,7 +70,7 @@ def test_fifty_steps_of_sdxl(tmp_path, monkeypatch):
         shutil.rmtree(states)
         return export(run)
 
-    monkeypatch.setattr(trainer._Run, "export", exported)
+    monkeypatch.setattr(trainer, "export_run", exported)
     with at({STEPS // 2: sends(signal.SIGTERM)}) as before:
         assert train(content, say=said.append) == []
     gc.collect()

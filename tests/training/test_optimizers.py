@@ -13,20 +13,20 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import fully_shard
 
 from ztsnr.training.ema import Ema, PowerFunction
+from ztsnr.training.learning_rate import lr_factor, set_lr
 from ztsnr.training.optimizers import (
+    ENTRIES,
     LOW_BIT,
     OPTIMIZERS,
     clip_grad_norm,
     load_optimizer_tensors,
-    lr_factor,
     make_optimizer,
     optimizer_tensors,
-    set_lr,
 )
 
 from .forked_ranks import run_ranks
 
-LIBRARIES = {"adamw8bit": "torchao", "adamw4bit": "torchao", "bnb_adamw8bit": "bitsandbytes"}
+LIBRARIES = {name: entry.library for name, entry in ENTRIES.items() if entry.library}
 SHAPES = {"linear.weight": (64, 80), "conv.weight": (32, 16, 3, 3), "norm.bias": (32,), "scale": ()}
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 

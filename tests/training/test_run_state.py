@@ -157,7 +157,7 @@ def test_other_tensors(tmp_path, change, sentence):
     states = make_states(tmp_path)
     path = states.write(1, make_tensors(1), {"epoch": 1})
     tensors = {name: tensor for name, tensor in (make_tensors() | change).items() if tensor is not None}
-    with pytest.raises(ValueError, match=sentence + ".*: go on with the model, optimizer, trained parameters"):
+    with pytest.raises(ValueError, match=sentence + ".*: resume with the model, optimizer, trained parameters"):
         states.read_into(path, tensors)
 
 
@@ -165,11 +165,11 @@ def test_damaged_files(tmp_path):
     states = make_states(tmp_path)
     path = states.write(1, make_tensors(1), {"epoch": 1})
     (path / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"state\.json cannot be read: .*; remove it to go on"):
+    with pytest.raises(ValueError, match=r"state\.json cannot be read: .*; remove it to resume"):
         states.read_json(path)
     (file,) = path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"step-00000001 cannot be read: .*; remove it to go on"):
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read: .*; remove it to resume"):
         states.read_into(path, make_tensors())
     file.unlink()
     with pytest.raises(ValueError, match="one of 7 tensors"):

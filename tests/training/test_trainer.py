@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from ztsnr.data.make_latent_cache import run_cache
-from ztsnr.training import trainer
+from ztsnr.files import lock_folder
+from ztsnr.training import progress, run, step
 from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
@@ -79,11 +80,11 @@ def test_stopped_and_resumed(place, tmp_path, number, changes):
     with at({4: sends(number)}) as taken:
         assert train(content, say=said.append) == []
     assert taken == [0, 1, 2, 3, 4]
-    assert said[-1] == "stopped at step 5; go on with --resume auto"
+    assert said[-1] == "stopped at step 5; continue with --resume auto"
     assert states(parts) == [5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     exported = train(content, resume=True, say=said.append)
-    assert "going on from step 5" in said
+    assert "resuming at step 5" in said
     assert not any("from here on" in line for line in said)
     assert_same(parts, whole)
     assert {parts / "export" / name for name in ("parts", "parts_decay_0.9")} <= set(exported)
@@ -254,8 +255,8 @@ def test_full_disk(place, plain, tmp_path, kind, reason, lost):
             train(make_content(place, disk.folder / "run", save_every=3), say=said.append)
         assert there == [3]
         (sentence,) = (line for line in said if line.startswith("the state at step 6"))
-        assert re.search(f"could not be written: .*({reason}).*; that of step 3 is there$", sentence)
-        assert sum("training goes on" in line for line in said) == lost
+        assert re.search(f"could not be written: .*({reason}).*; the state of step 3 is kept$", sentence)
+        assert sum("training continues" in line for line in said) == lost
         ours, theirs = state(disk.folder / "run", 12), state(plain, 12)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     finally:
@@ -306,13 +307,13 @@ def test_too_many_bad_steps_end_the_run(place, tmp_path):
 )
 def test_a_step_reads_nothing_on_the_host(place, tmp_path, monkeypatch, changes):
     """On a GPU it would be waited for."""
-    step = trainer._Run.step
+    call = step.TrainingStep.__call__
 
-    def watched(run, batch):
+    def watched(take_step, batch):
         with NoHostReads():
-            return step(run, batch)
+            return call(take_step, batch)
 
-    monkeypatch.setattr(trainer._Run, "step", watched)
+    monkeypatch.setattr(step.TrainingStep, "__call__", watched)
     train(make_content(place, tmp_path / "run", steps=2, **changes))
     assert len(losses(tmp_path / "run")) == 2
 
@@ -321,8 +322,8 @@ def test_weights_change_when_they_are_copied(place, tmp_path, monkeypatch):
     """Averages in the main memory: a GPU copies the weights while the next step computes, and not while it is taken."""
     said, take = [], torch.optim.AdamW.step
     take = getattr(take, "__wrapped__", take)  # without the calls of hooks, which torch puts around it
-    monkeypatch.setattr(trainer.Ema, "settle", lambda ema: said.append("settled"))
-    monkeypatch.setattr(trainer.Ema, "update", lambda ema, step: said.append("update"))
+    monkeypatch.setattr(run.Ema, "settle", lambda ema: said.append("settled"))
+    monkeypatch.setattr(run.Ema, "update", lambda ema, step: said.append("update"))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (said.append("step"), take(self)))
     train(make_content(place, tmp_path / "run", steps=2, average__on_cpu=True, average__sigma_rel=[], export__raw=True))
     assert said == ["settled", "step", "update"] * 2
@@ -360,11 +361,11 @@ def test_weights_and_biases_gets_all_settings(place, tmp_path, monkeypatch):
 def test_the_progress_bar_shows_the_loss_by_bands(place, tmp_path, monkeypatch):
     shown = []
 
-    class Bar(trainer.tqdm):
+    class Bar(progress.tqdm):
         def set_postfix_str(self, text, refresh=True):
             shown.append(text)
 
-    monkeypatch.setattr(trainer, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     train(make_content(place, tmp_path / "run", steps=3, watch__log_every=3, objective__terminal_probability=0.4))
     (line,) = metrics(tmp_path / "run")
     bands = [name for name in line if name.startswith("loss/t")]
@@ -376,8 +377,8 @@ def test_the_progress_bar_shows_the_loss_by_bands(place, tmp_path, monkeypatch):
 
 
 def test_without_a_terminal_there_is_a_line_each_interval(place, tmp_path, monkeypatch):
-    read = trainer.Speed.read
-    monkeypatch.setattr(trainer.Speed, "read", lambda speed: read(speed) | {"MFU": 0.41, "peak memory (GiB)": 97.25})
+    read = run.Speed.read
+    monkeypatch.setattr(run.Speed, "read", lambda speed: read(speed) | {"MFU": 0.41, "peak memory (GiB)": 97.25})
     said = []
     train(make_content(place, tmp_path / "run", steps=4, watch__log_every=2), say=said.append)
     lines = [line for line in said if line.startswith("step ")]
@@ -392,10 +393,10 @@ def test_without_a_terminal_there_is_a_line_each_interval(place, tmp_path, monke
 def test_out_of_memory(place, tmp_path, monkeypatch):
     """A stand-in: where there is no GPU there is no such error."""
 
-    def out_of_memory_stand_in(run, batch):
+    def out_of_memory_stand_in(take_step, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(trainer._Run, "step", out_of_memory_stand_in)
+    monkeypatch.setattr(step.TrainingStep, "__call__", out_of_memory_stand_in)
     with pytest.raises(ValueError, match=r"^the device has too little memory: try speed\.checkpointing = \"full\", "):
         train(make_content(place, tmp_path / "run"))
 
@@ -409,9 +410,9 @@ def test_a_device_that_is_none(place, tmp_path):
 
 def test_folders_that_cannot_be_those_of_a_run(place, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file cannot be the folder of a run: it is a file$"):
+    with pytest.raises(ValueError, match=r"file cannot be the folder of a run: it is a file; choose another out$"):
         train(make_content(place, tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"cannot be the folder of a run: Not a directory$"):
+    with pytest.raises(ValueError, match=r"cannot be the folder of a run: Not a directory; choose another out$"):
         train(make_content(place, tmp_path / "file" / "inside"))
 
 
@@ -442,8 +443,17 @@ def done(place, tmp_path_factory):
 
 def test_a_folder_with_a_run(done):
     out, content = done
-    with pytest.raises(ValueError, match=f"^{out} holds a run that is at step 2: go on with --resume auto, or"):
+    with pytest.raises(ValueError, match=f"^{out} holds a run at step 2: continue it with --resume auto, or"):
         train(content)
+
+
+def test_a_folder_in_use(done):
+    """By another run: nothing is done there, be it a resume or a dry run."""
+    out, content = done
+    with lock_folder(out):
+        for options in ({"resume": True}, {"dry_run": True}, {}):
+            with pytest.raises(ValueError, match=f"^{out} is in use by process {os.getpid()} on "):
+                run_finetune(parse_settings(FinetuneSettings, content), say=lambda line: None, **options)
 
 
 @pytest.mark.parametrize(
@@ -519,7 +529,7 @@ def test_a_dry_run_finds_a_prompt_that_cannot_be_followed(place, tmp_path):
 def test_a_dry_run_finds_what_is_not_installed(place, tmp_path, monkeypatch):
     """And loads no model for it."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(trainer, "load_networks", None)
+    monkeypatch.setattr(run, "load_networks", None)
     content = make_content(place, tmp_path / "run", watch__wandb="project")
     with pytest.raises(ValueError, match="needs wandb: pip install wandb"):
         run_finetune(parse_settings(FinetuneSettings, content), dry_run=True)

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from ztsnr.data.dataset import Batch
 from ztsnr.errors import UserError
-from ztsnr.training import trainer
 from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.settings_file import parse_settings
+from ztsnr.training.step import TrainingStep
 from ztsnr.training.trainer import run_finetune
 
 SIZES = [(48, 32), (32, 48), (40, 40)]
@@ -101,17 +101,17 @@ def sends(number: int) -> Callable[[Batch], Batch]:
 @contextmanager
 def at(steps: dict[int, Callable[[Batch], Batch]]) -> Iterator[list[int]]:
     """Within the block something is done with the batches of some steps, counted from 0; the list of steps taken."""
-    step, taken = trainer._Run.step, []
+    call, taken = TrainingStep.__call__, []
 
-    def patched(run, batch):
-        taken.append(run.place.step)
-        return step(run, steps.get(run.place.step, lambda batch: batch)(batch))
+    def patched(step, batch):
+        taken.append(step.run.place.step)
+        return call(step, steps.get(step.run.place.step, lambda batch: batch)(batch))
 
-    trainer._Run.step = patched
+    TrainingStep.__call__ = patched
     try:
         yield taken
     finally:
-        trainer._Run.step = step
+        TrainingStep.__call__ = call
 
 
 def metrics(out: Path) -> list[dict]:

@@ -136,7 +136,7 @@ class DecoderTraining:
     # Its state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All tensors that the next step depends on, by name."""
+        """All tensors that the next step depends on, by name; they are its own, but for the average's step count."""
         tensors = _prefixed("weights", self.weights) | _prefixed("ema", self.ema.state_tensors())
         tensors |= _prefixed("optimizer", _moments(self.optimizer, self.weights))
         if self.discriminator is not None:
@@ -145,24 +145,26 @@ class DecoderTraining:
         return tensors
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Take over what ``state`` gave after so many steps."""
+        """Take over what ``state`` gave after ``steps`` steps, or those tensors themselves once they were loaded into.
 
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.split("/", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-
+        Version 0.1.0 had no moments of weights that had not been trained yet: they stay zero.
+        """
+        own = self.state()
         with torch.no_grad():
-            for prefix, weights in (("weights", self.weights), ("discriminator", self.adversary)):
-                for name, tensor in part(prefix).items():
-                    weights[name].copy_(tensor)
-        self.ema.load_state_tensors(part("ema"))
-        _load_moments(self.optimizer, self.weights, part("optimizer"))
-        if self.discriminator is not None:
-            _load_moments(self.discriminator_optimizer, self.adversary, part("discriminator_optimizer"))
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+        averages = {name.removeprefix("ema/"): t for name, t in tensors.items() if name.startswith("ema/")}
+        self.ema.load_state_tensors(averages)
         self.steps = steps
 
 
 def _adamw(weights: Mapping[str, nn.Parameter], settings: VaeDecoderSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(weights.values(), settings.learning_rate, BETAS, weight_decay=0)
+    """AdamW with its whole state, zero, so that a state on disk always has the same tensors."""
+    optimizer = torch.optim.AdamW(weights.values(), settings.learning_rate, BETAS, weight_decay=0)
+    for weight in weights.values():
+        moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.zeros(()), **moments}
+    return optimizer
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,15 +172,6 @@ def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def _moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]  # by number of the weight; of none before the first step
-    return {f"{name}/{key}": tensor for i, name in enumerate(weights) for key, tensor in state.get(i, {}).items()}
-
-
-def _load_moments(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], moments: Mapping[str, torch.Tensor]
-) -> None:
-    state, numbers = {}, {name: i for i, name in enumerate(weights)}
-    for name, tensor in moments.items():
-        weight, key = name.rsplit("/", 1)
-        state.setdefault(numbers[weight], {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {
+        f"{name}/{key}": tensor for name, weight in weights.items() for key, tensor in optimizer.state[weight].items()
+    }

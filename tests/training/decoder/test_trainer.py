@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -10,20 +11,24 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_pipelines import make_tiny_sdxl, write_single_file
 from ztsnr.checkpoints.vae import hash_encoder, load_vae
 from ztsnr.checkpoints.verify import verify_checkpoint
 from ztsnr.data.sources import Source, build_index, split
+from ztsnr.files import lock_folder
 from ztsnr.training.decoder import step as decoder_training
 from ztsnr.training.decoder import trainer as vae_decoder
 from ztsnr.training.decoder.perceptual import PatchDiscriminator, adaptive_weight
+from ztsnr.training.decoder.pictures import read_pictures
 from ztsnr.training.decoder.settings import VaeDecoderSettings
 from ztsnr.training.decoder.step import DecoderTraining
 from ztsnr.training.decoder.trainer import run_finetune_vae
 from ztsnr.training.ema import ConstantDecay
 from ztsnr.training.settings_file import read_settings
+
+from ..tiny_run import metrics
 
 TRAINED = ("decoder.", "post_quant_conv.")
 
@@ -113,8 +118,8 @@ def test_held_out_pictures_come_out_better(run):
     assert scores["after"] == dataclasses.asdict(report.after)
     assert scores["before"] == dataclasses.asdict(report.before)
     assert f"After 40 steps: {report.after}." in said
-    assert "discriminator" not in next(line for line in said if line.startswith("Step 20 "))
-    assert "discriminator" in next(line for line in said if line.startswith("Step 30 "))
+    assert "discriminator" not in next(line for line in said if line.startswith("step 20: "))
+    assert "discriminator" in next(line for line in said if line.startswith("step 30: "))
     sheet = np.asarray(Image.open(report.vae.parent / "pictures.png"))
     assert sheet.shape == (16 + 8 * 32, 3 * 32, 3)
     original, before, after = (sheet[16:, 32 * i : 32 * (i + 1)].astype(float) for i in range(3))
@@ -152,20 +157,49 @@ def test_the_merged_model(run, place):
 def test_the_result_is_the_average_of_the_weights(run, place):
     """Of the state it is seen that the weights have moved on from it."""
     _, report, _ = run
-    state, vae = load_file(report.vae.parent / "state.safetensors"), load_vae(report.vae).state_dict()
+    state, vae = state_of(report.vae.parent, 40), load_vae(report.vae).state_dict()
     name, profile = "decoder.conv_out.weight", ConstantDecay(0.9).name
     assert torch.equal(vae[name], state[f"ema/{profile}.{name}"])
     assert not torch.equal(vae[name], state[f"weights/{name}"])
 
 
-def test_results_are_not_overwritten(run):
-    with pytest.raises(ValueError, match="already exists"):
-        run_finetune_vae(dataclasses.replace(run[0], resume=True), say=lambda line: None)
+def test_metrics_are_recorded(run):
+    _, report, _ = run
+    lines = metrics(report.vae.parent)
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert all({"step", "reconstruction", "l1"} <= line.keys() for line in lines)
+    assert ["discriminator" in line for line in lines] == [False, False, True, True]
+
+
+def test_a_run_that_is_done_is_exported_again(run, tmp_path):
+    """As one is that was killed in its export: with the results half there, or not."""
+    settings, report, _ = run
+    out = shutil.copytree(report.vae.parent, tmp_path / "out")
+    shutil.rmtree(out / "vae")
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=f"^{out} holds a run at step 40: continue it with --resume auto"):
+        run_finetune_vae(dataclasses.replace(settings, out=str(out)), say=lambda line: None)
+    again = run_finetune_vae(dataclasses.replace(settings, out=str(out)), resume=True, say=lambda line: None)
+    assert (again.before, again.after) == (report.before, report.after)
+    ours, theirs = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (again.vae, report.vae))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {path for path in before if path.read_bytes() != before[path]} == {out / "config.toml"}
+
+
+def test_what_is_of_no_run_is_not_overwritten(place, tmp_path):
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(ValueError, match=r"vae (is there already|already exists)"):
+        run_finetune_vae(settings_for(place, tmp_path), resume=True, say=lambda line: None)
+
+
+def test_a_folder_in_use_is_refused(place, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match=f"^{tmp_path} is in use by process"):
+        run_finetune_vae(settings_for(place, tmp_path), say=lambda line: None)
 
 
 def test_held_out_pictures_are_not_trained_with(place, tmp_path):
     settings = settings_for(place, tmp_path)
-    dataset, examples = vae_decoder._read_pictures(settings, load_vae(place / "folder"), print)
+    dataset, examples = read_pictures(settings, load_vae(place / "folder"), print)
     index, _ = build_index([Source(place / "pictures")], allow_missing_captions=True)
     _, held_out = split(index, 0.2)
     assert examples.shape == (len(held_out), 4, 32, 32)
@@ -176,9 +210,15 @@ def test_held_out_pictures_are_not_trained_with(place, tmp_path):
 # Stopping and going on
 
 
-def finished(settings, say=lambda line: None):
-    report = run_finetune_vae(settings, say=say)
-    return report and (load_vae(report.vae).state_dict(), load_file(report.vae.parent / "state.safetensors"))
+def state_of(out, step):
+    """The tensors of a state."""
+    (path,) = (out / "states" / f"step-{step:08d}").glob("*.safetensors")
+    return load_file(path)
+
+
+def finished(settings, say=lambda line: None, **options):
+    report = run_finetune_vae(settings, say=say, **options)
+    return report and (load_vae(report.vae).state_dict(), state_of(report.vae.parent, settings.steps))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
@@ -190,17 +230,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
     weights, state = finished(settings_for(place, tmp_path / "whole", **options))
 
     def stop(line):
-        if line.startswith("Step 11 "):
+        if line.startswith("step 11: "):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert finished(settings_for(place, tmp_path / "parts", **options), say=stop) is None
     assert not (tmp_path / "parts" / "vae").exists()
-    with pytest.raises(ValueError, match="set resume to go on"):
+    with pytest.raises(ValueError, match="holds a run at step 12: continue it with --resume auto"):
         finished(settings_for(place, tmp_path / "parts", **options))
     said = []
     resumed = settings_for(place, tmp_path / "parts", **options, resume=True, workers=1)
     weights_of_parts, state_of_parts = finished(resumed, said.append)
-    assert "Resumed behind step 12." in said
+    assert "resuming at step 12" in said
+    assert [line for line in said if line.endswith("from here on")] == ["workers was 0, and is 1 from here on"]
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert state.keys() == state_of_parts.keys()
     assert all(torch.equal(state[name], state_of_parts[name]) for name in state)
     assert all(torch.equal(weights[name], weights_of_parts[name]) for name in weights)
@@ -208,29 +250,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
     assert state["discriminator_optimizer/0.weight/step"] == 11
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_does_what_it_always_does(number):
-    caught, before = [], signal.getsignal(number)
-    try:
-        signal.signal(number, lambda *arguments: caught.append(number))
-        with vae_decoder._stop_requested() as is_stopped:
-            assert not is_stopped()
-            os.kill(os.getpid(), number)
-            assert is_stopped()
-            assert not caught
-            os.kill(os.getpid(), number)
-            assert caught == [number]
-        os.kill(os.getpid(), number)
-        assert caught == [number] * 2
-    finally:
-        signal.signal(number, before)
-
-
 def test_the_state_of_another_run_is_refused(place, tmp_path):
     settings = settings_for(place, tmp_path, steps=3)
 
     def stop(line):
-        if line.startswith("Step 1 "):
+        if line.startswith("step 1: "):
             os.kill(os.getpid(), signal.SIGTERM)
 
     finished(settings, stop)
@@ -241,11 +265,34 @@ def test_the_state_of_another_run_is_refused(place, tmp_path):
     fewer.mkdir(parents=True)
     for i in range(0, 40, 2):
         (fewer / f"{i:02}.png").symlink_to(place / "pictures" / f"{i:02}.png")
-    with pytest.raises(ValueError, match="another set of pictures"):
+    with pytest.raises(ValueError, match="with another set of pictures"):
         finished(dataclasses.replace(settings, resume=True, sources=(str(fewer),)))
-    (tmp_path / "state.safetensors").write_bytes((place / "single.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="is no state of such a run"):
-        finished(dataclasses.replace(settings, resume=True))
+    (path,) = (tmp_path / "states").iterdir()
+    (path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not the state of such a run"):
+        finished(settings, resume=True)
+
+
+def test_a_state_of_the_first_version(place, tmp_path):
+    """One file, in which weights that were not trained yet have no moments; the run is the same behind it."""
+    settings = settings_for(place, tmp_path / "whole", steps=6, save_every=3)
+    weights, state = finished(settings)
+    old = tmp_path / "old"
+    old.mkdir()
+    early = state_of(tmp_path / "whole", 3)
+    early = {name: t for name, t in early.items() if not name.startswith("discriminator_optimizer/")}
+    said = json.loads((tmp_path / "whole" / "states" / "step-00000003" / "state.json").read_text())
+    about = {"steps": 3, "settings": said["settings"]}
+    save_file(early, old / "state.safetensors", {"ztsnr.vae_decoder": json.dumps(about)})
+    with pytest.raises(ValueError, match="holds a run: continue it with --resume auto"):
+        finished(dataclasses.replace(settings, out=str(old)))
+    weights_of_old, state_of_old = finished(dataclasses.replace(settings, out=str(old)), resume=True)
+    assert all(torch.equal(weights[name], weights_of_old[name]) for name in weights)
+    assert all(torch.equal(state[name], state_of_old[name]) for name in state)
+    (old / "state.safetensors").write_bytes((place / "single.safetensors").read_bytes())
+    shutil.rmtree(old / "states")
+    with pytest.raises(ValueError, match="is not the state of such a run"):
+        finished(dataclasses.replace(settings, out=str(old)), resume=True)
 
 
 def test_numbers_that_are_not_finite_end_the_run(place, tmp_path):
@@ -254,7 +301,7 @@ def test_numbers_that_are_not_finite_end_the_run(place, tmp_path):
         ValueError, match="was no finite number by step 1, and the run has stopped: lower learning_rate"
     ):
         finished(settings)
-    assert not (tmp_path / "state.safetensors").exists()
+    assert not (tmp_path / "states").exists()
     assert not (tmp_path / "vae").exists()
 
 
@@ -269,7 +316,7 @@ def test_an_encoder_that_changes_is_noticed(place, tmp_path, monkeypatch):
     monkeypatch.setattr(DecoderTraining, "step", step_and_touch)
     with pytest.raises(RuntimeError, match="the encoder has changed"):
         finished(settings_for(place, tmp_path, steps=1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "state.safetensors", "unusable"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "metrics.jsonl", "states", "unusable"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

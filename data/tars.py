@@ -1,0 +1,71 @@
+"""Pictures in webdataset tars, which are read from their place in the file."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from ..errors import UserError
+from .pictures import SUFFIXES, PictureError
+from .records import Found, Source, captions_of, decode, distinct, parse_json, reading, weight_of
+
+
+def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
+    """The pictures in a tar.  Captions may come behind their picture, so the whole tar is listed first."""
+    pictures: list[tuple[str, tarfile.TarInfo]] = []
+    captions: dict[str, list[str]] = {}
+    weights: dict[str, float] = {}
+    with reading(path), open(path, "rb") as file, _tar(file, path) as tar:
+        for member in tar:
+            sample, suffix = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)|.*", member.name, re.DOTALL).groups()
+            suffix = (suffix or "").lower()
+            if suffix in SUFFIXES:
+                if not member.isreg() or member.issparse():
+                    raise UserError(f"{member.name} in {path} is a link or a sparse file: store it as a plain file")
+                pictures.append((sample, member))
+            elif suffix in (".txt", ".json") and member.isreg():
+                where = f"{member.name} in {path}"
+                text = decode(tar.extractfile(member).read(), where)
+                if suffix == ".txt":
+                    captions.setdefault(sample, []).append(text)
+                else:
+                    record = parse_json(text, where)
+                    captions.setdefault(sample, []).extend(captions_of(source, record, where))
+                    weights[sample] = weight_of(record, where)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile stops silently
+            raise UserError(f"{path} is cut short or damaged: it has no end-of-archive block; write it again")
+    for sample, member in pictures:
+        texts = distinct(captions.get(sample, []))
+        key, weight = f"{name}/{member.name}", weights.get(sample, 1.0)
+        yield Found(key, path, texts, weight, offset=member.offset_data, length=member.size)
+
+
+@contextmanager
+def _tar(file: IO[bytes], path: str) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} cannot be read as a tar ({error}); if it is compressed, decompress it first: pictures are "
+            "read from their place in it"
+        ) from None
+
+
+def read_bytes(path: str, offset: int, length: int) -> bytes:
+    """A part of a file, or all of it if length is -1.
+
+    Raises:
+        PictureError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+    except OSError as error:
+        raise PictureError(f"it cannot be read: {error.strerror or error}") from None
+    if len(data) < length:
+        raise PictureError("it is cut short: the tar that holds it has become shorter")
+    return data
