@@ -21,6 +21,14 @@ def page(name):
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
+def test_both_readmes_have_the_same_tables():
+    english, chinese = (
+        [line.count("|") for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        for name in ("README.md", "README.zh.md")
+    )
+    assert english == chinese
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture of the rooms
 
