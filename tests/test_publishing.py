@@ -59,7 +59,7 @@ def settings(folder=ROOT):
 # Links
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!https?:)""", text), "only Markdown's links are made absolute"
