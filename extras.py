@@ -24,7 +24,6 @@ EXTRAS = {
     "pydantic": "train",
     "tensorboard": "train",
     "tomli_w": "train",
-    "tyro": "train",
     "torchao": "lowbit",
     "lpips": "vae",
     "torchvision": "vae",

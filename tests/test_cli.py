@@ -370,9 +370,19 @@ def test_finetune_lists_its_settings(tmp_path):
     path.write_text('out = "run"\nsteps = 3\nmodel.base = "m"\ndata = {batch_size = 2, sources = [{path = "p"}]}\n')
     code, text = ztsnr_command("finetune", path, "--list-settings")
     assert code == 0
-    assert "--optimizer.learning-rate" in text
+    assert "steps  (a whole number of at least 1; required; now 3)" in text
     assert not (tmp_path / "run").exists()
     code, text = ztsnr_command("finetune", path, "--optimizer.learning-rat", 1)
     assert code == 2
     assert text.count("\n") == 1
-    assert "--optimizer.learning-rate" in text
+    assert "did you mean --optimizer.learning-rate?" in text
+
+
+@pytest.mark.parametrize("command", ["finetune", "finetune-vae"])
+def test_settings_are_listed_without_a_file(command):
+    code, text = ztsnr_command(command, "--list-settings")
+    assert code == 0
+    assert "steps  (a whole number of at least 1; " in text
+    code, text = ztsnr_command(command, "--steps", 3)
+    assert code == 2
+    assert text.startswith(f"Error: the first argument must be a settings file; ztsnr {command} --init")

@@ -1,32 +1,32 @@
-"""What ``ztsnr finetune`` is told: one tree of settings, and what is allowed of them."""
+"""The settings of ``ztsnr finetune``: one tree, with the values allowed beside each field."""
 
-import math
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from ..data.captions import CaptionSettings
 from ..data.sources import CAPTION_FIELDS
 from ..errors import UserError
 from .checkpointing import MODES
+from .ema import WIDEST
 from .networks import AdapterSettings
 from .objective import ObjectiveSettings
 from .optimizers import OPTIMIZERS
+from .ranges import Range, check_values
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained.
+    """The model to fine-tune.
 
     Attributes:
-        base: a diffusers folder, a .safetensors file with everything in it, or a name on the hub.
-        config: for a single file, a diffusers folder or hub name whose settings and tokenizers complete it.
-        adapter: train a low-rank adapter instead of the U-Net's own weights.
-        text_encoders: train them too.
-        dtype: to compute in; trained weights are float32 in any case.
-        latent_statistics: folder of a latent cache.  Shift and scale each channel of the latents by its mean and
-            standard deviation (NovelAI V3, arXiv 2409.15997).  Without it latents are scaled as the base's are.
+        base: Diffusers folder, .safetensors file of a whole model, or a name on the Hugging Face Hub.
+        config: For a single file: diffusers folder or Hub name whose settings and tokenizers complete it.
+        adapter: Train a low-rank adapter instead of the U-Net's own weights.
+        text_encoders: Train the text encoders too.
+        dtype: Dtype to compute in.  Trained weights are float32 in any case.
+        latent_statistics: Folder of a latent cache.  Shifts and scales each channel of the latents by its mean and
+            standard deviation there (NovelAI V3, arXiv 2409.15997).  Default: the base's latent scaling.
     """
 
     base: str
@@ -39,24 +39,28 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Pictures: a folder, .jsonl, .parquet or .tar file.
+    """A source of pictures.  A plain path stands for a table with that path.
 
     Attributes:
-        weight: how often an epoch sees each of them.
-        caption_fields: where captions are in JSON and in tables.
-        outside: a list may name pictures outside of the folder that it is in.
+        path: Folder, .jsonl, .parquet or .tar file of pictures.
+        name: Beginning of the pictures' keys.  Default: the last part of the path.
+        weight: How often an epoch sees each picture.
+        caption_fields: Fields or columns that hold captions, in JSON and in tables.
+        outside: Allow a list to name pictures outside its own folder.
     """
+
+    plain: ClassVar[str] = "path"
 
     path: Path
     name: str = ""
-    weight: float = 1.0
+    weight: Annotated[float, Range(0)] = 1.0
     caption_fields: tuple[str, ...] = CAPTION_FIELDS
     outside: bool = False
 
 
 @dataclass(frozen=True)
 class TrainingCaptions(CaptionSettings):
-    """What becomes of captions in training: tags come in random order, and one text of ten is empty, for guidance."""
+    """How captions vary from epoch to epoch."""
 
     shuffle: bool = True
     caption_dropout: float = 0.1
@@ -67,138 +71,145 @@ class TagWeightSettings:
     """Loss weights of pictures by their tags.
 
     Attributes:
-        table: a table of tags and weights; by default (median frequency / frequency) ^ power.
-        power: of that.
-        low, high: limits of a picture's weight.
+        table: JSON file of tags and weights.  Default: weights of (median frequency / frequency) ^ power.
+        power: Exponent of those weights.
+        low: Smallest weight of a picture.
+        high: Largest weight of a picture.
     """
 
     table: Path | None = None
-    power: float = 0.5
-    low: float = 0.25
-    high: float = 4.0
+    power: Annotated[float, Range(0)] = 0.5
+    low: Annotated[float, Range(0, 1)] = 0.25
+    high: Annotated[float, Range(1)] = 4.0
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What it is trained with.
+    """Pictures, buckets and batches.
 
     Attributes:
-        sources: of pictures and captions.
-        batch_size: pictures of an optimizer's step, of all GPUs together.
-        latents: a latent cache of the same sources, made by ``ztsnr cache``; its buckets are used.
-        buckets: sdxl, novelai, or sizes such as "1024x1024,832x1216".
-        areas: buckets of these areas too, such as "512x512".
-        step, limit: sides are multiples of step, and not longer than limit.
-        max_aspect_error: leave out what is further from its bucket, |log(w/h) - log(W/H)|.
-        min_size: leave out pictures with a shorter side.
-        no_upscale: leave out pictures that would be enlarged.
-        flip: share of the pictures that are mirrored; not with cached latents.
-        background: colour behind transparent pixels.
-        captions: what becomes of them.
-        allow_missing_captions: a picture without a caption has an empty one.
-        max_chunks: of 75 tokens each, of a caption.
-        tag_weights: weight the loss of each picture by its tags.
-        validation_share: of the pictures, held out by a hash of their names.
-        workers: processes that read, on each GPU.
-        max_unusable: the run stops when a larger share of the pictures cannot be used.
+        sources: Sources of pictures and captions.
+        batch_size: Pictures per optimizer step, over all GPUs.
+        latents: Latent cache of the same sources, written by ``ztsnr cache``.  Its buckets are used.
+        buckets: Names of bucket sets (sdxl, novelai), or sizes such as "1024x1024,832x1216".
+        areas: Areas to make further buckets of, such as "512x512".
+        step: Sides of buckets are multiples of this many pixels.
+        limit: Longest side of a bucket, in pixels.
+        max_aspect_error: Leave out pictures with a larger |log(w/h) - log(W/H)|.  At log 2, half a picture is cut off.
+        min_size: Leave out pictures with a shorter side, in pixels.
+        no_upscale: Leave out pictures that would be enlarged.
+        flip: Share of pictures to mirror.  Not with cached latents.
+        background: Colour behind transparent pixels.
+        captions: How captions vary from epoch to epoch.
+        allow_missing_captions: Train pictures without a caption with an empty one.
+        max_chunks: Longest caption, in chunks of 75 tokens.
+        tag_weights: Weight each picture's loss by its tags.
+        validation_share: Share of pictures to hold out for validation, chosen by a hash of their keys.
+        workers: Processes per GPU that read pictures.
+        max_unusable: Stop the run when a larger share of the pictures cannot be read.
     """
 
     sources: tuple[SourceSettings, ...]
-    batch_size: int
+    batch_size: Annotated[int, Range(1)]
     latents: Path | None = None
     buckets: tuple[str, ...] = ("sdxl",)
     areas: tuple[str, ...] = ()
-    step: int = 64
-    limit: int = 2048
-    max_aspect_error: float = 0.6931471805599453
-    min_size: int = 0
+    step: Annotated[int, Range(1)] = 64
+    limit: Annotated[int, Range(1)] = 2048
+    max_aspect_error: Annotated[float, Range(0, infinite=True)] = 0.6931471805599453
+    min_size: Annotated[int, Range(0)] = 0
     no_upscale: bool = False
-    flip: float = 0.0
+    flip: Annotated[float, Range(0, 1)] = 0.0
     background: str = "white"
     captions: TrainingCaptions = field(default_factory=TrainingCaptions)
     allow_missing_captions: bool = False
-    max_chunks: int = 3
+    max_chunks: Annotated[int, Range(1)] = 3
     tag_weights: TagWeightSettings | None = None
-    validation_share: float = 0.01
-    workers: int = 2
-    max_unusable: float = 0.01
+    validation_share: Annotated[float, Range(0, below=1)] = 0.01
+    workers: Annotated[int, Range(0)] = 2
+    max_unusable: Annotated[float, Range(0, 1)] = 0.01
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How it is trained.
+    """Optimizer and learning rate.
 
     Attributes:
-        name: see ``make_optimizer``.
-        learning_rate, betas, eps, weight_decay, bf16_stochastic_round: of it.
-        text_encoder_learning_rate: for the text encoders, if they are trained.
-        schedule, warmup_steps, final_share, reference_steps: of the learning rate, see ``lr_factor``.
-        clip: largest norm of the gradient; 0 for any.
-        accumulation: so many parts of a GPU's share of the batch are computed one after the other.
-        max_skipped: after so many steps in a row whose gradient is no number, the run stops.
+        name: Optimizer.  adamw8bit and adamw4bit need torchao, bnb_adamw8bit needs bitsandbytes.
+        learning_rate: Peak learning rate.
+        text_encoder_learning_rate: Peak learning rate of the text encoders.  Default: ``learning_rate``.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the denominator of the update.
+        weight_decay: Decoupled weight decay.
+        bf16_stochastic_round: Keep weights in bfloat16 and round them stochastically.  Low-bit optimizers only.
+        schedule: Decay of the learning rate: constant, half a cosine, or 1 / sqrt(step / reference_steps).
+        warmup_steps: Steps in which the learning rate rises linearly from 0.
+        final_share: Learning rate at the end of the cosine, as a share of the peak.
+        reference_steps: Step at which rsqrt begins to decay.
+        clip: Largest norm of the gradient.  0 turns clipping off.
+        accumulation: Number of parts in which a GPU computes its share of the batch, one after another.
+        max_skipped: Stop the run after this many steps in a row whose gradient is not finite.
     """
 
     name: Literal[OPTIMIZERS] = "adamw"
-    learning_rate: float = 1e-5
-    text_encoder_learning_rate: float | None = None
+    learning_rate: Annotated[float, Range(0)] = 1e-5
+    text_encoder_learning_rate: Annotated[float, Range(0)] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0)] = 0.01
     bf16_stochastic_round: bool = False
     schedule: Literal["constant", "cosine", "rsqrt"] = "constant"
-    warmup_steps: int = 100
-    final_share: float = 0.0
-    reference_steps: int | None = None
-    clip: float = 1.0
-    accumulation: int = 1
-    max_skipped: int = 10
+    warmup_steps: Annotated[int, Range(0)] = 100
+    final_share: Annotated[float, Range(0, 1)] = 0.0
+    reference_steps: Annotated[int, Range(1)] | None = None
+    clip: Annotated[float, Range(0)] = 1.0
+    accumulation: Annotated[int, Range(1)] = 1
+    max_skipped: Annotated[int, Range(1)] = 10
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """So many steps in which only some groups of blocks are trained.
+    """A number of steps in which only some groups of blocks are trained.
 
     Attributes:
-        groups: all, text, time, down, mid, up, attention, or one block as up.0.
-        steps: of the stage; None for the rest of the run.
-        learning_rate: factor on the optimizer's.
+        groups: Groups to train: all, text, time, down, mid, up, attention, or one block such as up.0.
+        steps: Length of the stage.  Default: the rest of the run, for the last stage only.
+        learning_rate: Factor on the optimizer's learning rate.
     """
 
     groups: tuple[str, ...] = ("all",)
-    steps: int | None = None
-    learning_rate: float = 1.0
+    steps: Annotated[int, Range(1)] | None = None
+    learning_rate: Annotated[float, Range(0)] = 1.0
 
 
 @dataclass(frozen=True)
 class AverageSettings:
-    """Averages of the weights, one of which is exported.
+    """Averages of the weights.  The first one is validated, previewed and exported.
 
     Attributes:
-        sigma_rel: widths of power-function averages (EDM2, arXiv 2312.02696).
-        decay: of an average with constant decay beside them.
-        on_cpu: keep them in the main memory.
-        every: steps between updates.
-        snapshots: steps between snapshots, of which ``post_hoc`` makes averages of other widths; 0 for none.
+        sigma_rel: Widths of power-function averages (EDM2, arXiv 2312.02696).
+        decay: Decay of an exponential average beside them.
+        on_cpu: Keep the averages in main memory.
+        every: Steps between updates.
+        snapshots: Steps between snapshots, from which ``post_hoc`` makes averages of other widths.  0 saves none.
     """
 
-    sigma_rel: tuple[float, ...] = (0.05,)
-    decay: float | None = None
+    sigma_rel: tuple[Annotated[float, Range(above=0, high=WIDEST)], ...] = (0.05,)
+    decay: Annotated[float, Range(above=0, below=1)] | None = None
     on_cpu: bool = False
-    every: int = 1
-    snapshots: int = 0
+    every: Annotated[int, Range(1)] = 1
+    snapshots: Annotated[int, Range(0)] = 0
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Where and how fast it runs.
+    """Devices, compilation and memory.
 
     Attributes:
-        device: auto takes CUDA, XPU or MPS if there is one; several processes need CUDA or the CPU.
-        compile: the U-Net by torch.compile, once for each bucket before the first step; None does it on CUDA.
-        checkpointing: compute activations again instead of keeping them: off, selective or full; auto takes what the
-            memory allows.
-        strategy: on several GPUs: ddp, each with all weights; fsdp, which shares them out; hsdp, which shares them out
-            within a node.
+        device: "auto" picks CUDA, XPU or MPS if available.  Several processes need CUDA or the CPU.
+        compile: Compile the U-Net once per bucket before the first step.  Default: on CUDA only.
+        checkpointing: Recompute activations instead of storing them.  "auto" picks the fastest mode that fits.
+        strategy: On several GPUs: ddp copies the weights to each, fsdp shards them, hsdp shards them within each node.
     """
 
     device: str = "auto"
@@ -209,29 +220,30 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """What is written down on the way.
+    """Metrics, validation and previews.
 
     Attributes:
-        log_every: steps from one line of metrics to the next.
-        validate_every: steps from one validation to the next; 0 for never.
-        validation_pictures: at most so many.
-        preview_every: steps from one sheet of pictures to the next; 0 for never.
-        prompts: of the pictures, beside the solid colours.
-        preview_size: (width, height); by default what the base was trained with.
-        preview_steps, guidance: of the sampler.
-        leak: measure with each sheet whether the prediction at t = T follows the mean of the noise.
-        tensorboard: write for it.
-        wandb: name of a project of Weights & Biases.
+        log_every: Steps between lines of metrics.
+        validate_every: Steps between validations.  0 turns them off.
+        validation_pictures: Largest number of held-out pictures to validate on.
+        preview_every: Steps between previews.  0 turns them off.
+        prompts: Prompts to preview, beside the solid colours.
+        preview_size: Width and height of previews, in pixels.  Default: the size that the base was trained at.
+        preview_steps: Sampling steps of previews.
+        guidance: Classifier-free guidance of previews.
+        leak: With each preview, measure whether the prediction at t = T follows the mean of the noise.
+        tensorboard: Write TensorBoard events.
+        wandb: Weights & Biases project to log to.
     """
 
-    log_every: int = 50
-    validate_every: int = 1000
-    validation_pictures: int = 64
-    preview_every: int = 1000
+    log_every: Annotated[int, Range(1)] = 50
+    validate_every: Annotated[int, Range(0)] = 1000
+    validation_pictures: Annotated[int, Range(1)] = 64
+    preview_every: Annotated[int, Range(0)] = 1000
     prompts: tuple[str, ...] = ()
     preview_size: tuple[int, int] | None = None
-    preview_steps: int = 20
-    guidance: float = 5.0
+    preview_steps: Annotated[int, Range(1)] = 20
+    guidance: Annotated[float, Range(0)] = 5.0
     leak: bool = True
     tensorboard: bool = True
     wandb: str | None = None
@@ -239,14 +251,13 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What is written in the end.
+    """Files to write at the end.
 
     Attributes:
-        single_file: a .safetensors file.  Where the base is one and its text encoders are not trained, all but the
-            U-Net is the base's, byte by byte.
-        folder: a diffusers folder.
-        dtype: of its numbers.
-        raw: beside the average also the weights as they are in the end.
+        single_file: Write a .safetensors file.  If the base is one, everything that was not trained is copied from it.
+        folder: Write a diffusers folder.
+        dtype: Dtype of the exported weights.
+        raw: Export the final weights too, beside their average.
     """
 
     single_file: bool = True
@@ -257,22 +268,33 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """All that a run depends on.
+    """The run.
 
     Attributes:
-        out: folder of the run.
-        steps: of the optimizer.
-        seed: of everything that is random.
-        save_every: steps from one state of the run to the next.
-        keep: so many of the last states stay.
-        keep_every: the states of these steps stay too; 0 for none.
-        stages: one after the other; by default one in which everything is trained.
+        model: The model to fine-tune.
+        data: Pictures, buckets and batches.
+        out: Folder of the run.
+        steps: Number of optimizer steps.
+        objective: Prediction type, noise schedule and loss.
+        optimizer: Optimizer and learning rate.
+        stages: Stages of the run, one after another.  Default: a single stage that trains everything.
+        average: Averages of the weights.
+        speed: Devices, compilation and memory.
+        watch: Metrics, validation and previews.
+        export: Files to write at the end.
+        seed: Seed of everything random.
+        save_every: Steps between saved states.
+        keep: Number of most recent states to keep.
+        keep_every: Also keep the state of every step divisible by this.  0 keeps none of them.
+
+    Raises:
+        UserError: A value out of its range, or settings that exclude each other.
     """
 
     model: ModelSettings
     data: DataSettings
     out: Path
-    steps: int
+    steps: Annotated[int, Range(1)]
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     stages: tuple[StageSettings, ...] = (StageSettings(),)
@@ -281,66 +303,52 @@ class FinetuneSettings:
     watch: WatchSettings = field(default_factory=WatchSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     seed: int = 0
-    save_every: int = 1000
-    keep: int = 2
-    keep_every: int = 0
+    save_every: Annotated[int, Range(1)] = 1000
+    keep: Annotated[int, Range(1)] = 2
+    keep_every: Annotated[int, Range(0)] = 0
 
     def __post_init__(self):
-        for name, (low, high) in _RANGES.items():
-            _check_range(name, reduce(getattr, name.split("."), self), low, high)
-        for number, stage in enumerate(self.stages):
-            _check_range(f"stages.{number}.steps", stage.steps, 1)
-            _check_range(f"stages.{number}.learning_rate", stage.learning_rate, 0)
-            if not stage.groups:
-                raise UserError(f"stages.{number}.groups is empty: name what is trained, or leave it out for all")
+        check_values(self)
+        self._check_stages()
+        self._check_export()
         if self.watch.preview_size is not None and any(side < 8 or side % 8 for side in self.watch.preview_size):
             raise UserError(f"watch.preview_size must be two multiples of 8, not {list(self.watch.preview_size)}")
         if self.average.on_cpu and self.speed.strategy != "ddp":
             raise UserError(
-                f'average.on_cpu does not work with speed.strategy = "{self.speed.strategy}", by which averages are '
-                "shared out to the GPUs: leave it out"
+                f'average.on_cpu works only with speed.strategy = "ddp": "{self.speed.strategy}" shards the averages '
+                "over the GPUs.  Turn average.on_cpu off, or choose ddp"
             )
         if self.data.latents is not None and self.data.flip:
-            raise UserError("data.flip does not work with cached latents: mirrored latents are not those of a mirror")
-        if not self.stages or any(stage.steps is None for stage in self.stages[:-1]):
-            raise UserError("all stages but the last need a number of steps")
-        if not self.average.sigma_rel and self.average.decay is None and not self.export.raw:
-            raise UserError("nothing would be exported: there is no average, and export.raw is off")
-        if not (self.export.single_file or self.export.folder or self.model.adapter is not None):
-            raise UserError("nothing would be exported: export.single_file and export.folder are both off")
-        if self.model.adapter and self.model.text_encoders and not (self.export.single_file or self.export.folder):
             raise UserError(
-                "the adapter is of the U-Net alone, so trained text encoders are exported with a whole model only: "
-                "turn export.single_file or export.folder on, or model.text_encoders off"
+                "data.flip does not work with data.latents, because mirrored latents are not the latents of a mirrored "
+                "picture: set data.flip to 0"
             )
         if self.optimizer.schedule == "rsqrt" and self.optimizer.reference_steps is None:
-            raise UserError("the schedule rsqrt needs optimizer.reference_steps")
+            raise UserError('optimizer.schedule = "rsqrt" needs optimizer.reference_steps: set it')
+        if self.optimizer.schedule == "cosine" and self.steps <= self.optimizer.warmup_steps:
+            raise UserError(
+                f'optimizer.schedule = "cosine" needs more steps than optimizer.warmup_steps = '
+                f"{self.optimizer.warmup_steps}, not {self.steps}: lower optimizer.warmup_steps or raise steps"
+            )
 
+    def _check_stages(self) -> None:
+        for number, stage in enumerate(self.stages):
+            if not stage.groups:
+                raise UserError(f"stages.{number}.groups is empty: name the groups to train, or leave it out for all")
+        if not self.stages:
+            raise UserError("stages is empty: add a stage, or leave it out to train everything")
+        for number, stage in enumerate(self.stages[:-1]):
+            if stage.steps is None:
+                raise UserError(f"stages.{number}.steps is missing: only the last stage may go without")
 
-# name -> the least and the largest value allowed; those of other tables are checked where they are used
-_RANGES = {
-    **dict.fromkeys(
-        (
-            *("steps", "save_every", "keep", "data.batch_size", "data.step", "data.max_chunks"),
-            *("optimizer.accumulation", "optimizer.max_skipped", "average.every"),
-            *("watch.log_every", "watch.validation_pictures", "watch.preview_steps"),
-        ),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(
-        (
-            *("keep_every", "data.min_size", "data.workers", "average.snapshots"),
-            *("optimizer.learning_rate", "optimizer.text_encoder_learning_rate", "optimizer.weight_decay"),
-            *("optimizer.warmup_steps", "optimizer.clip"),
-            *("watch.validate_every", "watch.preview_every", "watch.guidance"),
-        ),
-        (0, math.inf),
-    ),
-    **dict.fromkeys(("data.flip", "data.max_unusable", "optimizer.final_share"), (0, 1)),
-}
-
-
-def _check_range(name: str, number: float | None, low: float, high: float = math.inf) -> None:
-    if number is not None and not (math.isfinite(number) and low <= number <= high):
-        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise UserError(f"{name} must be {wanted}, not {number}")
+    def _check_export(self) -> None:
+        whole = self.export.single_file or self.export.folder
+        if not self.average.sigma_rel and self.average.decay is None and not self.export.raw:
+            raise UserError("nothing would be exported: set average.sigma_rel or average.decay, or turn export.raw on")
+        if not whole and self.model.adapter is None:
+            raise UserError("nothing would be exported: turn export.single_file or export.folder on")
+        if not whole and self.model.text_encoders:
+            raise UserError(
+                "trained text encoders are exported only with a whole model, not with the adapter: turn "
+                "export.single_file or export.folder on, or model.text_encoders off"
+            )

@@ -25,7 +25,7 @@ def test_everything_is_there(folder):
 
 
 def test_a_dry_run_passes(folder):
-    settings = read_settings(FinetuneSettings, folder / "settings.toml", [], "ztsnr finetune")
+    settings = read_settings(FinetuneSettings, folder / "settings.toml")
     assert settings.objective.schedule_shift == 0.25
     result = CliRunner().invoke(ztsnr, ["finetune", str(folder / "settings.toml"), "--dry-run"])
     assert result.exit_code == 0, result.output

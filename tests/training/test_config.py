@@ -1,6 +1,7 @@
 """Settings from TOML and the command line, and the three examples that come with the package."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -8,12 +9,27 @@ import pytest
 from tabulate import tabulate
 
 import ztsnr
-from ztsnr.training.config import FinetuneSettings, StageSettings, TagWeightSettings
+from ztsnr.errors import UserError
+from ztsnr.training.config import (
+    DataSettings,
+    FinetuneSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SourceSettings,
+    StageSettings,
+    TagWeightSettings,
+)
+from ztsnr.training.decoder.settings import VaeDecoderSettings
 from ztsnr.training.networks import AdapterSettings
 from ztsnr.training.objective import Objective
+from ztsnr.training.ranges import bare, is_optional
+from ztsnr.training.setting_names import all_names
 from ztsnr.training.settings_file import parse_settings, read_settings, write_settings
+from ztsnr.training.settings_list import explanations, list_settings
 
-EXAMPLES = sorted((Path(ztsnr.__file__).parent / "training" / "examples").glob("*.toml"))
+FOLDER = Path(ztsnr.__file__).parent / "training" / "examples"
+DECODER = FOLDER / "decoder.toml"
+EXAMPLES = sorted(set(FOLDER.glob("*.toml")) - {DECODER})
 SMALL = """
 out = "run"
 steps = 5
@@ -66,27 +82,32 @@ def test_types_become_those_of_the_settings(read):
     ("old", "new", "sentence"),
     [
         ("steps =", "stepps =", "has stepps, which does not exist: did you mean steps?"),
-        ("batch_size", "batchsize", "has data.batchsize, which does not exist: did you mean batch_size?"),
-        ("path =", "pth =", "has data.sources.0.pth, which does not exist: did you mean path?"),
+        ("batch_size", "batchsize", "has data.batchsize, which does not exist: did you mean data.batch_size?"),
+        ("path =", "pth =", "has data.sources.0.pth, which does not exist: did you mean data.sources.0.path?"),
         ("[data]", "[dat]", "has dat, which does not exist: did you mean data?"),
         (
             "[data]",
             "[model.adapter]\nrnk = 3\n[data]",
-            "has model.adapter.rnk, which does not exist: did you mean rank?",
+            "has model.adapter.rnk, which does not exist: did you mean model.adapter.rank?",
         ),
         (
             "[model]",
             "stages = [{}, { qqq = 3 }]\n[model]",
-            "has stages.1.qqq, which does not exist; there are groups, steps, learning_rate",
+            "has stages.1.qqq, which does not exist: choose from groups, steps, learning_rate",
         ),
         (
             "batch_size = 2",
             "captions = { shufle = true }",
             "has data.captions.shufle, which does not exist: did you mean",
         ),
-        ("batch_size = 2\n", "", "lacks data.batch_size"),
-        ('out = "run"\n', "", "lacks out"),
-        ('{ path = "pictures" }', "{}", "lacks data.sources.0.path"),
+        (
+            "steps = 5",
+            "learning_rate = 5",
+            "has learning_rate, which does not exist: did you mean optimizer.lear",
+        ),
+        ("batch_size = 2\n", "", "lacks data.batch_size: set it to a whole number of at least 1"),
+        ('out = "run"\n', "", "lacks out: set it to a path"),
+        ('{ path = "pictures" }', "{}", "lacks data.sources.0.path: set it to a path"),
     ],
 )
 def test_names_that_do_not_exist_and_those_that_are_missing(read, old, new, sentence):
@@ -97,58 +118,94 @@ def test_names_that_do_not_exist_and_those_that_are_missing(read, old, new, sent
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("steps = 5", "steps = 5.0", "steps: Input should be a valid integer"),
-        ("steps = 5", "steps = '5'", "steps: Input should be a valid integer"),
-        ("steps = 5", "steps = true", "steps: Input should be a valid integer"),
-        ("steps = 5", "steps = 0", "steps must be at least 1, not 0"),
-        ("steps = 5", "steps = 2026-01-01", "steps: Input should be a valid integer"),
-        ('"run"', "3", "out: Input should be a valid string"),
-        ('base = "model"', 'base = "model"\ntext_encoders = 1', "model.text_encoders: Input should be a valid boolean"),
-        ('base = "model"', 'base = "model"\ndtype = "half"', "model.dtype: Input should be 'bfloat16', 'float16' or"),
-        ('[{ path = "pictures" }]', '"pictures"', "data.sources: Input should be a valid array"),
-        ('[model]\nbase = "model"', 'model = "model"', "model: Input should be an object"),
-        ("[data]", "[optimizer]\nbetas = [0.9]\n[data]", "lacks optimizer.betas.1"),
-        ("[data]", "[optimizer]\nclip = '1'\n[data]", "optimizer.clip: Input should be a valid number"),
-        ("[data]", "[optimizer]\nname = 'sgd'\n[data]", "optimizer.name: Input should be 'adamw',"),
+        ("steps = 5", "steps = 5.0", "steps must be a whole number of at least 1, not 5.0"),
+        ("steps = 5", "steps = '5'", 'steps must be a whole number of at least 1, not "5"'),
+        ("steps = 5", "steps = true", "steps must be a whole number of at least 1, not true"),
+        ("steps = 5", "steps = 0", "steps must be a whole number of at least 1, not 0"),
+        ("steps = 5", "steps = 2026-01-01", 'steps must be a whole number of at least 1, not "2026-01-01"'),
+        ('"run"', "3", "out must be a path, not 3"),
+        ('base = "model"', 'base = "model"\ntext_encoders = 1', "model.text_encoders must be true or false, not 1"),
+        (
+            'base = "model"',
+            'base = "model"\ndtype = "half"',
+            'model.dtype must be "bfloat16", "float16"',
+        ),
+        ('[{ path = "pictures" }]', '"pictures"', 'data.sources must be a list of paths or tables, not "pictures"'),
+        ('[model]\nbase = "model"', 'model = "model"', 'model must be a table, not "model"'),
+        ("[data]", "[optimizer]\nbetas = [0.9]\n[data]", "optimizer.betas must be a list of 2 numbers, not [0.9]"),
+        ("[data]", "[optimizer]\nclip = '1'\n[data]", 'optimizer.clip must be a number of at least 0, not "1"'),
+        ("[data]", "[optimizer]\nname = 'sgd'\n[data]", 'optimizer.name must be "adamw",'),
         (
             "[data]",
             "[objective]\nterminal_probability = 2\n[data]",
             "objective: terminal_probability must be at least 0 and less than 1, not 2.0",
         ),
         ("[data]", "[objective]\nprediction_type = 'epsilon'\n[data]", "objective: an epsilon model cannot start from"),
-        ("batch_size = 2", "batch_size = 2\nlatents = 'l'\nflip = 0.5", "data.flip does not work with cached latents"),
-        ("[model]", "stages = [{}, {}]\n[model]", "all stages but the last need a number of steps"),
+        ("batch_size = 2", "batch_size = 2\nlatents = 'l'\nflip = 0.5", "data.flip does not work with data.latents"),
+        ("[model]", "stages = [{}, {}]\n[model]", "stages.0.steps is missing: only the last stage"),
         (
             "[data]",
             "[average]\nsigma_rel = []\n[export]\nraw = false\n[data]",
-            "nothing would be exported: there is no",
+            "nothing would be exported: set average.sigma_rel",
         ),
         (
             "[data]",
             "[export]\nfolder = false\nsingle_file = false\n[data]",
-            "nothing would be exported: export.single_",
+            "nothing would be exported: turn export.single_file",
         ),
-        ("batch_size = 2", "batch_size = 2\nmax_chunks = 0", "data.max_chunks must be at least 1, not 0"),
-        ("batch_size = 2", "batch_size = 2\nstep = 0", "data.step must be at least 1, not 0"),
-        ("batch_size = 2", "batch_size = 2\nflip = 1.5", "data.flip must be from 0 to 1, not 1.5"),
-        ("[data]", "[optimizer]\nlearning_rate = nan\n[data]", "optimizer.learning_rate must be at least 0, not nan"),
-        ("[data]", "[optimizer]\nclip = -1.0\n[data]", "optimizer.clip must be at least 0, not -1.0"),
-        ("[data]", "[watch]\nvalidate_every = -1\n[data]", "watch.validate_every must be at least 0, not -1"),
-        ("[data]", "[watch]\npreview_steps = 0\n[data]", "watch.preview_steps must be at least 1, not 0"),
+        (
+            "batch_size = 2",
+            "batch_size = 2\nmax_chunks = 0",
+            "data.max_chunks must be a whole number of at least 1",
+        ),
+        ("batch_size = 2", "batch_size = 2\nstep = 0", "data.step must be a whole number of at least 1, not 0"),
+        ("batch_size = 2", "batch_size = 2\nflip = 1.5", "data.flip must be a number from 0 to 1, not 1.5"),
+        (
+            "[data]",
+            "[optimizer]\nlearning_rate = nan\n[data]",
+            "optimizer.learning_rate must be a number of at least 0, not nan",
+        ),
+        ("[data]", "[optimizer]\nclip = -1.0\n[data]", "optimizer.clip must be a number of at least 0, not -1.0"),
+        (
+            "[data]",
+            "[watch]\nvalidate_every = -1\n[data]",
+            "watch.validate_every must be a whole number of",
+        ),
+        (
+            "[data]",
+            "[watch]\npreview_steps = 0\n[data]",
+            "watch.preview_steps must be a whole number of",
+        ),
         ("[data]", "[watch]\npreview_size = [20, 36]\n[data]", "watch.preview_size must be two multiples of 8, not ["),
-        ("[model]", "stages = [{ groups = [] }]\n[model]", "stages.0.groups is empty: name what is trained"),
-        ("[model]", "stages = [{ steps = 0 }, {}]\n[model]", "stages.0.steps must be at least 1, not 0"),
+        ("[model]", "stages = [{ groups = [] }]\n[model]", "stages.0.groups is empty: name the groups"),
+        (
+            "[model]",
+            "stages = [{ steps = 0 }, {}]\n[model]",
+            "stages.0.steps must be a whole number of at least 1",
+        ),
         (
             "[data]",
             "[average]\non_cpu = true\n[speed]\nstrategy = 'fsdp'\n[data]",
-            'average.on_cpu does not work with speed.strategy = "fsdp"',
+            'average.on_cpu works only with speed.strategy = "ddp": "fsdp"',
         ),
         (
             "[data]",
             "text_encoders = true\nadapter = {}\n[export]\nfolder = false\nsingle_file = false\n[data]",
-            "the adapter is of the U-Net alone",
+            "trained text encoders are exported only with a whole model",
         ),
-        ("[data]", "[optimizer]\nschedule = 'rsqrt'\n[data]", "the schedule rsqrt needs optimizer.reference_steps"),
+        (
+            "[data]",
+            "[optimizer]\nschedule = 'rsqrt'\n[data]",
+            'optimizer.schedule = "rsqrt" needs optimizer.ref',
+        ),
+        (
+            "[data]",
+            "[optimizer]\nschedule = 'cosine'\n[data]",
+            'optimizer.schedule = "cosine" needs more steps than',
+        ),
+        ("batch_size = 2", "batch_size = 2\nmax_aspect_error = nan", "data.max_aspect_error must be a number"),
+        ("[data]", "[average]\nsigma_rel = [0.05, 0.3]\n[data]", "average.sigma_rel.1 must be a number above 0 and at"),
+        ("[data]", "[average]\ndecay = 1.0\n[data]", "average.decay must be a number between 0 and 1, not 1.0"),
     ],
 )
 def test_values_of_another_type_or_out_of_range(read, old, new, sentence):
@@ -160,10 +217,10 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_settings(FinetuneSettings, tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("a = = 3")
-    with pytest.raises(ValueError, match=r"broken\.toml is no TOML: .*line 1"):
+    with pytest.raises(ValueError, match=r"broken\.toml is not valid TOML: .*line 1"):
         read_settings(FinetuneSettings, tmp_path / "broken.toml")
     (tmp_path / "picture.toml").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(ValueError, match=r"picture\.toml is no TOML"):
+    with pytest.raises(ValueError, match=r"picture\.toml is not valid TOML"):
         read_settings(FinetuneSettings, tmp_path / "picture.toml")
 
 
@@ -192,6 +249,15 @@ def test_files_that_cannot_be_read(tmp_path):
         (("--data.latents", "cache/of/it"), "data.latents", Path("cache/of/it")),
         (("--data.captions.caption-weights", "1", "2"), "data.captions.caption_weights", (1.0, 2.0)),
         (("--stages.0.learning-rate", "0.5"), "stages.0.learning_rate", 0.5),
+        (("--stages", "[{ steps = 3 }, {}]"), "stages", (StageSettings(steps=3), StageSettings())),
+        (("--data.sources.0.weight", "2"), "data.sources.0.weight", 2.0),
+        (("--data.sources", "a", "b"), "data.sources", (SourceSettings(Path("a")), SourceSettings(Path("b")))),
+        (("--optimizer.betas.1", "0.9"), "optimizer.betas.1", 0.9),
+        (("--optimizer.betas", "[0.8, 0.9]"), "optimizer.betas", (0.8, 0.9)),
+        (("--seed", "-3"), "seed", -3),
+        (("--watch.wandb=--odd",), "watch.wandb", "--odd"),
+        (("--out", "2026-01-01"), "out", Path("2026-01-01")),
+        (("--model.base", "3"), "model.base", "3"),
     ],
 )
 def test_overrides(read, overrides, place, value):
@@ -232,16 +298,34 @@ def test_overrides_of_a_table_that_the_file_does_not_have(read):
     [
         (
             ("--optimizer.nam", "adamw"),
-            "the command line has --optimizer.nam, which does not exist: did you mean --opt",
+            "the command line has --optimizer.nam, which does not exist: did you mean --optimizer.name?",
         ),
         (("--model.adapter.rnk", "4"), "the command line has --model.adapter.rnk, which does not exist: did you mean"),
         (("--zzz", "4"), "the command line has --zzz, which does not exist"),
-        (("--optimizer.learning-rate", "nan"), "optimizer.learning_rate must be at least 0, not nan"),
-        (("--steps", "many"), "--steps: invalid literal for int"),
-        (("--steps",), "Missing value for argument '--steps'"),
-        (("--steps", "0"), "steps must be at least 1, not 0"),
-        (("--optimizer.name", "sgd"), "invalid choice 'sgd' for argument '--optimizer.name'. Expected one of ('adamw'"),
-        (("--optimizer.betas", "0.8"), "Missing value for argument '--optimizer.betas'"),
+        (("--optimizer.learning-rate", "nan"), "optimizer.learning_rate must be a number of at least 0, not nan"),
+        (
+            ("--learning-rate", "1"),
+            "the command line has --learning-rate, which does not exist: did you mean --opt",
+        ),
+        (
+            ("--steps.x", "4"),
+            "the command line has --steps.x, which does not exist: --list-settings prints",
+        ),
+        (
+            ("--data.sources.1.weight", "2"),
+            "--data.sources.1.weight: data.sources has 1 entry, numbered from 0; --da",
+        ),
+        (("--stages", "[{"), "--stages: [{ is not valid TOML"),
+        (("4",), "4 does not belong to a setting: write --NAME VALUE"),
+        (("--steps", "4", "5"), "--steps takes one value, not 2: a whole number of at least 1"),
+        (("--steps", "many"), 'steps must be a whole number of at least 1, not "many"'),
+        (("--steps", "none"), 'steps must be a whole number of at least 1, not "none"'),
+        (("--steps",), "--steps needs a value: a whole number of at least 1"),
+        (("--steps", "0"), "steps must be a whole number of at least 1, not 0"),
+        (("--speed.compile", "perhaps"), 'speed.compile must be true or false, not "perhaps"'),
+        (("--optimizer.name", "sgd"), 'optimizer.name must be "adamw",'),
+        (("--optimizer.betas", "0.8"), "optimizer.betas must be a list of 2 numbers, not [0.8]"),
+        (("--optimizer.betas", "1", "2", "3"), "optimizer.betas must be a list of 2 numbers, not [1, 2, 3]"),
         (("--objective.prediction-type", "epsilon"), "objective: an epsilon model cannot start"),
     ],
 )
@@ -249,28 +333,123 @@ def test_mistakes_of_the_command_line(read, overrides, sentence):
     assert refused(read, SMALL, *overrides).startswith(sentence)
 
 
-def test_help_lists_every_setting_with_its_meaning(read, capsys):
-    with pytest.raises(SystemExit):
-        read(SMALL, "--help")
-    text = capsys.readouterr().out
-    for name in (
-        "--steps INT",
-        "--objective.high-noise-share FLOAT",
-        "--data.captions.caption-dropout",
-        "--stages.0.steps",
-        "--model.adapter.rank INT",
-        "--data.tag-weights.power",
-    ):
-        assert name in text
-    assert "share of the loss at t >= 900" in " ".join(text.replace("│", " ").split())
+def test_overrides_of_a_plain_source(read):
+    text = SMALL.replace('{ path = "pictures" }', '"pictures", "others"')
+    sources = read(text, "--data.sources.1.weight", "3").data.sources
+    assert sources == (SourceSettings(Path("pictures")), SourceSettings(Path("others"), weight=3.0))
+
+
+def test_none_removes_a_table(read):
+    assert read(SMALL + "[model.adapter]\nrank = 8\n", "--model.adapter", "none").model.adapter is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The list
+
+
+@pytest.mark.parametrize("kind", [FinetuneSettings, VaeDecoderSettings])
+def test_every_setting_has_an_explanation(kind):
+    lines = list(list_settings(kind))
+    for place, hint in all_names(kind):
+        optional_or_leaf = is_optional(hint) or not dataclasses.is_dataclass(bare(hint))
+        if not optional_or_leaf:  # a table, which is a heading
+            assert any(line.startswith(f"[{'.'.join(place)}]  ") for line in lines), place
+            continue
+        rows = [number for number, line in enumerate(lines) if line.startswith(f"{'.'.join(place)}  (")]
+        assert len(rows) == 1, place
+        explanation = lines[rows[0] + 1]
+        assert re.match(r"    [^ ].*\w.*", explanation), place
+
+
+def test_the_list_says_what_is_allowed_and_the_default():
+    lines = list(list_settings(FinetuneSettings))
+    assert "steps  (a whole number of at least 1; required)" in lines
+    assert "optimizer.learning_rate  (a number of at least 0; default 1e-05)" in lines
+    assert 'speed.strategy  ("ddp", "fsdp" or "hsdp"; default "ddp")' in lines
+    assert "average.sigma_rel  (a list of numbers above 0 and at most 0.288675; default [0.05])" in lines
+    assert "model.adapter  (a table; default none)" in lines
+
+
+def test_the_list_of_a_file_says_its_values(read):
+    settings = read(SMALL, "--data.sources", "a", "b", "--data.sources.1.weight", "3", "--steps", "7")
+    lines = list(list_settings(FinetuneSettings, settings))
+    assert "steps  (a whole number of at least 1; required; now 7)" in lines
+    assert "data.sources.1.weight  (a number of at least 0; default 1.0; now 3.0)" in lines
+    assert "model.adapter  (a table; default none; now none)" in lines
+
+
+def test_explanations_of_several_settings_and_those_inherited():
+    @dataclasses.dataclass
+    class Outer:
+        """First.
+
+        Attributes:
+            one: What it
+                does.
+            two, three: Together.
+
+        Raises:
+            four: Not a setting.
+        """
+
+        one: int
+        two: int
+        three: int
+
+    @dataclasses.dataclass
+    class Inner(Outer):
+        """Second.
+
+        Attributes:
+            three: Its own.
+        """
+
+        four: int = 1
+
+    assert explanations(Inner) == {"one": "What it does.", "two": "Together.", "three": "Its own."}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings made in Python
+
+
+def test_values_are_checked_without_a_file():
+    data = DataSettings((SourceSettings(Path("pictures")),), 2)
+    with pytest.raises(UserError, match=r"optimizer\.clip must be a number of at least 0, not -1"):
+        FinetuneSettings(ModelSettings("m"), data, Path("run"), 5, optimizer=OptimizerSettings(clip=-1))
+    with pytest.raises(UserError, match=r"optimizer\.schedule must be"):
+        FinetuneSettings(ModelSettings("m"), data, Path("run"), 5, optimizer=OptimizerSettings(schedule="linear"))
+
+
+def test_a_bug_in_the_settings_is_not_told_as_a_mistake():
+    @dataclasses.dataclass
+    class Broken:
+        """Broken."""
+
+        one: int = 1
+
+        def __post_init__(self):
+            raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug") as caught:
+        parse_settings(Broken, {})
+    assert type(caught.value) is ValueError
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Written again, and the examples
 
 
-def test_there_are_three_examples():
+def test_there_are_three_examples_and_one_for_a_decoder():
     assert [path.stem for path in EXAMPLES] == ["full_80gb", "lora_24gb", "two_nodes"]
+    assert read_settings(VaeDecoderSettings, DECODER).steps == 20000
+
+
+@pytest.mark.parametrize("path", [*EXAMPLES, DECODER], ids=lambda path: path.stem)
+def test_lines_of_the_examples_can_be_uncommented(path):
+    kind = VaeDecoderSettings if path == DECODER else FinetuneSettings
+    text = re.sub(r"^# (\w+ = .*)$", r"\1", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parse_settings(kind, tomllib.loads(text))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -440,11 +440,11 @@ def test_lpips_takes_part(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size must be above 0, not 0"),
-        ({"flip": 1.5}, r"flip must be from 0 to 1, not 1\.5"),
-        ({"held_out": 0.0}, "held_out must be between 0 and 1"),
-        ({"box_weight": -1.0}, "box_weight must be at least 0"),
-        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not float16"),
+        ({"size": 0}, "size must be a whole number of at least 1, not 0"),
+        ({"flip": 1.5}, r"flip must be a number from 0 to 1, not 1\.5"),
+        ({"held_out": 0.0}, "held_out must be a number between 0 and 1"),
+        ({"box_weight": -1.0}, "box_weight must be a number of at least 0"),
+        ({"dtype": "float16"}, 'dtype must be "float32" or "bfloat16", not "float16"'),
         ({"l1_weight": 0.0}, "nothing would hold the decoder to the picture"),
     ],
 )
