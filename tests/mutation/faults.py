@@ -57,7 +57,7 @@ SCHEDULE = faults_of(
 )
 
 STEPS = faults_of(
-    "samplers/step_schedules.py",
+    "samplers",
     "samplers/test_step_schedules.py",
     [
         ("(last + 1) / steps - 1", "last / steps - 1"),
@@ -88,8 +88,8 @@ SOLVERS = faults_of(
     [
         ("slope = weights[i][1] * min(1, lengths[i - 1] / lengths[i])", "slope = weights[i][1]"),
         (
-            "return _log_step(sigmas, i) / (2 * _log_step(sigmas, i - 1))",
-            "return _log_step(sigmas, i) / _log_step(sigmas, i - 1)",
+            "return log_length(sigmas, i) / (2 * log_length(sigmas, i - 1))",
+            "return log_length(sigmas, i) / log_length(sigmas, i - 1)",
         ),
         ("np.array([1 + slope, -slope]) for step, slope", "np.array([1, 0]) for step, slope"),
         ("return alpha_next - alpha * s_next / s\n", "return alpha_next - alpha * s_next\n"),
@@ -109,11 +109,11 @@ SOLVERS = faults_of(
         ("eta * math.sqrt(1 - (sigma_next / sigma) ** 2)", "eta * (1 - (sigma_next / sigma) ** 2)"),
         ("alpha=alpha_end * math.sqrt(end**2 - start**2))", "alpha=0.99 * alpha_end * math.sqrt(end**2 - start**2))"),
         (
-            "return _add_noise(x0, 0.0, end, noise()) if end > 0 else x0",
-            "return _add_noise(x0, 0.0, 0.99 * end, noise()) if end > 0 else x0",
+            "return add_noise(x0, 0.0, end, noise()) if end > 0 else x0",
+            "return add_noise(x0, 0.0, 0.99 * end, noise()) if end > 0 else x0",
         ),
         (
-            "weights = integral_weights(u, *u, angle)",
+            "weights = integral_weights(u, u[0], u[1], angle)",
             "weights = integral_weights(u, *u, angle) * 0 + integral_weights(u, *u, angle).sum() / 2",
         ),
         ("torch.lerp(x0, history[1], -slope) if slope else x0", "x0"),
@@ -127,8 +127,8 @@ SOLVERS = faults_of(
         ("alpha=alpha_next * (1 - ratio ** (1 + eta)))", "alpha=alpha_next * (1 - ratio))"),
         ("carried = end / middle *", "carried = 0.9 * end / middle *"),
         (
-            "down = end * math.sqrt(1 - share**2)\n    x = _ddim(run.kept, x0, start, down)",
-            "down = end\n    x = _ddim(run.kept, x0, start, down)",
+            "down = end * math.sqrt(1 - share**2)\n    x = ddim(run.kept, x0, start, down)",
+            "down = end\n    x = ddim(run.kept, x0, start, down)",
         ),
         ("lambda: s_noise * randn_like(x, generator))", "lambda: randn_like(x, generator))"),
         ("if noise.isnan().any():", "if False:"),
@@ -199,7 +199,7 @@ SCHEDULER = faults_of(
     "samplers",
     "samplers/test_diffusers_scheduler.py samplers/test_diffusers_run.py",
     [
-        ("(self.config.s_noise if s_noise is None else s_noise) * unit", "unit"),
+        ('(self.config["s_noise"] if s_noise is None else s_noise) * unit', "unit"),
         ("exact + (sample.float() - given.float())", "exact"),
         ("exact + (sample.float() - given.float())", "sample.float()"),
         ("s = (1 + u**2).rsqrt()", "s = (1 + u).rsqrt()"),
@@ -208,12 +208,12 @@ SCHEDULER = faults_of(
             "return (alpha * noise + s * sample).to(sample.dtype)",
         ),
         (
-            "dtype = torch.promote_types(like.dtype, torch.float32)\n        return tuple(",
-            "dtype = like.dtype\n        return tuple(",
+            "dtype = torch.promote_types(like.dtype, torch.float32)\n        return send(",
+            "dtype = like.dtype\n        return send(",
         ),
         ("return int(found[-1])", "return int(found[0])"),
         ("(timesteps.diff() < 0).all()", "(timesteps.diff() <= 0).all()"),
-        ("self.sigmas[step:].tolist(), self.config.eta)", "self.sigmas[step:].tolist())"),
+        ('self.sigmas[step:].tolist(), self.config["eta"])', "self.sigmas[step:].tolist())"),
         ('if key != "timestep_spacing"}', "}"),
         ('if model.get("snr_shift_scale", 1.0) != 1.0:', "if False:"),
     ],
@@ -321,14 +321,14 @@ LEAK = faults_of(
         ("SLOPE_DEPARTURE = 0.1 ", "SLOPE_DEPARTURE = 0.2 "),
         ("TABLE_UP_TO = 0.8 ", "TABLE_UP_TO = 1.0 "),
         ("if misfit < next_misfit / 4 else None", "if misfit < next_misfit else None"),
-        ('elif side > 0 and table == "zero SNR":', 'elif side > 0 and table == "plain":'),
+        ('if side > 0 and table == "zero SNR":', 'if side > 0 and table == "plain":'),
         ("return alpha * variance / (alpha**2 * variance + s**2)", "return alpha * variance / (alpha**2 + s**2)"),
         (
             "grey = probe.rgb_mean.mean(0), reference.rgb_mean.mean(0), 127.5",
             "grey = probe.rgb_mean.mean(0), reference.rgb_mean.mean(0), 255",
         ),
         ("if bias > 0 and (departure <= 0 or not infinite):", "if bias > 0 and departure <= 0:"),
-        ("elif bias == 0 or departure == 0:", "elif bias == 0:"),
+        ("if bias == 0 or departure == 0:", "if bias == 0:"),
         ("if np.linalg.norm(mean) * offset < 2 * PULL_LATENT:", "if False:"),
         (
             "Estimate.over_seeds(1 + (slopes - exact) @ mean / (mean @ mean))",
@@ -366,7 +366,7 @@ CHECKPOINTS = [
             ("target = Path(os.path.realpath(path))", "target = Path(path)"),
             ("os.chmod(temporary, stat.S_IMODE(old.st_mode))", "pass"),
             ("_remove_leftovers(target)\n        file, temporary", "file, temporary"),
-            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB)\n        remove(neighbour)", "fcntl.LOCK_SH)\n        remove(neighbour)"),
             ("temporary.unlink()", "pass"),
         ],
     ),

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, sample
+from ztsnr.samplers.flow_solvers import _deis_table, angle_weights, multistep_table, unipc_weights
 from ztsnr.samplers.multistep import angle, inverse_sigmas, predictor
 from ztsnr.samplers.prediction import alpha_s, from_denoised
 from ztsnr.samplers.sampling import drive, start_run
-from ztsnr.samplers.solvers import _deis_table, angle_weights, multistep_table, unipc_weights
 
 STOCHASTIC = (
     "euler_ancestral", "lcm", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver",
