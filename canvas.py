@@ -142,7 +142,7 @@ def assign_buckets(
 
 
 def nearest_bucket(width: float, height: float, buckets: Sequence[Size]) -> Size:
-    """The bucket of one picture, as ``assign_buckets`` chooses it; width : height may also be a mere ratio.
+    """The bucket of one picture, as ``assign_buckets`` chooses it; width and height may also be just a ratio.
 
     Returns:
         (width, height) of the bucket.

@@ -53,7 +53,7 @@ def __getattr__(name: str):
         return solver_names()
     if name == "SPACINGS":
         return spacing_names()
-    # the names that need diffusers: loaded on first use, so that ComfyUI can do without it
+    # These need diffusers: loaded on first use, because ComfyUI runs without it.
     if name == "ZTSNRScheduler":
         with extras_named(name):
             from .diffusers_scheduler import ZTSNRScheduler

@@ -1,4 +1,4 @@
-"""Multistep consistency sampling, for models that were distilled for it; works with any."""
+"""Multistep consistency sampling, for models distilled for it.  It runs with any model."""
 
 import torch
 
@@ -8,6 +8,6 @@ from .steps import add_noise
 
 @solver(stochastic=True)
 def lcm(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
-    """Multistep consistency sampling (Song et al., arXiv 2303.01469, Alg. 1): denoise, add all the noise anew."""
+    """Multistep consistency sampling (Song et al., arXiv 2303.01469, Alg. 1): denoise, then draw all the noise anew."""
     _, end = run.ends
     return add_noise(x0, 0.0, end, noise()) if end > 0 else x0

@@ -1,4 +1,4 @@
-"""What a device can do: which have float64, and which copies may go on by themselves."""
+"""What a device can do: float64, and copies that run while the host continues."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device.  CUDA copies it while the host goes on.
+    """The tensor on the device.  CUDA copies it while the host continues.
 
-    Metal would, too, but reads memory that the host may have given to something else by then
+    Metal would, too, but by then the host may have reused the memory that it reads
     (https://github.com/pytorch/pytorch/issues/139550).
     """
     return tensor.to(device, non_blocking=device.type == "cuda")

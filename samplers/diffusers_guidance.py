@@ -4,9 +4,9 @@ diffusers guides by uncond + w (cond - uncond).  With T of ``exposure_true``, an
 
     uncond' = cond - T(cond - uncond)
 
-in the place of uncond, the same formula gives cond + (w - 1) T(cond - uncond), whatever w is.  So a pipeline need not
-know: ``attach`` changes what its U-Net answers, and the pipeline's own guidance scale, guidance rescale and callbacks
-work as before.  Modular pipelines leave guidance to a guider; theirs is ``ExposureTrueGuidance``.
+in place of uncond, the same formula gives cond + (w - 1) T(cond - uncond) for every w.  So the pipeline itself stays
+as it is: ``attach`` changes what its U-Net answers, and the pipeline's own guidance scale, guidance rescale and
+callbacks work as before.  Modular pipelines leave guidance to a guider; theirs is ``ExposureTrueGuidance``.
 """
 
 import math
@@ -25,7 +25,7 @@ from .devices import send
 from .diffusers_scheduler import ZTSNRScheduler
 from .guidance import CONTRAST, EXPOSURE, check_scale, exposure_true, exposure_true_prediction, guide, rescale_contrast
 
-# Pipelines that double their batch in an order of their own.
+# Pipelines whose batch is not ordered uncond, cond.
 _OTHER_ORDER = (
     "LEditsPPPipelineStableDiffusionXL",
     "StableDiffusionInstructPix2PixPipeline",
@@ -41,7 +41,7 @@ def attach(
     For the pipelines of Stable Diffusion 1.x, 2.x and XL and all that work like them: image to image, inpainting,
     ControlNet, adapters, Kolors, perturbed attention (whose direction, cond - perturbed, is treated alike).  It is a
     forward hook on ``pipe.unet`` that acts while ``pipe`` itself runs with guidance: other pipelines that share the
-    U-Net are not affected, and may be attached as well.  A run without guidance does not change.
+    U-Net are not affected, and can be attached too.  A run without guidance does not change.
 
         handle = attach(pipe)                        with attach(pipe, exposure=1.0):
         pipe(prompt, guidance_scale=5.0)                 pipe(prompt, guidance_scale=5.0)
@@ -51,8 +51,8 @@ def attach(
     paper, and pipelines ask for an unconditional prediction only above 1, so give 1 < guidance_scale <= 2.  For a
     lambda of at most 1 use ``ExposureTrueGuidance`` in a modular pipeline.
 
-    A compiled U-Net works if it is ``pipe.unet = torch.compile(pipe.unet)``, whenever that was done.
-    ``pipe.unet.compile()`` works if it comes after ``attach``.
+    A U-Net compiled by ``pipe.unet = torch.compile(pipe.unet)`` works, before or after ``attach``.
+    ``pipe.unet.compile()`` works only after ``attach``.
 
     Args:
         pipe: a pipeline whose scheduler is variance-preserving, ``ZTSNRScheduler`` or one of diffusers' own.
@@ -63,7 +63,7 @@ def attach(
         A handle: ``remove()`` takes the hook away, and so does leaving a ``with`` block.
 
     Raises:
-        UserError: a pipeline or scheduler that this is not for, one that is attached already, a U-Net compiled in
+        UserError: an unsupported pipeline or scheduler, a pipeline that is already attached, a U-Net compiled in
             place before, exposure or contrast outside [0, 1].
     """
     if not (hasattr(pipe, "unet") and hasattr(type(pipe), "do_classifier_free_guidance")):
@@ -110,7 +110,7 @@ class _Hook:
                 chunks[i] = exposure_true_prediction(cond, other, picture, self.exposure, self.contrast)
         if self.cfg_pp and guided:
             _hand_over(pipe.scheduler, chunks[0])
-        # in the network's dtype: stock schedulers make it the dtype of the next state
+        # Back to the network's dtype, which stock schedulers give the next state.
         changed = torch.cat([chunk.to(prediction.dtype) for chunk in chunks])
         return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
@@ -128,11 +128,11 @@ class ExposureTrueGuidance(BaseGuidance):
         cfg_pp: guide by CFG++; needs a ``ZTSNRScheduler``.
         start, stop: the share of the run, 0 to 1, in which there is guidance; outside of it, the prompt alone.
         enabled: False is the prompt alone.
-        scheduler: the pipeline's scheduler, which knows the signal and the noise in a state.  It is no part of the
-            config: set it again on a guider that was loaded.
+        scheduler: the pipeline's scheduler, which knows the signal and the noise in a state.  It is not
+            saved in the config: set it again on a loaded guider.
 
     Raises:
-        UserError: a setting out of its range, a scheduler that is not variance-preserving or that is missing when the
+        UserError: a setting out of range, a scheduler that is not variance-preserving or is missing when the
             pipeline runs, a U-Net compiled in place.
     """
 
@@ -192,14 +192,14 @@ class ExposureTrueGuidance(BaseGuidance):
         ]
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Listen to what the U-Net is asked: pipelines do not tell a guider."""
+        """Hook the U-Net to see its input, which pipelines do not pass to a guider."""
         super().prepare_models(denoiser)
         _refuse_compiled(denoiser)
         self.cleanup_models(denoiser)
         self._handle = denoiser.register_forward_pre_hook(self._listen, with_kwargs=True)
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """Stop listening."""
+        """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -226,12 +226,12 @@ class ExposureTrueGuidance(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        """True while the batch with the prompt is at the U-Net."""
+        """True while the U-Net evaluates the batch with the prompt."""
         return self._count_prepared == 1
 
     @property
     def num_conditions(self) -> int:
-        """Number of batches of the present step."""
+        """Number of batches in the current step."""
         return len(self._predictions)
 
     @property
@@ -258,7 +258,7 @@ class _Picture:
         """Take prediction type and noise levels from a scheduler's config."""
         model = scheduler
         if not isinstance(scheduler, ZTSNRScheduler):
-            # ours understands every other config, and refuses those of flow matching and EDM
+            # Ours reads the config of every other scheduler, and raises on flow matching and EDM.
             prediction_type = scheduler.config.get("prediction_type", "epsilon")
             model = ZTSNRScheduler.from_config(scheduler.config, prediction_type=prediction_type)
         abar = model.schedule.alphas_cumprod
@@ -281,7 +281,7 @@ class _Picture:
         t = send(torch.as_tensor(timestep, dtype=torch.float32), device).reshape(-1, 1, 1, 1).clamp(0, last)
         below = t.long().clamp(max=last - 1)
         angle = torch.lerp(self.angles.take(below), self.angles.take(below + 1), t - below)
-        x = sample[:, : prediction.shape[1]].to(device).float()  # an inpainting U-Net is shown mask and picture besides
+        x = sample[:, : prediction.shape[1]].to(device).float()  # an inpainting U-Net also gets mask and picture
         if self.prediction_type == "epsilon":
             return x - angle.cos() * prediction  # alpha x0: finite wherever alpha is 0
         return angle.sin() * x - angle.cos() * prediction
@@ -296,7 +296,7 @@ def _question(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.
 
 
 def _is_running(pipe: DiffusionPipeline) -> bool:
-    """True if a method of this pipeline called us: pipelines share U-Nets, and each knows its own batch alone."""
+    """True if a method of this pipeline is on the call stack: pipelines that share a U-Net batch differently."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_locals.get("self") is pipe:
@@ -320,7 +320,7 @@ def _check_cfg_pp(scheduler: SchedulerMixin) -> None:
 
 def _check_shares(exposure: float, contrast: float) -> None:
     nothing = torch.zeros(1, 1, 1, 1)
-    exposure_true(nothing, nothing, exposure, contrast)  # refuses what lies outside of [0, 1]
+    exposure_true(nothing, nothing, exposure, contrast)  # raises outside [0, 1]
 
 
 def _refuse_compiled(unet: torch.nn.Module) -> None:

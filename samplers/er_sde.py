@@ -1,4 +1,4 @@
-"""ER-SDE-Solver (Cui et al., arXiv 2309.06169), with as much or as little of its noise as eta says."""
+"""ER-SDE-Solver (Cui et al., arXiv 2309.06169), its noise scaled by eta."""
 
 import itertools
 import math
@@ -17,7 +17,10 @@ ORDER = 3
 
 @solver(stochastic=True)
 def er_sde(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise, order: int = ORDER) -> torch.Tensor:
-    """ER-SDE-Solver of order 1, 2 or 3, which each run works up to; eta = 0 is the order's solver of the flow."""
+    """ER-SDE-Solver (Cui et al., arXiv 2309.06169): third order; eta = 0 is its solver of the flow.
+
+    ``order`` is 1, 2 or 3; a run begins at order 1 and rises to it.
+    """
     return take_step(run, x, x0, er_sde_steps(run.sigmas, run.eta, order), noise)
 
 
@@ -40,15 +43,18 @@ def er_sde_steps(sigmas: Sigmas, eta: float, order: int = ORDER) -> tuple[Step, 
             steps.append(Step(0.0, (1.0,), 0.0))
             continue
         (_, s), (alpha_end, s_end) = alpha_s(start), alpha_s(end)
+        # First order: phi_end/phi_start is end/start times this.
         keep = float(_psi_ratio(end, start, eta))
         weights = np.zeros(3)
         weights[0] = 1 - end / start * keep
         if order >= 2 and i >= 1:
             sigma, dsigma = gauss_legendre(end, start)
             scale = end / sigma * _psi_ratio(end, sigma, eta) * dsigma
+            # Second order: x0' from the last two x0, times c_1.
             slope = np.array([1, -1, 0]) / (start - sigmas[i - 1])
             weights += (end - start + scale.sum()) * slope
             if order >= 3 and i >= 2:
+                # Third order: x0'' from the last three, times c_2.
                 slope_before = np.array([0, 1, -1]) / (sigmas[i - 1] - sigmas[i - 2])
                 bend = (slope - slope_before) / ((start - sigmas[i - 2]) / 2)
                 weights += ((end - start) ** 2 / 2 + (sigma - start) @ scale) * bend

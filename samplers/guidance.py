@@ -10,8 +10,8 @@ import torch
 
 from ..errors import UserError
 
-EXPOSURE = 0.9  # share of guidance's say in brightness and tint that is taken away,
-CONTRAST = 0.8  # and of its say in the contrast of the whole picture
+EXPOSURE = 0.9  # share of guidance's effect on brightness and tint that is removed,
+CONTRAST = 0.8  # and of its effect on the contrast of the whole picture
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
@@ -54,10 +54,10 @@ def exposure_true_guidance(
 def exposure_true(
     difference: torch.Tensor, picture: torch.Tensor, exposure: float = EXPOSURE, contrast: float = CONTRAST
 ) -> torch.Tensor:
-    """T(d): a direction of guidance without its say in brightness, tint and contrast.
+    """T(d): a direction of guidance without its effect on brightness, tint and contrast.
 
     d splits, per sample, into its canvas mean m of each channel (brightness and tint), a part k p along the centred
-    picture (which does nothing but scale that picture's contrast), and the rest, which is what the prompt is about:
+    picture (which only scales that picture's contrast), and the rest, which is what the prompt is about:
 
         m = mean_hw(d)      p = picture - mean_hw(picture)      k = <d - m, p> / <p, p>
         T(d) = d - exposure m - contrast k p
@@ -88,7 +88,7 @@ def exposure_true(
         )
     d, p = difference.float(), _centred(picture.float())
     m = _canvas_mean(d)
-    # not <d, p>: of a flat picture p is what rounding leaves, which is a mean again
+    # <d - m, p> rather than <d, p>: of a flat picture, p is rounding errors, whose mean is not 0.
     k = _dot(d - m, p) / _dot(p, p).clamp(min=torch.finfo(torch.float32).tiny)
     return d - exposure * m - contrast * k * p
 
@@ -134,7 +134,7 @@ def rescale_guidance(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7)
 
 
 def rescale_contrast(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7) -> torch.Tensor:
-    """Algorithm 2 of Lin et al. on what lies about the canvas mean; the mean itself becomes the conditional one.
+    """Algorithm 2 of Lin et al. about the canvas mean; the mean itself becomes the conditional one.
 
     Each channel's canvas mean is taken out first: the rest is scaled to the standard deviation that the rest of
     ``cond`` has, the mean of ``cond`` is put back, and the result is mixed with the guided prediction by phi.
@@ -148,7 +148,7 @@ def rescale_contrast(guided: torch.Tensor, cond: torch.Tensor, phi: float = 0.7)
 
 
 def check_scale(scale: float) -> None:
-    """A guidance scale is a finite number of at least 0."""
+    """Raise unless a guidance scale is a finite number of at least 0."""
     if not (math.isfinite(scale) and scale >= 0):
         raise UserError(f"the guidance scale must be a finite number of at least 0, not {scale}")
 

@@ -30,6 +30,7 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     """
     alphas_bar_sqrt = (1 - to_float64(betas)).cumprod(0).sqrt()
     first, last = alphas_bar_sqrt[0].clone(), alphas_bar_sqrt[-1].clone()
+    # Shift the end to 0, then stretch the beginning back to where it was.
     alphas_bar = ((alphas_bar_sqrt - last) * (first / (first - last))) ** 2
     alphas = torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
     return 1 - alphas
@@ -106,7 +107,7 @@ class NoiseSchedule:
         if not ((betas > 0) & (betas <= 1)).all():
             raise UserError("betas must lie in (0, 1]: each is the share of variance that a timestep replaces by noise")
         if (betas[:-1] == 1).any():
-            raise UserError("only the last beta may be 1: after it nothing of the picture is left to add noise to")
+            raise UserError("only the last beta may be 1: after it nothing is left of the picture")
         if zero_terminal_snr:
             betas = rescale_zero_terminal_snr(betas)
         return cls((1 - betas).cumprod(0))
@@ -121,7 +122,7 @@ class NoiseSchedule:
         """A schedule from the config of any diffusers scheduler that defines betas.
 
         Reads trained_betas, or beta_schedule, beta_start, beta_end and num_train_timesteps, and rescale_betas_zero_snr;
-        what is absent takes the value Stable Diffusion was trained with.
+        a missing one takes the value that Stable Diffusion was trained with.
         """
         if config.get("trained_betas") is not None:
             betas = to_float64(config["trained_betas"])
@@ -173,9 +174,10 @@ class NoiseSchedule:
         if not isinstance(t, torch.Tensor):
             return self.sigma(to_float64(t)).item()
         t = to_float64(t).clamp(0, self.last_timestep)
+        # Linear in the angle between the two table entries around t.
         angles = send(self._angles, t.device)
         below = t.long().clamp(max=self.last_timestep - 1)
-        # take, because an index () would be read on the host
+        # take(), because indexing by a tensor of shape () reads it on the host
         angle = torch.lerp(angles.take(below), angles.take(below + 1), t - below)
         return (angle.cos() / angle.sin()).abs()  # of -angle, and positive where the angle is a zero of either sign
 

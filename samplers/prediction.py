@@ -22,7 +22,7 @@ def alpha_s(sigma: float) -> tuple[float, float]:
 
 
 def check_prediction_type(prediction_type: str, zero_terminal_snr: bool) -> None:
-    """Refuse prediction types that do not exist, and epsilon under zero terminal SNR."""
+    """Raise on an unknown prediction type, and on epsilon under zero terminal SNR."""
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and zero_terminal_snr:
@@ -62,13 +62,16 @@ def from_denoised(
 ) -> torch.Tensor:
     """The network output that stands for x0; the inverse of ``to_denoised``, for models given in closed form.
 
-    v = (alpha x - x0) / s; at sigma = 0 neither v nor eps can be told from x0, and this raises.
+    v = (alpha x - x0) / s.
+
+    Raises:
+        UserError: sigma = 0, where x0 determines neither v nor eps; an unknown prediction type.
     """
     alpha, s = alpha_s(sigma)
     if prediction_type == "sample":
         return x0
     if s == 0:
-        raise UserError("at sigma = 0 the state is the picture itself and says nothing about v or epsilon")
+        raise UserError("at sigma = 0 the state is the picture itself, which does not determine v or epsilon")
     if prediction_type == "v_prediction":
         return (alpha * x - x0) / s
     check_prediction_type(prediction_type, zero_terminal_snr=math.isinf(sigma))

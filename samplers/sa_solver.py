@@ -24,7 +24,10 @@ _LONG = 40.0  # e^-40 is below the rounding of float64
 
 @solver(stochastic=True)
 def sa_solver(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
-    """SA-Solver in data prediction, predictor of order 3, corrector of order 4; tau = eta within ``NOISY``, else 0."""
+    """SA-Solver (Xue et al., arXiv 2309.05019): predictor of order 3, corrector of order 4.
+
+    In data prediction; tau is eta for steps that end within ``NOISY``, else 0.
+    """
     return take_step(run, x, x0, sa_solver_steps(run.sigmas, run.eta), noise)
 
 
@@ -45,11 +48,13 @@ def sa_solver_steps(sigmas: Sigmas, eta: float) -> tuple[Step, ...]:
             predict.append(np.array([1.0]))
             break
         tau = eta if NOISY[0] <= end <= NOISY[1] else 0.0
+        # Share of the noise that the step keeps; the rest of its variance is drawn anew.
         kept = (end / start) ** (tau**2)
         steps.append((alpha_s(end)[1] / alpha_s(start)[1] * kept, alpha_s(end)[1] * math.sqrt(1 - kept**2)))
         past = sigmas[i::-1]
         predict.append(_adams(past[: min(PREDICTOR_ORDER, left - i)], start, end, tau))
         correct.append(_adams((end, *past)[: min(CORRECTOR_ORDER, left - i)], start, end, tau))
+    # The corrector of each step folds into the next one.
     keep = np.array([step[0] for step in steps])
     weights = predict_and_correct(keep, predict, correct)
     return tuple(Step(kept, tuple(row.tolist()), fresh) for (kept, fresh), row in zip(steps, weights, strict=True))
@@ -67,7 +72,7 @@ def _adams(known: Sigmas, start: float, end: float, tau: float) -> np.ndarray:
     newest, *older = known
     nodes = np.log([newest, *(sigma for sigma in older if math.isfinite(sigma))])
     rate = 1 + tau**2
-    length = min(rate * math.log(start / end), _LONG)
+    length = min(rate * math.log(start / end), _LONG)  # from infinity, as far as e^-z counts
     z = length * (_NODES + 1) / 2
     basis = lagrange(nodes, math.log(end) + z / rate)
     return alpha_s(end)[0] * basis @ (np.exp(-z) * _NODE_WEIGHTS * length / 2)

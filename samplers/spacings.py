@@ -125,19 +125,19 @@ def spectral(steps: int, canvas: float | None, start: float | None, sigma_min: f
 
 @spacing(of="timesteps")
 def trailing(last: int, steps: int) -> np.ndarray:
-    """T, T - (T+1)/steps, ...: Lin et al. (arXiv 2305.08891), section 3.3, without its rounding."""
+    """Even in time from T: T, T - (T+1)/steps, ... (Lin et al., arXiv 2305.08891, section 3.3, without rounding)."""
     return np.linspace(last, max((last + 1) / steps - 1, 0), steps) if steps > 1 else np.array([last], dtype=float)
 
 
 @spacing(of="timesteps")
 def linspace(last: int, steps: int) -> np.ndarray:
-    """From T to 0, both included."""
+    """Even in time from T to 0, both included."""
     return np.linspace(last, 0, steps) if steps > 1 else np.array([last], dtype=float)
 
 
 @spacing(of="timesteps")
 def leading(last: int, steps: int) -> np.ndarray:
-    """What SDXL ships with: multiples of (T+1)//steps, plus one.  It stops well short of T."""
+    """What SDXL ships with: multiples of (T+1)//steps, plus one; begins well below T, so it warns."""
     stride = (last + 1) // steps if steps <= last + 1 else last / (steps - 1)
     offset = min(1, last - stride * (steps - 1))
     return (np.arange(steps) * stride + offset)[::-1].astype(float)
@@ -156,7 +156,7 @@ def beta(last: int, steps: int) -> np.ndarray:
 
 @spacing(of="timesteps")
 def ays(last: int, steps: int) -> np.ndarray:
-    """Align Your Steps, taken over by timestep and stretched to ``steps`` log-linearly in the noise it was made for."""
+    """Align Your Steps (arXiv 2404.14507): its ten timesteps for SDXL, interpolated log-linearly to any number."""
     original = NoiseSchedule.sdxl(zero_terminal_snr=False)
     log_sigmas = np.log([original.sigma(float(t)) for t in _AYS_TIMESTEPS])
     position = np.linspace(0, len(log_sigmas) - 1, steps + 1)[:-1]
@@ -183,7 +183,7 @@ def _log_even_start(steps: int) -> float:
 
 @spacing(of="sigmas", rho=7.0, start=_log_even_start)
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    """Karras et al. (arXiv 2206.00364), eq. 5."""
+    """Even in sigma^(1/rho) (Karras et al., arXiv 2206.00364, eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return np.linspace(high, low, steps) ** rho
 
@@ -196,7 +196,7 @@ def exponential(steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
 
 @spacing(of="sigmas", rho=1.0, start=_log_even_start)
 def polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    """k-diffusion's: log sigma falls as a power of the remaining share of steps; rho = 1 is ``exponential``."""
+    """k-diffusion's: log sigma falls as the power rho of the share of steps left; rho = 1 is ``exponential``."""
     return sigma_min * (sigma_max / sigma_min) ** (np.linspace(1, 0, steps) ** rho)
 
 

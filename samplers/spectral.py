@@ -21,14 +21,14 @@ import numpy as np
 from ..errors import UserError
 from .multistep import Weights, gauss_legendre, inverse_sigmas, noise_ratios, predict_and_correct
 
-MEMORY = 4  # x0 values that a step looks at while x0 moves smoothly
+MEMORY = 4  # values of x0 that a step uses while x0 moves smoothly
 RIDGE = 7e-5  # share of the change of x0 that no Gaussian mode explains: keeps the weights moderate
-SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which that share shrinks
+SHORT_STEP = 0.03  # mean square change of the state in a step (about 0.5 in log sigma) below which RIDGE shrinks
 MODE_RANGE = (1.25, 0.4)  # modes fitted: from this times the smallest finite sigma to this times the largest
 
 SMALLEST_MODE = 0.1  # the spacing serves modes from here to the canvas length
 START = 5.0  # first finite sigma over the canvas length: there brightness is undecided, under guidance as well
-STEPS_PER_START = (3, 6)  # where steps are few, one canvas length for so many: without guidance, and from CFG 4 on
+STEPS_PER_START = (3, 6)  # with few steps, steps per canvas length of START: without guidance, and from CFG 4 on
 # Guidance makes the flow stiff around the noise that decides a prompt's brightness: there steps are denser.
 STIFF_AT = 0.45  # times the canvas length
 STIFF_WIDTH = (0.65, 2.2)  # in log sigma, above and below,
@@ -37,7 +37,7 @@ STIFFNESS, MOST_STIFFNESS = 2.0, 3.0  # additional steps there, over those elsew
 
 FINISH_FROM = 10  # steps from which the last one is fitted to what the run carries
 DECISION_WIDTH = 0.2  # of a jump of x0, in log sigma
-BEYOND = 1.0  # how far past the last sigma decisions are still to come, in log sigma
+BEYOND = 1.0  # how far beyond the last sigma jumps are still expected, in log sigma
 
 
 def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY) -> Weights:
@@ -45,7 +45,7 @@ def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY)
 
     Args:
         sigmas: (..., N + 1), the first may be inf and the last 0; leading dimensions run over schedules.
-        memory: how many x0 a step looks at.
+        memory: values of x0 that a step uses.
 
     Returns:
         N arrays (..., k), weights of x0, newest first.
@@ -54,7 +54,7 @@ def spectral_weights(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY)
 
 
 def spectral_table(sigmas: Sequence[float] | np.ndarray, memory: int = MEMORY) -> tuple[Weights, Weights]:
-    """Weights of x0 in each of the N steps, and in all but the last once more when x0 at their end is known too."""
+    """Predictor weights of x0 in each of the N steps; corrector weights, x0 at the end known, in all but the last."""
     u = inverse_sigmas(sigmas)
     steps = u.shape[-1] - 1
     modes = fitted_modes(u)
@@ -93,12 +93,12 @@ def _fit(modes: np.ndarray, nodes: np.ndarray, start: np.ndarray, end: np.ndarra
     """
     state, gain, held = mode_step(modes, start, end)
     x0 = mode_x0(modes[..., None, :], nodes[..., None])
-    # the sum of the weights is ``held``, so only the differences to the newest x0 are free
+    # The weights sum to ``held`` (a constant x0 is exact), so only the differences to the newest x0 are free.
     design = (x0[..., 1:, :] - x0[..., :1, :]) / state[..., None, :]
     target = (gain - held[..., None] * x0[..., 0, :]) / state
     spread = np.log(modes[..., 1] / modes[..., 0])
     change = held**2 * _mean_square(design) * spread
-    # shrinking with the step, the ridge leaves the second order intact; what remains keeps the matrix regular
+    # The ridge shrinks with the step, which keeps the second order; the last term keeps the matrix regular.
     return _least_squares(design, target, held, RIDGE * np.minimum(1, change / SHORT_STEP) + 1e-12)
 
 
@@ -184,6 +184,7 @@ def finish_table(sigmas: np.ndarray, predict: Weights, correct: Weights) -> Weig
     design, target, held = x0[..., 1:, :] - x0[..., :1, :], 1 - x0[..., 0, :], np.ones(modes.shape[:-1])
     importance, last = np.ones_like(target), predict[-1]
     for _ in range(30):
+        # Fit, then weigh each mode by its residual: the weights tend to those of a sixth-power fit.
         last = _least_squares(design * importance[..., None, :], target * importance, held, 1e-5)
         residual = np.abs(target - (last[..., None, 1:] @ design)[..., 0, :])
         importance = importance / 2 + ((residual / residual.max(-1, keepdims=True) + 1e-3) ** 2) / 2
@@ -257,10 +258,10 @@ def spectral_sigmas(
     Without guidance a nearer first one is searched for too where steps are few.
 
     Args:
-        steps: how many, at least 1; infinity before and 0 behind them are not counted.
+        steps: number of finite sigmas, at least 1; infinity before them and 0 after them are not counted.
         canvas: sqrt(height * width) of the latent, the standard deviation of a mode of unit brightness spread; None
             takes it from start.
-        start: first sigma, if it is to be another than the default.
+        start: first sigma, instead of the default.
         sigma_min: least noise the model knows.
         guidance: scale of classifier-free guidance.
 
@@ -287,6 +288,7 @@ def spectral_sigmas(
         candidates = _spaced(steps, first.ravel(), last.ravel(), canvas, guidance)
     if len(candidates) == 1:
         return tuple(candidates[0].tolist())
+    # Run the modes through the solver on every candidate at once; the least worst error wins.
     ends = np.ones((len(candidates), 1))
     sigmas = np.concatenate([ends * math.inf, candidates, ends * 0], axis=-1)
     modes = np.geomspace(SMALLEST_MODE, max(canvas, 2 * SMALLEST_MODE), 48)

@@ -1,13 +1,13 @@
 """The default solver: exact for Gaussian modes, careful where x0 jumps, stable where guidance makes the flow stiff.
 
-Each sample mixes its step from three, by what its last x0 tell (docs/mathematics.md derives them):
+Each sample mixes its step from three, depending on its last values of x0 (docs/mathematics.md derives them):
 
     bold      four values of x0 in the span of Gaussian modes: the most accurate while x0 moves as modes do
     cautious  two values, fitted to jumps of x0 as well: a longer memory amplifies a jump
     secant    where x0 turns back.  Guidance of scale w makes x0 = J x along some direction, with J as low as 1 - w, and
               extrapolation diverges there.  J is measured along the last change of x0 and its step taken exactly
 
-All that the choice needs are inner products of the coarse part of each sample; nothing is read on the host.
+The choice needs only inner products of the coarse part of each sample; nothing is read on the host.
 """
 
 import itertools
@@ -23,9 +23,9 @@ from .multistep import inverse_sigmas, noise_ratios
 from .protocol import Noise, Run, Sigmas, solver
 from .spectral import MEMORY, SMALLEST_MODE, decision_table, finish_table, mode_x0, spectral_table
 
-KEPT = MEMORY + 1  # values of x0 that a step looks at: a prediction's, and the one that its correction goes back to
+KEPT = MEMORY + 1  # values of x0 that a step uses: the prediction's, and the oldest of the last prediction
 BLOCKS = 12  # along the shorter side of the latent: what is coarser decides how a step is taken
-STIFFEST = 5.0  # largest -J that is believed
+STIFFEST = 5.0  # bound of the measured -J
 SMALL = 1e-30  # where x0 does not change at all
 # Disagreement of the bold and the cautious step, over what a plain Gaussian latent shows: up to the first number a step
 # is bold, from the second on cautious.  A sample whose x0 has bent in the first half of the steps is wary, because so
@@ -42,23 +42,27 @@ COSINE_OFFSET, COSINE_FACTOR = torch.tensor([0.0, -0.2]).view(2, 1), torch.tenso
 
 @solver()
 def spectral(run: Run, x: torch.Tensor, x0: torch.Tensor, noise: Noise) -> torch.Tensor:
-    """Predictor-corrector in the span of Gaussian modes (``spectral``), with a secant step where x0 turns back."""
+    """Predictor-corrector in the span of Gaussian modes, with a secant step where x0 turns back (the default)."""
     if run.index == 0:
         run.kept = _Seen(x, run.sigmas)
     seen, history = run.kept, run.remember(x0, KEPT)
     step = seen.step(run.step)
     seen.see(x, x0, step)
-    # Two rows of weights: the corrector of the last step, folded into this one, and the predictor of this step.
+    # Corrector of the last step, folded into this one, and predictor of this step: two rows of weights of x0, each
+    # between the cautious and the bold table.
     weights = torch.lerp(step.cautious, step.bold, seen.boldness(step))
     correction, prediction = weights[0], weights[1]
-    correction[1:].sub_(seen.predicted[:-1])  # takes back what was predicted when the newest x0 was not known
-    # Where x0 turns back, half of the correction, and x0 is held but for its change along d_0.
+    # The correction is what the last step would have added with the newest x0 known, minus what it did add.
+    correction[1:].sub_(seen.predicted[:-1])
+    # Where x0 turns back: half of the correction, and a predictor that holds x0.
     weights.lerp_(step.turned_back, seen.turn * seen.share_of_turn)
     if seen.power is not None and step.sigma_ratio > 0:
+        # ... except along its last change d_0, where the step is exact: x0 - x0_last = d_0 gets the missing weight.
         beyond = seen.turn * seen.secant(step, weights)
         prediction[0].add_(beyond)
         prediction[1].sub_(beyond)
     seen.predicted = prediction
+    # x(b) = s_b/s_a (x(a) + correction . x0) + prediction . x0
     weights = torch.add(prediction, correction, alpha=step.ratio)
     x = step.ratio * x
     for weight, past in zip(weights.view(KEPT, -1, *[1] * (x.ndim - 1)).unbind(0), history, strict=False):
@@ -118,12 +122,14 @@ class _Seen:
             rows = [*rows, state_before - state, state - coarse]
         stacked = torch.cat(rows).view(len(rows), *newest.shape)
         self.changes = stacked[:known]
+        # One reduction gives every inner product with d_0 that the step needs.
         products = (stacked * newest).sum(-1)
         length = products[0].clamp(min=SMALL)
         along = products / length
         self.fallen = along[:known].cumsum(0)
         size_before, self.size = self.size, length.sqrt()
         if known > 1:
+            # A turn is a negative cosine between d_0 and d_1; see COSINE_OFFSET.
             cosine = along[1] * (self.size / size_before)
             offset, factor = self._of_cosine
             self.turn, straight = torch.addcmul(offset, cosine, factor).clamp_(0, 1).unbind(0)
@@ -157,9 +163,11 @@ class _Seen:
         Args:
             weights: (2, KEPT, B) of the correction and the prediction.
         """
-        # <weights . x0, -d_0> / <d_0, d_0>, beyond what the sum of the weights times the newest x0 gives
+        # What both rows move along -d_0 already: <weights . x0, -d_0> / <d_0, d_0>, without the newest x0's part.
         corrected, predicted = (weights[:, 1 : len(self.fallen) + 1] * self.fallen).sum(1).unbind(0)
-        held = 1 - step.sigma_ratio  # f for J = 0
+        # What an exact step adds along d_0 to one that holds x0: (f_0 - f) (X - x0), with f_0 for J = 0; and what the
+        # correction e of X adds to that, (f_0 - f (1 - J)) e.
+        held = 1 - step.sigma_ratio  # f_0
         assert self.power is not None
         decayed = torch.expm1(self.power * math.log(step.sigma_ratio))  # -f (1 - J)
         wanted = (decayed / self.power).add_(held).mul_(self.distance)

@@ -1,6 +1,6 @@
-"""What the steps of several solvers share: a step with x0 held, fresh noise, and lengths in log sigma.
+"""Building blocks that several solvers share: a step with x0 held, fresh noise, and lengths in log sigma.
 
-Infinity and 0 are ordinary noise levels of all of it: nothing divides by alpha or multiplies by sigma.
+All but ``add_noise`` take infinity and 0 like any other noise level.
 """
 
 import math
@@ -24,6 +24,7 @@ def ddim(x: torch.Tensor, x0: torch.Tensor, start: float, end: float) -> torch.T
 
 
 def combine(ratio: float, x: torch.Tensor, weights: Sequence[float], history: Sequence[torch.Tensor]) -> torch.Tensor:
+    """ratio x + weights . history, both newest first."""
     x = ratio * x
     for weight, x0 in zip(weights, history, strict=False):
         x.add_(x0, alpha=weight)

@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 def take_step(run: Run, x: torch.Tensor, x0: torch.Tensor, steps: Sequence[Step], noise: Noise) -> torch.Tensor:
-    """The present one of a run's steps; it draws noise only where the step has some."""
+    """Take the run's current step; draws noise only where the step has some."""
     step = steps[run.step]
     history = run.remember(x0, max(len(step.weights) for step in steps))
     x = step.keep * x
