@@ -121,7 +121,8 @@ def load_pictures(folder: Path, size: int, say: Callable[[str], None]) -> torch.
 def library_photographs(size: int) -> torch.Tensor:
     """The photographs that come with scikit-image, all free of copyright restrictions: (K, 3, size, size)."""
     library = find_spec("skimage")
-    folder = Path(library.submodule_search_locations[0]) / "data" if library else None
+    places = library.submodule_search_locations if library else None
+    folder = Path(places[0]) / "data" if places else None
     files = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
     if not files:
         raise UserError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from .leak_probes import SamplerProbe
@@ -22,17 +23,17 @@ class Estimate:
     seeds: int
 
     @classmethod
-    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
+    def over_seeds(cls, values: ArrayLike) -> "Estimate":
         """The mean of one value per seed, for at least two seeds."""
         from scipy import stats
 
-        values = np.asarray(values, dtype=float)
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-        error = quantile * values.std(ddof=1) / math.sqrt(len(values))
-        return cls(float(values.mean()), float(error), len(values))
+        sample = np.asarray(values, dtype=float)
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1)
+        error = quantile * sample.std(ddof=1) / math.sqrt(len(sample))
+        return cls(float(sample.mean()), float(error), len(sample))
 
     @classmethod
-    def rms_over_seeds(cls, squares: Sequence[float]) -> "Estimate":
+    def rms_over_seeds(cls, squares: ArrayLike) -> "Estimate":
         """The root of the mean of one mean square per seed, for at least two seeds.
 
         Squares of few seeds are skewed, so the interval is that of the logarithm, and its wider half stands for both.

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
@@ -20,10 +21,12 @@ from ..errors import UserError
 from ..samplers import NoiseSchedule, from_denoised
 from ..samplers.devices import to_float64
 from ..samplers.prediction import alpha_s
-from ..samplers.sampling import Denoise
+
+Model = Callable[[torch.Tensor, float], torch.Tensor]  # model(x, sigma) -> x0
+Std = TypeVar("Std", torch.Tensor, float)
 
 
-def v_network(denoise: Denoise, schedule: NoiseSchedule) -> Callable[..., torch.Tensor]:
+def v_network(denoise: Model, schedule: NoiseSchedule) -> Callable[..., torch.Tensor]:
     """A v-prediction network equivalent to ``denoise`` that, like a trained one, is given only the timestep.
 
     Args:
@@ -44,7 +47,7 @@ def v_network(denoise: Denoise, schedule: NoiseSchedule) -> Callable[..., torch.
 
 
 def reference_flow(
-    denoise: Denoise, noise: torch.Tensor, steps: int = 400, sigma_max: float = 1e4, sigma_min: float = 1e-4
+    denoise: Model, noise: torch.Tensor, steps: int = 400, sigma_max: float = 1e4, sigma_min: float = 1e-4
 ) -> torch.Tensor:
     """The probability flow from infinity to 0 in many small steps, with a method that no sampler here uses.
 
@@ -80,7 +83,7 @@ def reference_flow(
     return denoise(x, sigma_min)
 
 
-def _gain(std: torch.Tensor | float, sigma: float) -> torch.Tensor | float:
+def _gain(std: Std, sigma: float) -> Std:
     """alpha var / (alpha^2 var + s^2): the share of x - alpha mean that counts as signal, 0 at infinity."""
     alpha, s = alpha_s(sigma)
     return alpha * std**2 / (alpha**2 * std**2 + s**2)
@@ -96,7 +99,7 @@ def _normalized_log(weights: Sequence[float] | torch.Tensor | None, count: int) 
     return (weights / weights.sum()).log()
 
 
-def _nonnegative(name: str, value: torch.Tensor | float) -> None:
+def _nonnegative(name: str, value: Sequence[float] | torch.Tensor | float) -> None:
     if not (torch.as_tensor(value) >= 0).all():
         raise UserError(f"{name} is a standard deviation and must not be negative or NaN")
 

@@ -183,7 +183,7 @@ class LatentMeanRecorder:
         Raises:
             UserError: nothing was recorded since ``begin``.
         """
-        if self._count == 0:
+        if self._rows is None or self._shape is None or self._count == 0:
             raise UserError("the recorder has recorded no step: pass it to a sampler as callback and run that first")
         rows = self._rows[: self._count]
         noise = rows[:0] if self._noise is None else self._noise.to(rows.device)
@@ -234,6 +234,7 @@ class _StepOnlooker:
             displaced.leave()
         functools.update_wrapper(self, scheduler.step)  # pipelines read the signature; first, as it copies attributes
         self._scheduler = scheduler
+        self._step = scheduler.step
         self._displaced = vars(scheduler).get("step")
         self._seen = None
         scheduler.step = self
@@ -248,7 +249,7 @@ class _StepOnlooker:
     ) -> Any:
         # 1 / sqrt(1 + sigma^2) where the state is k-diffusion's x0 + sigma eps, 1 where it is variance-preserving
         scale = self._scheduler.scale_model_input(torch.ones(()), timestep).item()
-        result = self.__wrapped__(model_output, timestep, sample, *args, **kwargs)
+        result = self._step(model_output, timestep, sample, *args, **kwargs)
         if self._seen is None:
             self._seen = model_output, timestep, sample, scale
         else:  # no callback took the last step: that run was aborted, and this is another
@@ -294,7 +295,7 @@ def _noise_level(
     scheduler: Any, schedule: NoiseSchedule, timestep: float | torch.Tensor, scale: float
 ) -> float | torch.Tensor:
     """Sigma of the scheduler's last evaluation; a tensor () if only the device knows it."""
-    sigmas = getattr(scheduler, "sigmas", ())
+    sigmas: Any = getattr(scheduler, "sigmas", ())
     is_per_evaluation = len(sigmas) == len(scheduler.timesteps) + 1
     listed = float(sigmas[scheduler.step_index - 1]) if is_per_evaluation else math.nan  # they are kept on the CPU
     if scale < 1:

@@ -29,10 +29,10 @@ import torch
 
 from ..errors import UserError
 from ..samplers import NoiseSchedule, sample, step_schedule
-from ..samplers.sampling import Denoise
 from .checkpoint_verdict import judge_network
 from .estimates import at_least_two
 from .guidance_shift import EXPOSURE_TRUE, judge_guidance
+from .ideal_models import Model
 from .latent_stats import LatentMeanRecorder, LatentStatistics
 from .leak_probes import Run, SamplerProbe, ToRGB, noise_pair, probe_network, probe_sampler, probed_sigmas
 from .sampler_verdict import judge_sampler
@@ -40,7 +40,7 @@ from .verdict import LeakReport
 
 
 def mean_leak(
-    denoise: Denoise | None,
+    denoise: Model | None,
     run: Run | None,
     shape: Sequence[int],
     *,
@@ -91,14 +91,18 @@ def mean_leak(
         raise UserError("nothing to test: pass denoise, run, or both")
     if target is not None and to_rgb is None:
         raise UserError("target needs to_rgb, because colours are compared in pictures")
-    if denoise is not None and sigmas is None:
+    if denoise is None:
+        sigmas = []
+    elif sigmas is None:
+        if schedule is None:
+            raise UserError("sigmas must be given if there is no schedule")
         sigmas = probed_sigmas(schedule)
-    if unguided is not None and reference is None:
-        raise UserError("unguided needs reference, the exact flow with guidance, to compare with")
+    if unguided is not None and (run is None or reference is None):
+        raise UserError("unguided needs run and reference, the exact flow with guidance, to compare with")
     tell = progress or (lambda: None)
-    runs = {} if run is None else {"sampler": run, "reference": reference}
-    runs |= {} if unguided is None else {"unguided": unguided, "exposure-true": exposure_true}
-    runs = {kind: each for kind, each in runs.items() if each is not None}
+    asked = {} if run is None else {"sampler": run, "reference": reference}
+    asked |= {} if unguided is None else {"unguided": unguided, "exposure-true": exposure_true}
+    runs = {kind: each for kind, each in asked.items() if each is not None}
     network_probes = []
     probes: dict[str, list[SamplerProbe]] = {kind: [] for kind in runs}
     for index, seed in enumerate(seeds):
@@ -110,9 +114,12 @@ def mean_leak(
             probes[kind].append(probe_sampler(each, noise, to_rgb, target, seed))
             tell()
     references = probes.get("reference")
-    guided = {guidance_name: references}
-    if "exposure-true" in probes:
-        guided[EXPOSURE_TRUE] = probes["exposure-true"]
+    guidance = None
+    if "unguided" in probes:
+        guided = {guidance_name: probes["reference"]}
+        if "exposure-true" in probes:
+            guided[EXPOSURE_TRUE] = probes["exposure-true"]
+        guidance = judge_guidance(probes["unguided"], guided)
     return LeakReport(
         checkpoint=judge_network(network_probes, schedule) if denoise is not None else None,
         sampler=judge_sampler(probes["sampler"], references, start_sigma, reference_name) if run is not None else None,
@@ -122,11 +129,11 @@ def mean_leak(
         network_probes=network_probes,
         sampler_probes=probes.get("sampler", []),
         reference_probes=references,
-        guidance=judge_guidance(probes["unguided"], guided) if "unguided" in probes else None,
+        guidance=guidance,
     )
 
 
-def exact_flow(denoise: Denoise, schedule: NoiseSchedule, latent_size: tuple[int, int], steps: int = 50) -> Run:
+def exact_flow(denoise: Model, schedule: NoiseSchedule, latent_size: tuple[int, int], steps: int = 50) -> Run:
     """The reference: this package's default solver in many steps, from the schedule's own end.
 
     At 50 steps it departs from the exact flow by far less than the limits that samplers are judged by.

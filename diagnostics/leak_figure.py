@@ -16,7 +16,7 @@ from ..figures.sigma_axis import over_sigma, sigma_levels
 from ..figures.strip import Strip, strip_rows
 from ..figures.themes import Theme, theme_of
 from ..samplers import NoiseSchedule
-from .checkpoint_verdict import LEAST_PEAK, TABLE_UP_TO
+from .checkpoint_verdict import LEAST_PEAK, TABLE_UP_TO, CheckpointAnswer
 from .estimates import CONFIDENCE, Estimate
 from .expected import expected_slope
 from .guidance_shift import GuidanceAnswer
@@ -32,7 +32,7 @@ from .panels import (
     sign_styles,
     which_channels,
 )
-from .sampler_verdict import PULL_LATENT, PULL_LEVELS
+from .sampler_verdict import PULL_LATENT, PULL_LEVELS, SamplerAnswer
 from .verdict import LeakReport
 
 WIDEST = 1.0  # spread of the pictures' averages in latent units under a prompt that leaves them open
@@ -54,9 +54,9 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
     look = theme_of(theme)
     rows = [headline(report.verdict, look)]
     if report.checkpoint is not None:
-        rows += _checkpoint_rows(report, look)
+        rows += _checkpoint_rows(report, report.checkpoint, look)
     if report.sampler is not None:
-        rows += _sampler_rows(report, look)
+        rows += _sampler_rows(report, report.sampler, look)
     if report.guidance is not None:
         rows += _guidance_rows(report.guidance, look)
     return stack([*rows, *strip_rows(strip, look)], look)
@@ -66,8 +66,7 @@ def leak_figure(report: LeakReport, *, theme: str = "light", strip: Strip | None
 # The checkpoint
 
 
-def _checkpoint_rows(report: LeakReport, look: Theme) -> list[Row]:
-    answer = report.checkpoint
+def _checkpoint_rows(report: LeakReport, answer: CheckpointAnswer, look: Theme) -> list[Row]:
     timesteps = np.asarray(answer.timesteps)
     slopes = np.stack([probe.slopes for probe in report.network_probes])  # (K, T, C)
     peak = max(slopes.mean(0), key=np.linalg.norm)
@@ -142,13 +141,9 @@ def _fitted_variance(timesteps: np.ndarray, slopes: np.ndarray, table: NoiseSche
 # The sampler
 
 
-def _sampler_rows(report: LeakReport, look: Theme) -> list[Row]:
-    probes, answer = report.sampler_probes, report.sampler
-    compared = report.reference_probes is not None
-    lines = [
-        (fit.reference_intercept, fit.reference_slope) if compared else (fit.intercept, fit.slope)
-        for fit in answer.channels
-    ]
+def _sampler_rows(report: LeakReport, answer: SamplerAnswer, look: Theme) -> list[Row]:
+    probes, compared = report.sampler_probes, report.reference_probes is not None
+    lines = [fit.expected for fit in answer.channels]
     sizes = [slope.value for _, slope in lines]
     levels = sigma_levels(np.concatenate([probe.sigmas for probe in [*probes, *(report.reference_probes or [])]]))
     styles = sign_styles(look)
@@ -177,7 +172,7 @@ def _sampler_rows(report: LeakReport, look: Theme) -> list[Row]:
     return [
         heading("Sampler: mean of the predicted picture", note, handles, look),
         *panel_rows(shown_channels(sizes), draw),
-        _scatter_row(report, int(np.argmax(np.abs(sizes))), look),
+        _scatter_row(report, answer, int(np.argmax(np.abs(sizes))), look),
     ]
 
 
@@ -196,13 +191,14 @@ def _paths(probes: Sequence[SamplerProbe], channel: int, sign: int) -> list[tupl
     return [(sigmas, finite(values)) for sigmas, values in paths]
 
 
-def _scatter_row(report: LeakReport, channel: int, look: Theme) -> Row:
-    answer, fit = report.sampler, report.sampler.channels[channel]
+def _scatter_row(report: LeakReport, answer: SamplerAnswer, channel: int, look: Theme) -> Row:
+    fit = answer.channels[channel]
     noise = np.concatenate([probe.noise_mean[:, channel] for probe in report.sampler_probes])
     picture = np.concatenate([probe.picture_mean[:, channel] for probe in report.sampler_probes])
     lines = {f"this sampler: {fit.slope}": (fit.intercept.value, fit.slope.value)}
     if fit.reference_slope is not None:
-        lines[f"exact flow: {fit.reference_slope}"] = (fit.reference_intercept.value, fit.reference_slope.value)
+        intercept, slope = fit.expected
+        lines[f"exact flow: {slope}"] = (intercept.value, slope.value)
     spread = f"spread of brightness:\n{answer.spread:.3g} {answer.unit}"
     if answer.reference_spread is not None:
         spread += f"\n(exact flow {answer.reference_spread:.3g})"
@@ -237,12 +233,12 @@ def _guidance_rows(answer: GuidanceAnswer, look: Theme) -> list[Row]:
     beside_it += [_in_words("the prompt alone", answer.unguided_clipped, f"spread {answer.unguided_spread:.3g}")]
 
     def draw(axes: Axes, beside: Axes) -> None:
-        axes.set_xlim(limits([alone], least))
+        axes.set_xlim(*limits([alone], least))
         axes.plot(axes.get_xlim(), axes.get_xlim(), zorder=3, **expected_style(look))
         for _, guided, style in kinds:
             axes.vlines(alone, alone, guided, color=style["color"], lw=0.8, alpha=0.5, zorder=2)
             axes.plot(alone, guided, zorder=6, **style)
-        axes.set_ylim(limits([axes.get_xlim(), *(guided for _, guided, _ in kinds)], least))
+        axes.set_ylim(*limits([axes.get_xlim(), *(guided for _, guided, _ in kinds)], least))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_xlabel(f"{what}, the prompt alone", fontsize=TEXT, color=look.ink, labelpad=1)

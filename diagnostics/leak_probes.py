@@ -14,7 +14,7 @@ import torch
 from ..errors import UserError
 from ..samplers import NoiseSchedule, from_denoised
 from ..samplers.devices import to_float64
-from ..samplers.sampling import Denoise
+from .ideal_models import Model
 from .latent_stats import LatentStatistics
 
 PROBED = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)  # timesteps to probe, as shares of T
@@ -108,7 +108,7 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
     return torch.cat([noise + shift, noise - shift])
 
 
-def probe_network(denoise: Denoise, noise: torch.Tensor, sigmas: Sequence[float], seed: int = 0) -> NetworkProbe:
+def probe_network(denoise: Model, noise: torch.Tensor, sigmas: Sequence[float], seed: int = 0) -> NetworkProbe:
     """A network's predictions for pure noise at several noise levels.
 
     Args:

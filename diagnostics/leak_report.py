@@ -98,6 +98,8 @@ def report_table(run: LeakRun) -> str:
     rows = []
     for prompt, report in zip(run.settings.prompts, run.reports, strict=True):
         s = report.sampler
+        if s is None:
+            continue
         rows += [
             [prompt.name, s.brightness, s.colour_error or "", s.pull, s.slope_ratio or "", f"{s.clipped:.0%}"],
             [
@@ -124,13 +126,14 @@ def guidance_table(run: LeakRun) -> str:
     """One row per prompt: how far guidance moves brightness, from the same noise, in levels."""
     from tabulate import tabulate
 
-    asked = [report.guidance for report in run.reports]
+    prompts = zip(run.settings.prompts, run.reports, strict=True)
+    asked = [(prompt, report.guidance) for prompt, report in prompts if report.guidance is not None]
     rows = [
         [prompt.name, answer.unguided_brightness, f"{answer.unguided_spread:.3g}"]
         + [value for shift in answer.shifts for value in (shift.mean, shift.rms)]
-        for prompt, answer in zip(run.settings.prompts, asked, strict=True)
+        for prompt, answer in asked
     ]
-    names = [textwrap.fill(shift.guidance, 14) for shift in asked[0].shifts]
+    names = [textwrap.fill(shift.guidance, 14) for shift in asked[0][1].shifts]
     headers = ["prompt", "brightness\nunguided", "spread\nunguided"]
     headers += [f"{name}\n{what}" for name in names for what in ("moves by", "rms")]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
@@ -157,7 +160,7 @@ def report_html(run: LeakRun) -> bytes:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader(__package__, "."),
+        loader=PackageLoader(str(__package__), "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -165,7 +168,7 @@ def report_html(run: LeakRun) -> bytes:
     )
     missing = no_matplotlib()
     prompts = list(zip(run.settings.prompts, run.reports, strict=True))
-    guided = [report.guidance for report in run.reports] if run.guidance_sheet else []
+    guided = [report.guidance for report in run.reports if report.guidance is not None]
     page = environment.get_template("leak_report.html").render(
         version=__version__,
         run=run,
@@ -198,12 +201,16 @@ def _figures(run: LeakRun) -> dict[str, Any]:
         run.sheet[0]["prompt"],
         run.sheet[0]["seeds"],
     )
-    guidance = run.guidance_sheet and guidance_sheet(
-        np.stack([load_row(run.pictures / f"{row['file']}.png")[0] for row in run.guidance_sheet]),
-        [row["guidance"] for row in run.guidance_sheet],
-        np.array([row["brightness"] for row in run.guidance_sheet]),
-        run.guidance_sheet[0]["prompt"],
-        run.guidance_sheet[0]["seeds"],
+    guidance = (
+        None
+        if not run.guidance_sheet
+        else guidance_sheet(
+            np.stack([load_row(run.pictures / f"{row['file']}.png")[0] for row in run.guidance_sheet]),
+            [row["guidance"] for row in run.guidance_sheet],
+            np.array([row["brightness"] for row in run.guidance_sheet]),
+            run.guidance_sheet[0]["prompt"],
+            run.guidance_sheet[0]["seeds"],
+        )
     )
     prompts = [both(partial(leak_figure, report, strip=strip(i))) for i, report in enumerate(run.reports)]
     return {
@@ -234,5 +241,5 @@ def load_row(path: Path) -> tuple[np.ndarray, list[str]]:
     if not path.exists():
         raise UserError(f"{path} does not exist; delete {path.parent.parent / 'measurements.jsonl'} to measure again.")
     with Image.open(path) as image:
-        labels = json.loads(image.text["labels"])
+        labels = json.loads(image.info["labels"])
         return np.stack(np.split(np.asarray(image.convert("RGB")), len(labels), axis=1)), labels

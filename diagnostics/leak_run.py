@@ -21,10 +21,10 @@ from ..errors import UserError
 from ..extras import no_matplotlib
 from ..files import prepare_folder, write_atomically
 from ..samplers import NoiseSchedule, exposure_true_guidance, guide, sample
-from ..samplers.sampling import Denoise
 from . import pipelines
 from .checkpoint_verdict import judge_network
 from .guidance_shift import EXPOSURE_TRUE, GuidanceAnswer, judge_guidance, moved_most
+from .ideal_models import Model
 from .leak import check_seeds, exact_flow
 from .leak_probes import LUMA, NetworkProbe, Run, SamplerProbe, noise_pair, probe_network, probe_sampler, probed_sigmas
 from .leak_report import (
@@ -57,7 +57,8 @@ def parse_prompt(text: str) -> Prompt:
         return Prompt(words, COLOURS[colour])
     if len(colour) == 7 and colour[0] == "#":
         try:
-            return Prompt(words, tuple(bytes.fromhex(colour[1:])))
+            red, green, blue = bytes.fromhex(colour[1:])
+            return Prompt(words, (red, green, blue))
         except ValueError:
             pass
     raise UserError(
@@ -169,7 +170,7 @@ def run_leak(
         prompts=tuple(prompts),
         negative_prompt=negative_prompt,
         seeds=tuple(seeds),
-        size=tuple(size),
+        size=(size[0], size[1]),
         steps=steps,
         scheduler=scheduler_name,
         guidance_scale=guidance_scale,
@@ -218,7 +219,7 @@ class _Bench:
         if self.guided:
             self.guidances |= {"unguided": (1.0, guide), "exposure-true": (scale, exposure_true_guidance)}
 
-    def network(self, embeddings: dict[str, torch.Tensor], *guidance: Any) -> Denoise:
+    def network(self, embeddings: dict[str, torch.Tensor], *guidance: Any) -> Model:
         return pipelines.network(self.pipe, embeddings, self.schedule, self.prediction_type, *guidance)
 
     def flows(self, embeddings: dict[str, torch.Tensor]) -> dict[str, Run]:
@@ -229,7 +230,7 @@ class _Bench:
             for kind, guidance in self.guidances.items()
         }
 
-    def measure(self, number: int, measurements: Measurements, update: Callable[[], None]) -> LeakReport:
+    def measure(self, number: int, measurements: Measurements, update: Callable[[], object]) -> LeakReport:
         """One prompt: the network's probes for the first, the sampler's and the exact flow's for all."""
         settings, prompt = self.settings, self.settings.prompts[number]
         embeddings = self._embeddings(number)
@@ -293,7 +294,7 @@ class _Bench:
             self._save(f"strip_{number}", pictures, names)
         return probe
 
-    def sheet(self, measurements: Measurements, update: Callable[[], None]) -> list[dict[str, Any]]:
+    def sheet(self, measurements: Measurements, update: Callable[[], object]) -> list[dict[str, Any]]:
         """The same prompt and seeds from infinity and from finite noise: brightness of each picture.
 
         After NovelAI V3's figure 2 (arXiv 2409.15997): 28 Euler steps, even in t from where the noise begins.
@@ -315,10 +316,10 @@ class _Bench:
         return rows
 
     def guidance_sheet(
-        self, reports: Sequence[LeakReport], measurements: Measurements, update: Callable[[], None]
+        self, reports: Sequence[LeakReport], measurements: Measurements, update: Callable[[], object]
     ) -> list[dict[str, Any]]:
         """The prompt whose brightness guidance moves most, from the same noise under each kind of guidance."""
-        number = moved_most([report.guidance for report in reports])
+        number = moved_most([report.guidance for report in reports if report.guidance is not None])
         flows = self.flows(self._embeddings(number))
         rows = []
         for kind in ("unguided", "reference", "exposure-true"):
@@ -367,12 +368,13 @@ def steps_from(schedule: NoiseSchedule, start: float, steps: int) -> list[float]
 def _passes(prompts: Sequence[Prompt], reports: Sequence[LeakReport], gate: float, say: Callable[[str], None]) -> bool:
     """True if nothing leaks beyond the gate; whatever does is printed."""
     failed = [
-        f"{prompt.name}: pull toward grey {report.sampler.pull} levels"
+        f"{prompt.name}: pull toward grey {pull} levels"
         for prompt, report in zip(prompts, reports, strict=True)
-        if report.sampler.pull.value > gate
+        if report.sampler is not None and (pull := report.sampler.pull) is not None and pull.value > gate
     ]
-    if reports[0].checkpoint.verdict != "zero SNR":  # "cannot tell" does not pass the gate
-        failed.insert(0, reports[0].checkpoint.sentence)
+    checkpoint = reports[0].checkpoint
+    if checkpoint is not None and checkpoint.verdict != "zero SNR":  # "cannot tell" does not pass the gate
+        failed.insert(0, checkpoint.sentence)
     for sentence in failed:
         say(f"Gate failed: {sentence}.")
     return not failed

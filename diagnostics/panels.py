@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ CHANNELS = 4  # drawn at most
 CANVAS = "expected, Gaussian canvas"
 
 
-def sign_styles(look: Theme) -> dict[int, dict]:
+def sign_styles(look: Theme) -> dict[int, dict[str, Any]]:
     """Styles of measured lines, by the sign of their noise mean."""
     return {
         1: {"color": look.lines[0], "marker": MARKERS[0], "ms": 5, "lw": 1.6},
@@ -30,12 +31,12 @@ def sign_styles(look: Theme) -> dict[int, dict]:
     }
 
 
-def expected_style(look: Theme) -> dict:
+def expected_style(look: Theme) -> dict[str, Any]:
     """Style of expected lines."""
     return {"color": look.ink, "lw": 1.3, "ls": (0, (1.5, 1.5))}
 
 
-def band_style(look: Theme) -> dict:
+def band_style(look: Theme) -> dict[str, Any]:
     """Style of the band around expected lines."""
     return {"color": look.faint, "alpha": 0.3, "lw": 0}
 

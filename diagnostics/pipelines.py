@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..samplers import NoiseSchedule, guide, to_denoised
-from ..samplers.sampling import Denoise
+from .ideal_models import Model
 from .latent_stats import LatentMeanRecorder, LatentStatistics
 from .leak_probes import Run, ToRGB
 
@@ -42,7 +42,7 @@ def network(
     prediction_type: str,
     guidance_scale: float = 1.0,
     guidance: Guidance = guide,
-) -> Denoise:
+) -> Model:
     """``denoise(x_vp, sigma) -> x0`` of the pipeline's U-Net; guided unless the scale is 1."""
     unet = pipe.unet
     kinds = ("", "negative_") if guidance_scale != 1 else ("",)
@@ -55,7 +55,7 @@ def network(
         t = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
         batch = len(x)
         added = {}
-        if is_xl:  # original size, crop, target size
+        if pooled is not None:  # original size, crop, target size
             height, width = (side * pipe.vae_scale_factor for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=x.device)
             added["added_cond_kwargs"] = {
@@ -65,7 +65,10 @@ def network(
         states = x.to(unet.dtype).repeat(len(kinds), 1, 1, 1)
         predictions = unet(states, t, encoder_hidden_states=text.repeat_interleave(batch, 0), **added).sample
         x0 = to_denoised(predictions, x.float().repeat(len(kinds), 1, 1, 1), sigma, prediction_type)
-        return guidance(*x0.chunk(2), guidance_scale) if len(kinds) == 2 else x0
+        if len(kinds) == 1:
+            return x0
+        prompted, unprompted = x0.chunk(2)
+        return guidance(prompted, unprompted, guidance_scale)
 
     return denoise
 
@@ -75,7 +78,7 @@ def sampler(
     embeddings: dict[str, torch.Tensor],
     steps: int,
     guidance_scale: float,
-    on_denoised: Callable[[float, torch.Tensor], None] | None = None,
+    on_denoised: Callable[[float | torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Run:
     """The pipeline itself, with its own scheduler, from a given noise to latents.
 
@@ -140,8 +143,9 @@ def use_scheduler(pipe: Any, name: str, spacing: str | None, latent_size: tuple[
         # a config without prediction_type means epsilon; the test finds out whether that is right
         chosen = {"prediction_type": config.get("prediction_type", "epsilon")}
         chosen |= {} if spacing is None else {"spacing": spacing}
-        pipe.scheduler = ZTSNRScheduler.from_config(config, latent_size=latent_size, **chosen)
-        return f"ZTSNRScheduler ({pipe.scheduler.config.solver}, {pipe.scheduler.config.spacing})"
+        ours: Any = ZTSNRScheduler.from_config(config, latent_size=latent_size, **chosen)
+        pipe.scheduler = ours
+        return f"ZTSNRScheduler ({ours.config.solver}, {ours.config.spacing})"
     if name != "model":
         classes = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
         if name not in classes:

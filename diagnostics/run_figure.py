@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,13 +79,13 @@ def _run_rows(statistics: LatentStatistics, picture_mean: np.ndarray | None, loo
     samples = min(means.shape[1], SAMPLES)
     levels = sigma_levels(sigmas, picture=picture_mean is not None)
     signs = sign_styles(look)
-    unsigned = {"color": look.lines[0], "marker": MARKERS[0]}
+    unsigned: dict[str, Any] = {"color": look.lines[0], "marker": MARKERS[0]}
 
     def draw(axes: Axes, channel: int, wide: bool) -> None:
         position = over_sigma(axes, levels, look, wide)
         lines = means[:, :samples, channel].T
         seen = [lines]
-        if fits:
+        if fits and noise is not None:
             span = np.nanmin(noise[:, channel]), np.nanmax(noise[:, channel])
             seen += draw_expected(axes, position, levels, fits[channel].intercept, fits[channel].slope, span, look)
         for i, line in enumerate(lines):
@@ -105,7 +106,9 @@ def _run_rows(statistics: LatentStatistics, picture_mean: np.ndarray | None, loo
         note += f" No slope is fitted, because {obstacle}. "
         note += f"Expected: to the same end, if averages vary by {TAU[0]:g} to {TAU[1]:g}."
         expected = Patch(label=CANVAS, **band_style(look))
-    measured = {"one sample": unsigned} if noise is None else {"noise mean +": signs[1], "noise mean -": signs[-1]}
+    measured: dict[str, dict[str, Any]] = (
+        {"one sample": unsigned} if noise is None else {"noise mean +": signs[1], "noise mean -": signs[-1]}
+    )
     handles = [*(Line2D([], [], label=label, **style) for label, style in measured.items()), expected]
     draw_std = partial(_draw_std, statistics=statistics, channels=shown_channels(sizes), look=look)
 

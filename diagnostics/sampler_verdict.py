@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,13 @@ class ChannelFit:
     r_squared: float
     reference_slope: Estimate | None
     reference_intercept: Estimate | None
+
+    @property
+    def expected(self) -> tuple[Estimate, Estimate]:
+        """Intercept and slope of the exact flow; without a reference, of the sampler itself."""
+        if self.reference_intercept is None or self.reference_slope is None:
+            return self.intercept, self.slope
+        return self.reference_intercept, self.reference_slope
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,8 @@ def _channel_fits(probes: Sequence[SamplerProbe], references: Sequence[SamplerPr
     for channel in range(slopes.shape[1]):
         x = np.concatenate([probe.noise_mean[:, channel] for probe in probes])
         y = np.concatenate([probe.picture_mean[:, channel] for probe in probes])
-        r_squared = stats.linregress(x, y).rvalue ** 2 if np.ptp(y) > 0 else 0.0
+        line: Any = stats.linregress(x, y)
+        r_squared = line.rvalue**2 if np.ptp(y) > 0 else 0.0
         fits.append(
             ChannelFit(
                 Estimate.over_seeds(slopes[:, channel]),
@@ -174,7 +183,7 @@ def fit_pictures(noise_mean: np.ndarray, picture_mean: np.ndarray) -> list[Chann
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(noise_mean) - 2)
     fits = []
     for x, y in zip(noise_mean.T, picture_mean.T, strict=True):
-        line = stats.linregress(x, y)
+        line: Any = stats.linregress(x, y)
         slope = Estimate(float(line.slope), float(quantile * line.stderr), len(x))
         intercept = Estimate(float(line.intercept), float(quantile * line.intercept_stderr), len(x))
         r_squared = float(line.rvalue**2) if np.ptp(y) > 0 else 0.0
@@ -189,7 +198,7 @@ def _lines(probes: Sequence[SamplerProbe]) -> tuple[np.ndarray, np.ndarray]:
 
 def _pull(probe: SamplerProbe, reference: SamplerProbe) -> float:
     """Distance of one seed's picture from the reference's in the direction of grey (of 0, in latent units)."""
-    if probe.rgb_mean is not None:
+    if probe.rgb_mean is not None and reference.rgb_mean is not None:
         own, exact, grey = probe.rgb_mean.mean(0), reference.rgb_mean.mean(0), 127.5
     else:
         own, exact, grey = probe.picture_mean.mean(0), reference.picture_mean.mean(0), 0.0

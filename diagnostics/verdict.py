@@ -62,9 +62,9 @@ class LeakReport:
 
 def join_verdicts(checkpoint: CheckpointAnswer | None, sampler: SamplerAnswer | None) -> str:
     """Both verdicts in one sentence."""
-    if checkpoint is None or sampler is None:
-        return (checkpoint or sampler).sentence
-    if checkpoint.verdict != "zero SNR":
+    if checkpoint is None:
+        return "nothing was tested" if sampler is None else sampler.sentence
+    if sampler is None or checkpoint.verdict != "zero SNR":
         return checkpoint.sentence
     if not checkpoint.marked:
         end = checkpoint.sigmas[-1]

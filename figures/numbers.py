@@ -1,33 +1,34 @@
 """Numbers as a figure shows them: in words, without what is not finite, and within limits."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 
-def set_ylim(axes: Axes, values: Iterable[np.ndarray], least: float) -> None:
+def set_ylim(axes: Axes, values: Iterable[ArrayLike], least: float) -> None:
     """Set the limits of y as ``limits`` gives them."""
-    axes.set_ylim(limits(values, least))
+    axes.set_ylim(*limits(values, least))
 
 
-def limits(values: Iterable[np.ndarray], least: float) -> tuple[float | None, float | None]:
+def limits(values: Iterable[ArrayLike], least: float) -> tuple[float | None, float | None]:
     """Limits around the finite values that show a span of at least ``least``, so that rounding does not look like a
     finding.
     """
-    values = np.concatenate([np.ravel(value) for value in values])
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
+    flat = np.concatenate([np.ravel(value) for value in values])
+    flat = flat[np.isfinite(flat)]
+    if len(flat) == 0:
         return None, None
-    middle, half = (values.max() + values.min()) / 2, max(np.ptp(values), least) / 2
+    middle, half = (flat.max() + flat.min()) / 2, max(np.ptp(flat), least) / 2
     return middle - 1.1 * half, middle + 1.1 * half
 
 
-def finite(values: Sequence[float]) -> np.ndarray:
+def finite(values: ArrayLike) -> np.ndarray:
     """Values with NaN for infinity; matplotlib leaves NaN out."""
-    values = np.asarray(values, dtype=float)
-    return np.where(np.isfinite(values), values, np.nan)
+    array = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
 
 
 def number(value: float) -> str:

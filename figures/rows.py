@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -37,8 +38,8 @@ class Row:
 
 def stack(rows: Sequence[Row], look: Theme) -> Figure:
     """A figure of rows, from top to bottom."""
-    figure = Figure((WIDTH, sum(row.height for row in rows)), dpi=DPI, facecolor=look.paper, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, hspace=0, wspace=0.02)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0, wspace=0.02)
+    figure = Figure((WIDTH, sum(row.height for row in rows)), dpi=DPI, facecolor=look.paper, layout=layout)
     grid = figure.add_gridspec(len(rows), 2, height_ratios=[row.height for row in rows])
     for i, row in enumerate(rows):
         places = [grid[i, :]] if row.columns == 1 else [grid[i, 0], grid[i, 1]]
@@ -101,7 +102,7 @@ def text_below(axes: Axes, text: str, down: float, **style) -> None:
 
 def legend(axes: Axes, handles: Sequence, look: Theme, down: float, ncols: int = 1) -> None:
     """Draw a legend at the left, ``down`` points below the top of the axes."""
-    place = axes.transAxes + ScaledTranslation(0, -down / 72, axes.get_figure().dpi_scale_trans)
+    place = axes.transAxes + ScaledTranslation(0, -down / 72, axes.figure.dpi_scale_trans)
     axes.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=place, ncols=ncols, frameon=False,
         fontsize=TEXT, labelcolor=look.ink, borderaxespad=0, borderpad=0, handlelength=2.2, handletextpad=0.5,

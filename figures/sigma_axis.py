@@ -1,11 +1,12 @@
 """The axis of sigma that all figures share, from infinity on the left to the finished picture on the right."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import ArrayLike
 
 from .themes import Theme
 
@@ -36,12 +37,12 @@ def sigma_axis(axes: Axes, sigmas: np.ndarray) -> Callable[[float], float]:
     return position
 
 
-def sigma_levels(sigmas: Sequence[float], picture: bool = True) -> np.ndarray:
+def sigma_levels(sigmas: ArrayLike, picture: bool = True) -> np.ndarray:
     """Noise levels to draw a curve through: infinity if it is among ``sigmas``, their range, and 0 for the picture."""
-    sigmas = np.asarray(sigmas, dtype=float)
-    finite = sigmas[np.isfinite(sigmas) & (sigmas > 0)]
+    levels = np.asarray(sigmas, dtype=float)
+    finite = levels[np.isfinite(levels) & (levels > 0)]
     finite = finite if len(finite) else np.ones(1)
-    infinity = [math.inf] if np.isinf(sigmas).any() else []
+    infinity = [math.inf] if np.isinf(levels).any() else []
     return np.array([*infinity, *np.geomspace(finite.max(), finite.min(), 100), *([0.0] if picture else [])])
 
 

@@ -25,7 +25,7 @@ class Strip:
     """
 
     pictures: np.ndarray
-    sigmas: Sequence[float]
+    sigmas: Sequence[float] | np.ndarray
 
     def __post_init__(self):
         shape, kind = np.shape(self.pictures), np.asarray(self.pictures).dtype

@@ -135,7 +135,7 @@ def test_other_noise_levels_are_left_alone(loaded):
         ("lora.safetensors", "is a LoRA"),
         ("gone.safetensors", "gone.safetensors is not in models/checkpoints"),
         ("half_scaled.safetensors", "have ztsnr.latent_mean alone"),
-        ("sixteen.safetensors", "scales the latents of 16 channels, and this model has 4"),
+        ("sixteen.safetensors", "latent scaling has 16 channels, but this model has 4"),
     ],
 )
 def test_refusals(loaded, name, sentence):

@@ -218,5 +218,5 @@ def test_not_asked_it_is_left_out():
 
 
 def test_it_needs_a_reference():
-    with pytest.raises(ValueError, match="unguided needs reference"):
+    with pytest.raises(ValueError, match="unguided needs run and reference"):
         report_of(unguided=flow(1.0))

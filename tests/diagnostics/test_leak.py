@@ -668,6 +668,17 @@ def test_one_seed_is_refused(seeds):
         mean_leak(GaussianCanvas(), None, (4, 8, 8), schedule=ZERO, seeds=seeds)
 
 
+def test_flow_matching_needs_noise_levels():
+    with pytest.raises(ValueError, match="sigmas must be given"):
+        mean_leak(GaussianCanvas(), None, (4, 8, 8), schedule=None)
+
+
+def test_guidance_needs_a_sampler():
+    exact = exact_flow(GaussianCanvas(), ZERO, (8, 8))
+    with pytest.raises(ValueError, match="unguided needs run and reference"):
+        mean_leak(GaussianCanvas(), None, (4, 8, 8), schedule=ZERO, reference=exact, unguided=exact)
+
+
 def test_equal_seeds_are_refused():
     with pytest.raises(ValueError, match="the same seed twice"):
         check_seeds([1, 2, 1])
