@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -175,12 +176,12 @@ def _is_whole(number: object) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
-def _whole_sides(size: object, name: str) -> Size:
+def _whole_sides(size: Any, name: str) -> Size:
     """(width, height) as two whole numbers of at least 1."""
     try:
         width, height = size
     except (TypeError, ValueError):
-        width = height = None
+        width = height = 0
     if not (_is_whole(width) and _is_whole(height) and width >= 1 and height >= 1):
         raise UserError(f"{name} must be (width, height) in whole pixels, at least 1 x 1, not {size!r}")
     return int(width), int(height)

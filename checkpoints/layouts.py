@@ -6,7 +6,7 @@ convolutions.  Each function below walks through one network, as far as its name
 every tensor of the single file what it is made of.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -115,12 +115,13 @@ def unet_modules(names: Iterable[str]) -> dict[str, str]:
 
     block = 0
     for level in _numbers("up_blocks.{}", there):
-        up = f"up_blocks.{level}"
-        for layer in _numbers(f"{up}.resnets.{{}}", there):
+        up, has_attention = f"up_blocks.{level}", False
+        layers = _numbers(f"{up}.resnets.{{}}", there)
+        for layer in layers:
             add_resnet(f"{up}.resnets.{layer}", f"output_blocks.{block}.0")
             has_attention = add_attention(f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
             block += 1
-        if f"{up}.upsamplers" in there:  # behind what its last layer has
+        if layers and f"{up}.upsamplers" in there:  # in the block of its last layer, behind what that has
             modules[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{1 + has_attention}.conv"
     return modules
 
@@ -267,7 +268,7 @@ def _checked(layout: Layout, names: Collection[str], network: str) -> Layout:
     return layout
 
 
-def list_names(names: list[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shorten(name, 100) for name in names[:3]) + more

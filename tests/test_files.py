@@ -223,11 +223,11 @@ def test_what_cannot_be_replaced(tmp_path, old):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = listing(tmp_path)
     for path, sentence in {
-        tmp_path / "folder": "it is there and is no file",
-        tmp_path / "pipe": "it is there and is no file",
+        tmp_path / "folder": "it exists and is not a file",
+        tmp_path / "pipe": "it exists and is not a file",
         tmp_path / "loop": "Too many levels of symbolic links",
-        tmp_path / "missing" / "a.bin": f"there is no folder {tmp_path / 'missing'}",
-        old / "a.bin": f"there is no folder {old}",
+        tmp_path / "missing" / "a.bin": f"there is no folder {tmp_path / 'missing'}; create it first",
+        old / "a.bin": f"there is no folder {old}; create it first",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
         with pytest.raises(ValueError, match="cannot be written: ") as caught:

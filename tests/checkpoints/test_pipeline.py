@@ -301,7 +301,7 @@ def test_single_files_of_another_kind(tmp_path, write_checkpoint, shapes, messag
 
 def test_the_other_suffix_must_be_renamed(tmp_path, write_checkpoint):
     path = write_checkpoint(tmp_path / "a.sft", whole_file() | {"v_pred": (0,)})
-    with pytest.raises(ValueError, match="^rename "):
+    with pytest.raises(ValueError, match=r"^rename "):
         load_pipeline(path)
 
 
