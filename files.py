@@ -57,12 +57,16 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         file, temporary = _new_file(target, private=old is not None)
         try:
             with file:
+                # Before any content, so that nobody reads in the neighbour what they may not read in the target.
                 if old is not None:
                     _take_over_permissions(temporary, old)
                 yield file
+                # The content must be on the disk before it has the name: file systems may write a rename first, and
+                # after a power failure the name would stand for an empty file.
                 file.flush()
                 os.fsync(file.fileno())
-                if fcntl is not None:  # before the lock is lifted
+                # Closing the file releases its lock.  Renamed only then, it could be removed as a leftover in between.
+                if fcntl is not None:
                     os.replace(temporary, target)
             if fcntl is None:  # where open files cannot be renamed
                 _patiently(os.replace, temporary, target)
@@ -72,7 +76,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
-    _sync_folder(target.parent)
+    _sync_folder(target.parent)  # until the folder is on the disk too, a power failure may bring back the old file
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -286,6 +290,8 @@ def _lock(descriptor: int, temporary: Path) -> bool:
     if fcntl is not None:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # Between creating the neighbour and locking it, it looks abandoned.  Once locked nobody removes it any more, so one
+    # look now is enough.
     return temporary.exists()
 
 
@@ -314,6 +320,8 @@ def _remove_if_abandoned(neighbour: Path) -> None:
         if time.time() - last_change > ABANDONED:
             remove(neighbour)
         return
+    # The writer holds the lock for as long as it lives, so getting the lock proves that the writer is gone.  Removing
+    # under the lock keeps two cleaners apart.  Links are not followed: one may lead to a precious file.
     descriptor = os.open(neighbour, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,19 @@
 """Checkpoint files: inspect, mark, convert, verify and load them, and tell what programs take them for."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ..extras import extras_named
 from .architecture import SUPPORTED
 from .inspect import CheckpointReport, inspect_checkpoint
 from .mark import mark_checkpoint
+
+if TYPE_CHECKING:
+    from .diffusers_folder import to_folder
+    from .lora import export_lora
+    from .pipeline import load_pipeline
+    from .single_file import to_single_file
+    from .verify import verify_checkpoint
 
 __all__ = [
     "SUPPORTED",

@@ -36,7 +36,12 @@ _SDXL_BY_DEPTHS = {
     (0, 2, 5): "KOALA",
     (0, 2, 6): "KOALA",
 }
-_BY_WIDTH_OF_TEXT = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL base"}  # all that a LoRA tells
+_BY_WIDTH_OF_TEXT: dict[int | None, str] = {
+    768: "SD 1.x",
+    1024: "SD 2.x",
+    1280: "SDXL refiner",
+    2048: "SDXL base",
+}  # all that a LoRA tells
 _TRANSFORMERS = {
     "joint_blocks.0.context_block.attn.qkv.weight": "Stable Diffusion 3",
     "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",

@@ -51,14 +51,14 @@ def find_missing(report: CheckpointReport) -> tuple[list[str], list[str]]:
     if report.format == LORA:  # of any layers
         return [], []
     known = report.architecture in SUPPORTED
-    broken = {}
+    shapes, broken = {}, {}
     if report.format == DIFFUSERS_FOLDER:
         shapes, broken = _lay_out_folder(report.path, report.architecture if known else "SDXL base")
     elif known:
         try:
             shapes = _shapes_of_file(report.path, report.format)
         except UserError as error:
-            shapes, broken = {}, {UNET: f"{error}."}
+            broken = {UNET: f"{error}."}
     problems, remarks = list(broken.values()), []
     if known:
         missing, remarks = compare_with_published(report.architecture, shapes, broken)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
@@ -33,19 +34,10 @@ from .layouts import (
     unet_layout,
     vae_layout,
 )
-from .pipeline import (
-    inspect_file,
-    left_out,
-    loading,
-    pipeline_class,
-    read_index,
-    rebuild_scheduler,
-    set_latent_scaling,
-    settings_folder,
-    settle,
-)
+from .pipeline import loading, rebuild_scheduler, set_latent_scaling, settings_folder, settle
 from .schedule_shift import set_shift, shift_of_metadata
 from .stream import DTYPE_NAMES, FLOATS, TensorStream, cast, dtype_name, stored, transposed, write_tensors
+from .supported import inspect_file, left_out, pipeline_class, read_index
 
 Shape = tuple[int, ...]
 
@@ -131,7 +123,7 @@ def _empty_pipeline(settings: Path) -> DiffusionPipeline:
         )
 
 
-def _empty_network(kind: type[torch.nn.Module], settings: Path, part: str) -> torch.nn.Module:
+def _empty_network(kind: Any, settings: Path, part: str) -> torch.nn.Module:
     place = {"subfolder": part, "local_files_only": True}
     with torch.device("meta"):
         if part.startswith("text_encoder"):
@@ -167,7 +159,7 @@ def _read_tokenizers(settings: Path) -> dict[Path, bytes]:
         }
 
 
-def _save_settings(network: torch.nn.Module, folder: Path, dtypes: set[str]) -> None:
+def _save_settings(network: Any, folder: Path, dtypes: set[str]) -> None:
     """Write a network's config.json as its ``save_pretrained`` does."""
     if hasattr(network, "save_config"):  # of diffusers, not of transformers
         network.save_config(folder)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
@@ -27,6 +26,7 @@ from ..samplers.prediction import alpha_s, to_denoised
 from .architecture import SUPPORTED
 from .inspect import inspect_checkpoint
 from .pipeline import load_pipeline
+from .supported import Pipeline
 
 LIMIT = 1e-5  # between two programs in float32; a network that was read wrong differs by about 1
 INSIDE_COMFYUI = Path(__file__).resolve().parent.parent / "nodes" / "forward_inside.py"  # a program of its own
@@ -98,8 +98,9 @@ def compare_forwards(
         raise UserError(f"{path} and {other} have the same layout: to run, give a single file and its diffusers folder")
     comfyui = find_comfyui() if comfyui is None else _check_comfyui(Path(comfyui))
     architecture = inspect_checkpoint(path).architecture
-    asks_comfyui = file is not None and comfyui is not None and architecture in SUPPORTED
-    if other is None and not asks_comfyui:
+    if architecture not in SUPPORTED:
+        comfyui = None
+    if other is None and (file is None or comfyui is None):
         lacking = "its single file" if file is None else "its diffusers folder, or a ComfyUI that knows it"
         raise UserError(f"there is nothing to compare {path} with: give {lacking}")
 
@@ -115,7 +116,7 @@ def compare_forwards(
         found = _forward(load_pipeline(other, config=config or folder).pipeline, inputs, schedule)
         gc.collect()
         agreements += _compare(f"diffusers, {other.name}", found, expected)
-    if asks_comfyui:
+    if file is not None and comfyui is not None:
         try:
             about, found = _run_comfyui(comfyui, file, inputs, settings)
         except RuntimeError as error:
@@ -141,7 +142,7 @@ def compare_forwards(
 # In diffusers
 
 
-def _inputs(pipeline: StableDiffusionMixin, schedule: NoiseSchedule) -> tuple[Tensors, dict[str, Any]]:
+def _inputs(pipeline: Pipeline, schedule: NoiseSchedule) -> tuple[Tensors, dict[str, Any]]:
     """The input of every program: tensors, token numbers and SDXL's sizes."""
     generator = torch.Generator().manual_seed(0)
     latent, noise = torch.randn(2, 1, 4, *LATENT_SIZE, generator=generator)
@@ -154,15 +155,16 @@ def _inputs(pipeline: StableDiffusionMixin, schedule: NoiseSchedule) -> tuple[Te
 
 
 @torch.inference_mode()
-def _encode(pipeline: StableDiffusionMixin) -> Tensors:
+def _encode(pipeline: Pipeline) -> Tensors:
     """Text (1, 77, width) and, of SDXL, pooled text (1, width)."""
     options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    text, _, *pooled = pipeline.encode_prompt(PROMPT, **options)
+    encoded: tuple[Any, ...] = pipeline.encode_prompt(PROMPT, **options)
+    text, _, *pooled = encoded
     return {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
 
 
 @torch.inference_mode()
-def _forward(pipeline: StableDiffusionMixin, inputs: Tensors, schedule: NoiseSchedule) -> Tensors:
+def _forward(pipeline: Pipeline, inputs: Tensors, schedule: NoiseSchedule) -> Tensors:
     """Each network's output for the inputs, the text encoders' for the prompt."""
     sizes = torch.tensor([list(SIZES.values())], dtype=torch.float32)
     added = {"text_embeds": inputs["pooled"], "time_ids": sizes} if "pooled" in inputs else None

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import errors, model_info
@@ -26,7 +27,7 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
-def from_hub(fetch: Callable[..., str], name: str, way_out: str, **options) -> Path:
+def from_hub(fetch: Callable[..., str | PathLike], name: str, way_out: str, **options) -> Path:
     """What ``fetch(name, **options)`` downloads, from the cache alone if the Hub does not answer.
 
     Args:

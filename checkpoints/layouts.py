@@ -6,7 +6,7 @@ convolutions.  Each function below walks through one network, as far as its name
 every tensor of the single file what it is made of.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -98,7 +98,9 @@ def unet_modules(names: Iterable[str]) -> dict[str, str]:
             modules.update(_within(f"{old}.{block}", f"{new}.{block}", _same(_TRANSFORMER_BLOCK)))
         return True
 
-    block = 1  # conv_in is 0
+    # A single file counts the blocks of the way down in one row: conv_in is 0, each layer with its attention is one,
+    # and a downsampler is a block of its own.
+    block = 1
     for level in _numbers("down_blocks.{}", there):
         down = f"down_blocks.{level}"
         for layer in _numbers(f"{down}.resnets.{{}}", there):
@@ -113,14 +115,17 @@ def unet_modules(names: Iterable[str]) -> dict[str, str]:
         add_resnet(f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}")
     add_attention("mid_block.attentions.0", "middle_block.1")
 
+    # On the way up an upsampler is not a block of its own, but the last module in the block of its level's last layer:
+    # module 1 there, or 2 where that layer has attention.
     block = 0
     for level in _numbers("up_blocks.{}", there):
-        up = f"up_blocks.{level}"
-        for layer in _numbers(f"{up}.resnets.{{}}", there):
+        up, has_attention = f"up_blocks.{level}", False
+        layers = _numbers(f"{up}.resnets.{{}}", there)
+        for layer in layers:
             add_resnet(f"{up}.resnets.{layer}", f"output_blocks.{block}.0")
             has_attention = add_attention(f"{up}.attentions.{layer}", f"output_blocks.{block}.1")
             block += 1
-        if f"{up}.upsamplers" in there:  # behind what its last layer has
+        if layers and f"{up}.upsamplers" in there:
             modules[f"{up}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{1 + has_attention}.conv"
     return modules
 
@@ -163,7 +168,9 @@ def vae_layout(names: Collection[str]) -> Layout:
     for level in _numbers("encoder.down_blocks.{}", there):
         add_level(f"encoder.down_blocks.{level}", f"encoder.down.{level}", ("downsamplers", "downsample"))
     levels = _numbers("decoder.up_blocks.{}", there)
-    for level in levels:  # the single file counts them from the picture's side
+    # diffusers counts the decoder's levels in the order they run, the single file from the picture's side, as in the
+    # encoder: what runs first is the highest number.
+    for level in levels:
         add_level(f"decoder.up_blocks.{level}", f"decoder.up.{levels[-1] - level}", ("upsamplers", "upsample"))
 
     weights = {
@@ -217,6 +224,7 @@ def open_clip_layout(names: Collection[str]) -> Layout:
     for i in _clip_layers(names):
         old, new = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
         modules |= _within(old, new, _OPEN_CLIP_LAYER)
+        # OpenCLIP uses torch's MultiheadAttention, whose in_proj holds queries, keys and values, one below the other.
         for leaf in ("weight", "bias"):
             sources = tuple(f"{root}{old}.self_attn.{which}_proj.{leaf}" for which in "qkv")
             layout[f"{new}.attn.in_proj_{leaf}"] = Recipe(sources)
@@ -259,6 +267,8 @@ def _same(names: Iterable[str]) -> dict[str, str]:
 
 def _checked(layout: Layout, names: Collection[str], network: str) -> Layout:
     """The layout, if it uses every tensor and has every tensor that it uses."""
+    # A layout follows from the names alone, so both directions are checked: a missing tensor would fail later, in the
+    # middle of writing, and one without a place would be lost without a word.
     used = {source for recipe in layout.values() for source in recipe.sources}
     if missing := sorted(used - set(names)):
         raise UserError(f"the {network} lacks {list_names(missing)}")
@@ -267,7 +277,7 @@ def _checked(layout: Layout, names: Collection[str], network: str) -> Layout:
     return layout
 
 
-def list_names(names: list[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shorten(name, 100) for name in names[:3]) + more

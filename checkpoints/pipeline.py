@@ -13,27 +13,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import UserError, first_line
 from ..samplers.prediction import PREDICTION_TYPES
-from .architecture import SUPPORTED
-from .components import check_classes, check_networks  # and with it our scheduler, which a folder may name
+from .components import check_networks  # and with it our scheduler, which a folder may name
 from .header import PICKLES, SUFFIXES, read_header
 from .hub import from_hub, is_hub_name
-from .inspect import DIFFUSERS_FOLDER, LORA, SINGLE_FILE, UNKNOWN, CheckpointReport, inspect_checkpoint
+from .inspect import DIFFUSERS_FOLDER, CheckpointReport
 from .latent_scaling import LatentScaling
 from .layouts import CLIP, OPEN_CLIP, SDXL_OPEN_CLIP
 from .schedule_shift import set_shift, shift_of_metadata
-from .settings import read_settings
+from .supported import (
+    Pipeline,
+    architecture_of,
+    check_parts,
+    check_programs,
+    check_whole,
+    inspect_file,
+    inspect_whole_folder,
+    left_out,
+    pipeline_class,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 # What a single file lacks, its settings and tokenizers, is the same for all models of a kind.  (Stability AI withdrew
 # its own stable-diffusion-2-1 from the Hub.)
 _SETTINGS = {
@@ -42,7 +49,6 @@ _SETTINGS = {
     "SDXL base": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 _SETTINGS_FILES = ["*.json", "*.txt"]  # a star stands for slashes too
-_WORDS = ("vocab.json", "tokenizer.json")
 # by which diffusers sees that a single file has text encoders; without them it takes those of the settings' folder
 _TEXT_ENCODERS = {
     f"{CLIP}embeddings.position_embedding.weight",
@@ -59,7 +65,7 @@ class LoadedPipeline:
     ``ZTSNRScheduler.from_config(pipeline.scheduler.config)`` is right.
     """
 
-    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    pipeline: Pipeline
     prediction_type: str  # one of samplers.PREDICTION_TYPES
     zero_terminal_snr: bool
     description: str  # one line
@@ -99,7 +105,7 @@ def load_pipeline(
         raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
 
     path = _find(model)
-    report = _inspect_folder(path) if path.is_dir() else inspect_file(path)
+    report = inspect_whole_folder(path) if path.is_dir() else inspect_file(path)
     said = settle(report, prediction_type, zero_terminal_snr)  # a contradiction is found before gigabytes are read
     pipeline = _load_folder(path, dtype) if report.format == DIFFUSERS_FOLDER else _load_file(report, config, dtype)
     # a weight that the files lack stays without data
@@ -116,7 +122,7 @@ def load_pipeline(
         network.to(device).eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     snr = "zero terminal SNR" if said["zero_terminal_snr"] else "no zero terminal SNR"
-    description = f"{Path(model).name}: {_architecture(report)}, {report.format}, {said['prediction_type']}, {snr}"
+    description = f"{Path(model).name}: {architecture_of(report)}, {report.format}, {said['prediction_type']}, {snr}"
     return LoadedPipeline(pipeline, description=description, **said)
 
 
@@ -144,7 +150,7 @@ def _find(model: str | Path) -> Path:
         )
     way_out = "there is no local folder of that name either; run once with network, or give a folder or file"
     index = from_hub(hf_hub_download, name, way_out, filename="model_index.json")
-    _check_parts(index.parent)  # before gigabytes are loaded
+    check_parts(index.parent)  # before gigabytes are loaded
     return from_hub(DiffusionPipeline.download, name, way_out, use_safetensors=True)
 
 
@@ -153,7 +159,7 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
     name = _SETTINGS.get(report.architecture) if config is None else os.fspath(config)
     if name is None:
         raise UserError(
-            f"{report.path} has {_architecture(report)}, for which no settings are known: give a diffusers folder of "
+            f"{report.path} has {architecture_of(report)}, for which no settings are known: give a diffusers folder of "
             "such a model, or its name on the Hub, as config"
         )
     if os.path.isdir(name):
@@ -166,47 +172,14 @@ def settings_folder(report: CheckpointReport, config: str | Path | None) -> Path
         folder = from_hub(snapshot_download, name, way_out, allow_patterns=_SETTINGS_FILES)
     else:
         raise UserError(f"config is {name}, which is neither a folder nor a name on the Hugging Face Hub (owner/model)")
-    _check_programs(folder)
-    _check_whole(folder)
+    check_programs(folder)
+    check_whole(folder)
     check_networks(folder)
     return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tell what it is
-
-
-def _inspect_folder(folder: Path) -> CheckpointReport:
-    if not (folder / "unet").is_dir():
-        pipeline_class(folder)  # raises, with the name of the other kind of model
-    report = inspect_checkpoint(folder)
-    _check_architecture(report)
-    _check_programs(folder)
-    _check_whole(folder)
-    check_networks(folder)
-    for part in (part for part in folder.iterdir() if part.is_dir()):
-        pickles = [file for file in part.iterdir() if file.suffix in PICKLES]
-        if pickles and not any(part.glob("*.safetensors")):
-            read_header(pickles[0])  # always raises, and says why
-    return report
-
-
-def inspect_file(path: Path) -> CheckpointReport:
-    """Inspect a single file, and refuse all but a whole model of a supported kind."""
-    report = inspect_checkpoint(path)
-    if report.format == LORA:
-        raise UserError(f"{path} is a LoRA, not a whole model: merge it into a checkpoint first")
-    _check_architecture(report)
-    if report.format == UNKNOWN:
-        raise UserError(f"{path} is not a model of Stable Diffusion 1.x, 2.x or SDXL")
-    missing = [
-        part
-        for part, there in (("text encoders", report.has_text_encoders), ("VAE", report.has_vae))
-        if not (report.format == SINGLE_FILE and there)
-    ]
-    if missing:
-        raise UserError(f"{path} has a U-Net without {' and '.join(missing)}: give a whole checkpoint")
-    return report
 
 
 def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_snr: bool | None) -> dict:
@@ -236,71 +209,11 @@ def settle(report: CheckpointReport, prediction_type: str | None, zero_terminal_
     return {**said, "evidence": tuple(evidence), "warnings": tuple(warnings)}
 
 
-def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    """The pipeline class of a diffusers folder; refuses unsupported ones."""
-    name = read_index(folder).get("_class_name")
-    if not isinstance(name, str) or name not in _PIPELINES:
-        raise UserError(f"{folder} is a model for {name}, but only {' and '.join(_PIPELINES)} are supported")
-    return _PIPELINES[name]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a diffusers folder: its class, its settings, and the class of each part."""
-    try:
-        index = read_settings(folder / "model_index.json", "a pipeline's")
-    except UserError:
-        index = {}
-    if not index:
-        raise UserError(f"{folder} is not a diffusers folder of a whole model: it has no readable model_index.json")
-    return index
-
-
-def _check_parts(folder: Path) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-    """The pipeline's class and its index; refuses a part of an unknown class."""
-    kind, index = pipeline_class(folder), read_index(folder)
-    check_classes(folder, index, left_out(kind))
-    return kind, index
-
-
-def _check_whole(folder: Path) -> None:
-    """Refuse a folder that lacks a part that its pipeline needs."""
-    kind, index = _check_parts(folder)
-    parts, _ = kind._get_signature_keys(kind)
-    lacking = [
-        name
-        for name in sorted(set(parts) - left_out(kind).keys())
-        if index.get(name) in (None, [None, None])
-        # without its files, a tokenizer loads with an empty vocabulary
-        or (name.startswith("tokenizer") and not any((folder / name / words).is_file() for words in _WORDS))
-    ]
-    if lacking:
-        raise UserError(f"{folder} has no {' and no '.join(lacking)}: give a whole model")
-
-
-def _check_programs(folder: Path) -> None:
-    """Refuse a folder with Python files, which diffusers might run."""
-    if programs := [*folder.glob("*.py"), *folder.glob("*/*.py")]:
-        raise UserError(
-            f"{folder} has a program, {programs[0].name}, and programs of models are never run here: remove it"
-        )
-
-
-def _architecture(report: CheckpointReport) -> str:
-    return "unknown architecture" if report.architecture == "unknown" else report.architecture
-
-
-def _check_architecture(report: CheckpointReport) -> None:
-    """Refuse an architecture that is known and not supported; of an unknown one, the settings decide."""
-    if report.architecture not in SUPPORTED | {"unknown"}:
-        known = ", ".join(sorted(SUPPORTED))
-        raise UserError(f"{report.path} is {report.architecture}, but zero-terminal-SNR sampling supports only {known}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Load it
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     kind = pipeline_class(folder)
     with loading(folder):
         return kind.from_pretrained(
@@ -313,7 +226,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         )
 
 
-def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch.dtype) -> Pipeline:
     if report.path.suffix != ".safetensors":  # diffusers treats any other name as a pickle's
         raise UserError(f"rename {report.path}: diffusers only opens names that end in .safetensors")
     scaling = LatentScaling.from_metadata(report.metadata)
@@ -332,17 +245,12 @@ def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch
     return pipeline
 
 
-def left_out(kind: type[DiffusionPipeline]) -> dict:
-    """Arguments that leave out the parts that no measurement needs."""
-    names = {"safety_checker", "feature_extractor", "image_encoder"} & set(kind._get_signature_types())
-    return dict.fromkeys(names) | ({"requires_safety_checker": False} if "safety_checker" in names else {})
-
-
 def _variant(folder: Path) -> str | None:
     """The variant of the weights, as in diffusion_pytorch_model.fp16.safetensors, if there is no plain file."""
     names = sorted(file.name for file in (folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
     versions = [re.match(r"diffusion_pytorch_model\.([^.-]+).*\.safetensors", name) for name in names]
-    return versions[0].group(1) if all(versions) else None
+    found = [version[1] for version in versions if version]
+    return found[0] if len(found) == len(names) else None
 
 
 @contextmanager
@@ -369,7 +277,7 @@ def loading(path: Path) -> Iterator[None]:
 def _raised_by_this_package(error: Exception) -> bool:
     """True if the innermost frame of the traceback, the line that raised, is of this package."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].startswith(__package__.removesuffix("checkpoints"))
+    return frame.f_globals["__name__"].startswith(__name__.removesuffix("checkpoints.pipeline"))
 
 
 def rebuild_scheduler(pipeline: DiffusionPipeline, prediction_type: str, zero_terminal_snr: bool) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -50,7 +50,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     """
     if dtype not in (None, *DTYPE_NAMES):
         raise UserError(f"dtype must be one of {', '.join(map(str, DTYPE_NAMES))}, not {dtype}")
-    return DTYPE_NAMES.get(dtype)
+    return None if dtype is None else DTYPE_NAMES[dtype]
 
 
 def stored(path: Path, header: Header, name: str, rows: range | None = None) -> TensorStream:
@@ -141,7 +141,8 @@ def write_tensors(
     order = sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype])
     unknown = f"0x{0:064x}"
     metadata = {key: value for key, value in metadata.items() if key != HASH}
-    content, end = {"__metadata__": {HASH: unknown, **metadata} if hashed else metadata}, 0
+    content: dict[str, Any] = {"__metadata__": {HASH: unknown, **metadata} if hashed else metadata}
+    end = 0
     for name, tensor in order:
         begin, end = end, end + tensor.nbytes
         content[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}

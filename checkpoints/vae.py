@@ -11,8 +11,9 @@ from ..errors import UserError
 from .components import check_network
 from .header import read_header
 from .inspect import UNKNOWN, inspect_checkpoint
-from .pipeline import inspect_file, loading, settings_folder
+from .pipeline import loading, settings_folder
 from .settings import read_settings
+from .supported import inspect_file
 
 
 def load_vae(
@@ -43,7 +44,8 @@ def load_vae(
     if any(weight.is_meta for weight in vae.parameters()):  # a weight that the files lack stays without data
         raise UserError(f"{model} lacks weights that its VAE needs")
     with loading(path):
-        return vae.to(device).eval().requires_grad_(False)
+        # diffusers wraps .to in a decorator that hides its signature
+        return vae.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
 
 
 def _vae_of_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:

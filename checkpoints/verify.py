@@ -149,7 +149,8 @@ def verify_checkpoint(
         if digest:
             problems += _wrong_hash(file, header, digest.hexdigest())
     for (what, of_weights), those in found.items():
-        # fresh norms and biases are constant, and so is a layer of a LoRA that was not trained
+        # Freshly initialised norms and biases are constant, and so is an untrained layer of a LoRA.  A constant matrix
+        # anywhere else was lost or overwritten.
         wrong = what == _NOT_FINITE or (what in _THROUGHOUT and of_weights and report.format != LORA)
         (problems if wrong else remarks).append(
             f"{'Weights' if of_weights else 'Vectors'} {what}: {list_names(those)}."
@@ -239,7 +240,8 @@ def _numbers(tensor: TensorStream, digest=None) -> Iterator[torch.Tensor]:
 
 def _look_at(tensor: TensorStream, digest) -> str | None:
     """What is remarkable about a tensor's numbers, or None."""
-    # NaN is the least and the greatest of all numbers here, and this is many times as fast as isfinite
+    # aminmax gives NaN for both ends if there is one, and an infinity is an end itself.  So the two ends tell all that
+    # is asked, NaN, infinity and constant values, in one pass that is many times as fast as isfinite.
     ends = [end.item() for numbers in _numbers(tensor, digest) for end in numbers.aminmax()]
     if tensor.dtype not in _NUMBERS:
         return _UNREAD
@@ -251,6 +253,8 @@ def _look_at(tensor: TensorStream, digest) -> str | None:
 
 
 def _wrong_hash(file: Path, header: Header, found: str) -> list[str]:
+    # ModelSpec hashes the data as they lie in the file, OneTrainer tensor by tensor in the order of their names.  The
+    # second takes another pass over the file, and only where the first does not match.
     said = header.metadata[HASH].lower().removeprefix("0x")
     if said == found or said == _hash_by_name(file, header):
         return []
@@ -268,6 +272,8 @@ def _hash_by_name(file: Path, header: Header) -> str:
 
 def _compare(path: Path, other: Path) -> tuple[tuple[Change, ...], set[str], set[str]]:
     """Changes, and the names that only one of the two has."""
+    # Of one layout, they are compared as stored.  Otherwise both in the single file's layout, and without the marks,
+    # which no folder has as tensors.
     if os.path.isdir(path) == os.path.isdir(other):
         ours, theirs = (dict(_tensors(_read_headers(place))) for place in (path, other))
     else:
@@ -286,6 +292,8 @@ def _as_single_file(path: Path) -> dict[str, TensorStream]:
 
 
 def _regroup(tensor: TensorStream) -> Iterator[bytearray]:
+    # A tensor that is stacked from several ends a piece with each of them.  To be compared piece by piece with one that
+    # is stored whole, both are cut at the same places.
     pending = bytearray()
     for piece in tensor.read():
         pending += piece
@@ -298,6 +306,8 @@ def _regroup(tensor: TensorStream) -> Iterator[bytearray]:
 
 def _change(name: str, tensor: TensorStream, before: TensorStream) -> Change | None:
     """None for equal values, whatever their types."""
+    # Most tensors are equal, and equal bytes are found much faster than equal numbers.  Only the others are read again,
+    # as numbers, and their squares are summed in float64, since the sum of a large tensor's has no room in float32.
     pieces = zip(tensor.read(), before.read(), strict=True)
     if (tensor.dtype, tensor.shape) == (before.dtype, before.shape) and all(ours == theirs for ours, theirs in pieces):
         return None

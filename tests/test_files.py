@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ztsnr import files as atomic
-from ztsnr.files import atomic_folder, atomic_write
+from ztsnr.files import atomic_folder, atomic_write, remove_leftovers
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions, links and signals of POSIX")
 
@@ -223,11 +223,11 @@ def test_what_cannot_be_replaced(tmp_path, old):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = listing(tmp_path)
     for path, sentence in {
-        tmp_path / "folder": "it is there and is no file",
-        tmp_path / "pipe": "it is there and is no file",
+        tmp_path / "folder": "it exists and is not a file",
+        tmp_path / "pipe": "it exists and is not a file",
         tmp_path / "loop": "Too many levels of symbolic links",
-        tmp_path / "missing" / "a.bin": f"there is no folder {tmp_path / 'missing'}",
-        old / "a.bin": f"there is no folder {old}",
+        tmp_path / "missing" / "a.bin": f"there is no folder {tmp_path / 'missing'}; create it first",
+        old / "a.bin": f"there is no folder {old}; create it first",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
         with pytest.raises(ValueError, match="cannot be written: ") as caught:
@@ -333,6 +333,18 @@ def test_who_still_writes_is_not_disturbed(tmp_path, old):
         assert len(listing(tmp_path)) == 2
     assert old.read_bytes() == b"slow"
     assert listing(tmp_path) == ["a.bin"]
+
+
+def test_leftovers_of_all_names_are_removed_and_nothing_that_is_being_written(tmp_path, old):
+    kill_while_writing(old)
+    (leftover,) = tmp_path.glob(".a.bin.*")
+    with atomic_write(tmp_path / "b.bin") as file, atomic_folder(tmp_path / "c") as folder:
+        remove_leftovers(tmp_path)
+        assert not leftover.exists()
+        assert len(list(tmp_path.glob(".*.unfinished"))) == 2
+        file.write(NEW)
+        (folder / "a.bin").write_bytes(NEW)
+    assert listing(tmp_path) == ["a.bin", "b.bin", "c"]
 
 
 def test_a_file_that_was_taken_for_a_leftover_is_made_again(old, monkeypatch):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ztsnr.checkpoints import inspect_checkpoint, stream, to_folder
 from ztsnr.checkpoints.header import read_header
+from ztsnr.checkpoints.layouts import unet_layout
 from ztsnr.checkpoints.mark import mark_checkpoint
 from ztsnr.checkpoints.single_file import _mark as mark
 from ztsnr.checkpoints.single_file import modelspec, single_file_tensors, to_single_file
@@ -491,6 +492,13 @@ def test_networks_that_are_not_whole(copy, tmp_path, part, change, sentence):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_an_upsampler_behind_no_layer_has_no_place():
+    ends = ("conv_in", "conv_norm_out", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    names = [f"{end}.{leaf}" for end in ends for leaf in ("weight", "bias")]
+    with pytest.raises(ValueError, match=r"no place for: 'up_blocks\.0\.upsamplers\.0\.conv\.weight'$"):
+        unet_layout([*names, "up_blocks.0.upsamplers.0.conv.weight"])
+
+
 @pytest.mark.parametrize("part", PARTS["SDXL"])
 def test_a_missing_network(copy, tmp_path, part):
     shutil.rmtree(copy / part)
@@ -508,7 +516,7 @@ def test_pickles(copy, tmp_path):
 def test_other_architectures(tmp_path, write_checkpoint):
     refiner = tmp_path / "refiner"
     write_checkpoint(refiner / "unet" / "diffusion_pytorch_model.safetensors", unet_shapes("SDXL refiner"))
-    with pytest.raises(ValueError, match=r"is SDXL refiner, and only KOALA, SD 1\.x, .* are converted"):
+    with pytest.raises(ValueError, match=r"is SDXL refiner, but only KOALA, SD 1\.x, .* can be converted"):
         convert(refiner, tmp_path)
     flux = tmp_path / "flux"
     write_checkpoint(flux / "transformer" / "diffusion_pytorch_model.safetensors", {"a": (1,)})

@@ -215,7 +215,7 @@ def test_every_type_is_read_or_said_not_to_be(tmp_path, dtype):
     assert report.tensors == 1
     assert len(report.changes) == 1
     known = dtype not in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "C64")
-    assert ("Weights are of types whose numbers are not read here: 'a'." in report.remarks) == (not known)
+    assert ("Weights have types whose numbers are not checked: 'a'." in report.remarks) == (not known)
     assert verify_checkpoint(path, path).changes == ()
 
 

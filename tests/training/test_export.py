@@ -370,6 +370,17 @@ def test_the_folder_says_a_shifted_schedule_to_diffusers(folders, tmp_path, kind
     ) == pytest.approx(expected[500].item(), rel=1e-9)
 
 
+def test_a_schedule_that_is_hardly_shifted_is_said_too(folders, tmp_path):
+    """Nearer to the published schedule than a loose comparison tells apart."""
+    objective = ObjectiveSettings(schedule_shift=1.0001)
+    file, folder = export(settings(folders["SDXL"], objective=objective), tmp_path)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    published, t = NoiseSchedule.sdxl(), torch.arange(999.0)
+    ratios = NoiseSchedule.from_config(config).sigma(t) / published.sigma(t)
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 1.0001), rtol=1e-9, atol=0)
+    assert read_header(file).metadata["ztsnr.schedule_shift"] == "1.0001"
+
+
 def test_a_base_with_a_shifted_schedule_that_is_trained_without_one(folders, tmp_path):
     objective = ObjectiveSettings(schedule_shift=2.0)
     (shifted,) = export(settings(folders["SDXL"], objective=objective, single_file=False), tmp_path / "first")
