@@ -101,7 +101,7 @@ def _chosen(captions: Sequence[str], weights: Sequence[float] | None, number: fl
     if weights is None:
         weights = np.ones(len(captions))
     if len(captions) > len(weights):
-        raise UserError(f"a picture has {len(captions)} captions, and there are only {len(weights)} caption_weights")
+        raise UserError(f"a picture has {len(captions)} captions, but caption_weights has only {len(weights)}")
     ends = np.cumsum(weights[: len(captions)])
     return captions[np.searchsorted(ends[:-1], number * ends[-1], side="right")]
 

@@ -1,10 +1,10 @@
-"""Batches for training: what the plan says, read by any number of workers.
+"""Batches for training: the pictures of the plan, read by any number of workers.
 
 Every item is named by its place in the plan, and all its random numbers follow from that name.  So batches are the same
-with any number of workers, of ranks, and after a resume.
+with any number of workers or ranks, and after a resume.
 
-A picture that cannot be used is put on a list (``Quarantine``), and another one of its bucket takes its place, so that
-ranks stay in step.  Which one depends on nothing but the name of the item and on which pictures can be used.
+A picture that cannot be used is listed (``Quarantine``), and another one of its bucket takes its place, so that ranks
+stay in step.  Which one depends only on the name of the item and on which pictures can be used.
 """
 
 import signal
@@ -29,11 +29,11 @@ from .pictures import WHITE, Color, MicroConditioning, PictureError, cover_size,
 from .quarantine import Quarantine, UnusableShare
 from .tokens import TokenBatch, batch_prompts
 
-TRIES = 16  # pictures drawn in the place of one; if 1 % cannot be used, all of them in 1 of 10^32 cases
+TRIES = 16  # replacements tried for one picture; if 1 % of pictures are unusable, all fail in 1 of 10^32 cases
 
 # purpose -> the random numbers of an item for it
 Numbers = Callable[[int], np.random.Generator]
-# picture, bucket (width, height), numbers -> (C, H, W) float32 pixels or latents, and what SDXL is told about them
+# picture, bucket (width, height), numbers -> (C, H, W) float32 pixels or latents, and SDXL's micro-conditioning
 Load = Callable[[int, Size, Numbers], tuple[torch.Tensor, MicroConditioning]]
 
 
@@ -41,10 +41,10 @@ class Item(NamedTuple):
     """The name of a picture in a batch.
 
     Attributes:
-        epoch, step: of the plan.
-        bucket: its index in the plan.
-        picture: its number in the index.
-        slot: its place in the step, of all ranks together.
+        epoch, step: place in the plan.
+        bucket: index of the bucket in the plan.
+        picture: number of the picture in the index.
+        slot: place in the step, over all ranks.
     """
 
     epoch: int
@@ -72,14 +72,14 @@ class Batch(NamedTuple):
     Attributes:
         data: (B, 3, H, W) float32 pixels in [-1, 1], or (B, C, H / 8, W / 8) latents, as the dataset's ``load`` gives.
         captions: B texts.
-        tokens: of the captions, if the dataset makes them.
+        tokens: tokens of the captions; None if the dataset has no ``tokenize``.
         time_ids: (B, 6) float32, SDXL's micro-conditioning: original height and width, top and left of the crop, target
             height and width.  bfloat16 would round the sizes.
-        weights: (B,) float32, by which the losses are multiplied.
+        weights: (B,) float32 factors on the losses.
         pictures: (B,) int64 numbers in the index.
-        planned: (B,) int64, the same but for pictures that cannot be used and were replaced.
-        bucket: its index in the plan.
-        epoch, step: of the plan.  To go on behind this batch, start at step + 1.
+        planned: (B,) int64 numbers of the plan; they differ where a picture cannot be used and was replaced.
+        bucket: index of the bucket in the plan.
+        epoch, step: place in the plan.  To resume after this batch, start at step + 1.
     """
 
     data: torch.Tensor
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
 
 
 class NoReplacement(UserError):
-    """So many pictures of a bucket cannot be used that a batch is not filled."""
+    """Too many pictures of a bucket cannot be used to fill a batch."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class NoReplacement(UserError):
 
 
 def steps(plan: EpochPlan, epoch: int = 0, start: int = 0) -> Iterator[list[Item]]:
-    """The items of each step of this rank, from one step on and through all epochs behind it, without end."""
+    """This rank's items of each step, from a step of an epoch on and through all later epochs, without end."""
     slots = range(plan.rank, plan.batch_size, plan.world_size)
     for current in count(epoch):
         first = start if current == epoch else 0
@@ -115,18 +115,18 @@ class PictureDataset(Dataset):
     """The samples of the items of a plan.
 
     Args:
-        plan: gives buckets and seed.
-        index: the pictures that the plan's numbers mean.
-        load: reads a picture: ``partial(load_picture, index=index)``, or ``load_latents`` with a cache.  PictureError
-            and OSError say that the picture cannot be used.
-        quarantine: where such pictures are listed; those that are listed already are not tried.
-        caption_settings: what becomes of captions; by default nothing.
+        plan: plan with buckets and seed.
+        index: the pictures that the plan numbers.
+        load: reads a picture: ``partial(load_picture, index=index)``, or ``load_latents`` with a cache.  It raises
+            PictureError or OSError if the picture cannot be used.
+        quarantine: list of unusable pictures; those that are listed are not tried.
+        caption_settings: how captions become text; by default they stay as they are.
         weights: (N,) loss weights of the pictures; by default 1.
-        tokenize: makes the tokens of a caption, (chunks, 77) for each text encoder (``token_chunks``).
+        tokenize: caption -> its tokens, (chunks, 77) for each text encoder (``token_chunks``).
 
     Raises:
-        UserError: a plan for another number of pictures, pictures without captions or with more than there are
-            caption weights, weights that are not a number of at least 0 for each picture.
+        UserError: the plan is for another number of pictures; a picture has no caption, or more captions than there
+            are caption weights; or ``weights`` is not one number of at least 0 per picture.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class PictureDataset(Dataset):
         raise NoReplacement
 
     def _candidates(self, item: Item, numbers: Numbers) -> Iterator[int]:
-        """The picture and those to take its place, in an order that does not depend on which are known as unusable."""
+        """The picture and its replacements, in an order that does not depend on which are known to be unusable."""
         yield item.picture
         members = self.plan.assignment == item.bucket
         members[item.picture] = False
@@ -190,7 +190,7 @@ class PictureDataset(Dataset):
     def _check(self) -> None:
         planned = self.plan.assignment >= 0
         if len(planned) != len(self.index):
-            raise UserError(f"the plan is for {len(planned)} pictures, and the index has {len(self.index)}")
+            raise UserError(f"the plan is for {len(planned)} pictures, but the index has {len(self.index)}")
         if self.weights.shape != planned.shape or not (self.weights >= 0).all() or np.isinf(self.weights).any():
             raise UserError(f"weights must be a number of at least 0 for each of the {len(planned)} pictures")
         counts = np.where(planned, pc.list_value_length(self.index.table["captions"]).to_numpy(), 1)
@@ -202,16 +202,16 @@ class PictureDataset(Dataset):
         allowed = self.caption_settings.caption_weights
         if allowed is not None and counts.max() > len(allowed):
             raise UserError(
-                f"{self.index.key(int(counts.argmax()))} has {counts.max()} captions, and there are only "
-                f"{len(allowed)} caption_weights: give one for each caption"
+                f"{self.index.key(int(counts.argmax()))} has {counts.max()} captions, but caption_weights has "
+                f"only {len(allowed)}: give one weight for each caption"
             )
 
 
 def _numbers(plan: EpochPlan, item: Item, purpose: int) -> np.random.Generator:
-    """Random numbers of a picture, others for each time that an epoch has it."""
+    """Random numbers of a picture, different each time that an epoch has it."""
     generator = keyed_generator(plan.seed, item.epoch, item.picture, purpose)
     place = item.step * plan.batch_size + item.slot
-    generator.bit_generator.advance(place << 64)  # the second of the four numbers of a Philox counter
+    generator.bit_generator.advance(place << 64)  # advances the second of the four words of the Philox counter
     return generator
 
 
@@ -224,18 +224,18 @@ def load_picture(
     flip: float = 0.0,
     background: Color = WHITE,
 ) -> tuple[torch.Tensor, MicroConditioning]:
-    """A picture's file as the pixels of a bucket; given ``index`` and the like by ``partial``, it is a ``Load``.
+    """A picture's file as the pixels of a bucket; ``partial`` with ``index`` and the options makes it a ``Load``.
 
     Args:
-        picture: its number in the index.
+        picture: number of the picture in the index.
         bucket: (width, height) in pixels.
-        numbers: of the crop and of the mirroring.
-        index: where the files are.
-        flip: probability that it is mirrored left and right.
+        numbers: random generators of the crop and the flip.
+        index: index with the files.
+        flip: probability of mirroring left and right.
         background: sRGB colour behind transparent pixels.
 
     Returns:
-        (3, height, width) float32 in [-1, 1], and what SDXL is told about it.
+        (3, height, width) float32 in [-1, 1], and SDXL's micro-conditioning.
 
     Raises:
         PictureError: it cannot be used.
@@ -260,24 +260,24 @@ def loader(
     prefetch: int = 2,
     max_unusable: float = 0.01,
 ) -> Iterator[Batch]:
-    """The batches of this rank from one step on and through all epochs behind it, without end.
+    """This rank's batches, from a step of an epoch on and through all later epochs, without end.
 
-    They lie in pinned memory where there is CUDA.  The workers live as long as the iterator, and read ahead into the
-    next epoch.  torch's global random numbers are not touched.
+    With CUDA they lie in pinned memory.  The workers live as long as the iterator, and read ahead into the next epoch.
+    torch's global random generator is not used.
 
     Args:
-        dataset: with the plan.
+        dataset: dataset with the plan.
         epoch, start: the first step; with the plan's seed they are the state of a run.
-        workers: processes that read; 0 reads in this one.
-        prefetch: batches that each of them holds ready.
+        workers: number of processes that read pictures; 0 reads them in this one.
+        prefetch: number of batches that each worker holds ready.
         max_unusable: the largest share of unusable pictures among those seen (``UnusableShare``).
 
     Raises:
-        UserError: a step that the epoch does not have, at once; later, too many pictures that cannot be used.
+        UserError: the epoch does not have this step; or, later, too many pictures cannot be used.
     """
     plan = dataset.plan
     if epoch < 0 or not 0 <= start <= plan.step_count(epoch):
-        raise UserError(f"there is no step {start} in epoch {epoch}, which has {plan.step_count(max(epoch, 0))}")
+        raise UserError(f"there is no step {start} in epoch {epoch}, which has {plan.step_count(max(epoch, 0))} steps")
     batches = DataLoader(
         dataset,
         batch_sampler=steps(plan, epoch, start),
@@ -292,7 +292,7 @@ def loader(
 
 
 def _leave_signals(worker: int) -> None:
-    """To the process that reads from this one: Ctrl-C reaches all of them, and a run stops when its step is done."""
+    """Ignore SIGINT and SIGTERM, which reach all processes: the trainer stops after its step, and ends the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -302,11 +302,11 @@ def _watched(batches: DataLoader, quarantine: Quarantine, share: UnusableShare) 
         for batch in batches:
             share.check(batch.planned.numpy(), batch.pictures.numpy())
             yield batch
-    except NoReplacement as error:  # of a worker, whose own words come with its traceback
-        error.with_traceback(None)  # which refers to itself, and would keep the workers
+    except NoReplacement as error:  # from a worker, whose message is its traceback
+        error.with_traceback(None)  # the traceback refers to this frame, and would keep the workers alive
         raise UserError(
-            f"a batch cannot be filled: a picture, and {TRIES} drawn in its place or all others of its bucket, cannot "
-            f"be used; {quarantine.report()}"
+            f"a batch cannot be filled: neither a picture nor any of up to {TRIES} replacements can be used; "
+            f"{quarantine.report()}"
         ) from None
 
 
@@ -314,7 +314,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """The batch of the samples of a step."""
     item = samples[0].item
     return Batch(
-        data=default_collate([sample.data for sample in samples]),  # in a worker right into shared memory
+        data=default_collate([sample.data for sample in samples]),  # in a worker, directly into shared memory
         captions=[sample.caption for sample in samples],
         tokens=None if samples[0].tokens is None else batch_prompts([sample.tokens for sample in samples]),
         time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),

@@ -1,6 +1,6 @@
-"""Random numbers that belong to a picture of an epoch, and not to the worker that happens to draw them.
+"""Random numbers that belong to a picture of an epoch, not to the worker that happens to draw them.
 
-``EpochPlan`` takes the numbers of the same key whose counter has no picture, so none are used twice.
+``EpochPlan`` uses the same key with counters without a picture, so no number is used twice.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UserError
 
-# what random numbers are for, so that no two uses share them
+# Purposes of random numbers, so that no two uses share them.
 CROP, FLIP, CAPTION, POSTERIOR, REPLACEMENT, TIMESTEPS, NOISE, NOISE_OFFSET = range(8)
 
 
@@ -18,17 +18,17 @@ def keyed_generator(seed: int, epoch: int, picture: int, purpose: int) -> np.ran
     """The random numbers of one purpose for one picture in one epoch.
 
     A counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): nothing that was
-    drawn before, and no other process, changes what it gives.  One of these has 2**128 blocks of numbers before it
-    would run into the next.
+    drawn before, and no other process, changes its numbers.  It has 2**128 blocks of numbers before it would reach
+    those of the next purpose.
 
     Args:
-        seed: of the run, from 0 to 2**64 - 1.
-        epoch: from 0.
-        picture: its number in the index, from 0.
+        seed: seed of the run, from 0 to 2**64 - 1.
+        epoch: epoch, from 0.
+        picture: number of the picture in the index, from 0.
         purpose: CROP, FLIP, ...
 
     Raises:
-        UserError: a number below 0 or above 2**64 - 1.
+        UserError: a number is below 0 or above 2**64 - 1.
     """
     key, counter = (seed, epoch), (0, 0, picture + 1, purpose)
     if not all(0 <= number < 2**64 for number in key + counter) or picture < 0:
@@ -50,13 +50,13 @@ def keyed_noise(
     purpose: int,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Unit noise for the pictures of a step, each one's by its place, so that it is the same on any number of ranks.
+    """Unit noise for the pictures of a step, keyed by place, so that it is the same on any number of ranks.
 
     Drawn on the device, without waiting for it.  Devices of another kind draw other numbers.
 
     Args:
-        shape: of one picture's noise.
-        slots: places of this rank's pictures among those of the step.
+        shape: shape of one picture's noise.
+        slots: places of this rank's pictures in the step, over all ranks.
 
     Returns:
         (len(slots), *shape) float32.

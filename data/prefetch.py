@@ -1,4 +1,4 @@
-"""Tensors on the device before they are needed, and without waiting for it."""
+"""Copying tensors to the device before they are needed, without waiting for it."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from .dataset import Batch
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on its way to the device; from memory that is not pinned CUDA may wait for all it does."""
+    """A CPU tensor on its way to the device.  It is pinned first: copying unpinned memory, CUDA may wait."""
     tensor = tensor.contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device; the next one is on its way while this one is used."""
+    """The batches on the device; the next one is copied while this one is used."""
     ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:
@@ -36,10 +36,10 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _arrived(batch: Batch, event: "torch.cuda.Event | None") -> Batch:
-    """The batch for the stream that computes, which waits for this one and not for those behind it."""
+    """The batch, once the computing stream waits for its copy, and not for the copies after it."""
     if event is not None:
         now = torch.cuda.current_stream(batch.data.device)
         now.wait_event(event)
         for tensor in (batch.data, *batch.tokens.chunks, batch.tokens.rows, batch.time_ids, batch.weights):
-            tensor.record_stream(now)  # its memory is of the other stream, and must not be given away too early
+            tensor.record_stream(now)  # else the copy stream could reuse its memory before this one is done
     return batch

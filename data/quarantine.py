@@ -10,20 +10,20 @@ import numpy as np
 from ..errors import UserError
 from .epoch_plan import EpochPlan
 
-FEW = 1000  # pictures; sooner than after so many a share says little
+FEW = 1000  # pictures; a share of fewer says little
 
 
 class Quarantine:
     """The pictures that cannot be used, each with its reason, in a folder of JSONL files.
 
-    Each process appends to a file of its own, so that workers and ranks do not write into each other's lines; whoever
-    reads puts the files together.  To have a picture tried again remove its line, or the folder.
+    Each process appends to a file of its own, so that workers and ranks do not write into each other's lines; readers
+    merge the files.  To try a picture again, remove its line or the folder.
 
     Args:
-        folder: made if it is not there; the same for all ranks and for a resumed run.
+        folder: created if needed; the same for all ranks and for a resumed run.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,52 +50,51 @@ class Quarantine:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
     def listed(self) -> dict[str, str]:
-        """The reason of each picture, by its key, as all processes have found them so far.
+        """The reasons that all processes have found so far, by the picture's key.
 
         Raises:
-            UserError: a file that cannot be read, or holds something else.
+            UserError: a file cannot be read, or is not such a list.
         """
         reasons = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             try:
                 lines = path.read_bytes().split(b"\n")
-                for line in lines[:-1]:  # behind the last newline is nothing, or what is just being written
+                for line in lines[:-1]:  # after the last newline is nothing, or a line that is being written
                     record = json.loads(line)
                     reasons.setdefault(record["picture"], record["reason"])
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path} is no list of pictures that cannot be used: remove it") from None
+                raise UserError(f"{path} is not a list of unusable pictures: remove it") from None
         return reasons
 
     def report(self, shown: int = 3) -> str:
-        """How many they are, the first of them, and where the others are."""
+        """The number of pictures, the first of them, and where the others are listed."""
         reasons = self.listed()
         first = "; ".join(f"{key}: {reason}" for key, reason in list(reasons.items())[:shown])
         return (
-            f"{len(reasons)} pictures are listed in {self.folder} (remove it to have them tried again), the first are "
-            f"{first}"
+            f"{len(reasons)} pictures are listed in {self.folder} (remove it to try them again); the first are {first}"
         )
 
 
 class UnusableShare:
-    """Watches how many of the pictures of this rank's steps cannot be used, and stops the run when they are too many.
+    """Stops the run when too many of the pictures of this rank's steps cannot be used.
 
-    The share is of the pictures seen so far, each counted once however many epochs it is in.  So that one picture at
-    the beginning is not too much, it is taken of FEW pictures, or of all if they are fewer, until as many are seen.
+    The share is relative to the pictures seen so far, each counted once over all epochs.  Until FEW pictures are seen,
+    or all if they are fewer, it is relative to that number, so that one early picture does not end the run.
 
     Args:
-        plan: of the steps.
-        quarantine: what the report is made from.
+        plan: plan of the steps.
+        quarantine: source of the report.
         limit: the largest share allowed.
 
     Raises:
-        UserError: a limit that is no share.
+        UserError: the limit is not from 0 to 1.
     """
 
     def __init__(self, plan: EpochPlan, quarantine: Quarantine, limit: float = 0.01):
         if not 0 <= limit <= 1:
-            raise UserError(f"the share of unusable pictures allowed must be from 0 to 1, not {limit!r}")
+            raise UserError(f"max_unusable must be from 0 to 1, not {limit!r}")
         self.quarantine, self.limit = quarantine, limit
         self._least = min(FEW, int((plan.assignment >= 0).sum()))
         self._is_seen = np.zeros(len(plan.assignment), bool)
@@ -105,11 +104,11 @@ class UnusableShare:
         """Count the pictures of a step.
 
         Args:
-            planned: (B,) those of the plan.
-            shown: (B,) those in the batch; where they are others, these cannot be used.
+            planned: (B,) pictures of the plan.
+            shown: (B,) pictures in the batch; where they differ, the planned picture cannot be used.
 
         Raises:
-            UserError: too many cannot be used; the sentence is a report.
+            UserError: too many pictures cannot be used; the message contains the report.
         """
         new = np.unique(planned[~self._is_seen[planned]])
         self._is_seen[new] = True
@@ -118,6 +117,6 @@ class UnusableShare:
         if len(self._unusable) > self.limit * max(self._seen, self._least):
             raise UserError(
                 f"{len(self._unusable)} of the {self._seen} pictures seen so far "
-                f"({len(self._unusable) / self._seen:.2%}) cannot be used, and {self.limit:.2%} are allowed: "
+                f"({len(self._unusable) / self._seen:.2%}) cannot be used, more than max_unusable = {self.limit:.2%}: "
                 f"{self.quarantine.report()}"
             )

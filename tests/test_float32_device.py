@@ -151,12 +151,12 @@ def test_what_auto_takes(machine, kinds, processes, taken, words):
 @pytest.mark.parametrize(
     ("kinds", "name", "processes", "sentence"),
     [
-        ((), "gpu", 1, "--device = 'gpu' is no device: it is auto, cpu, cuda, xpu, mps or such as cuda:1"),
+        ((), "gpu", 1, "--device = 'gpu' is not a device: give auto, cpu, cuda, xpu, mps, or a number as in cuda:1"),
         ((), "cuda", 1, "the device cuda cannot be used: there is no CUDA here"),
         ((), "xpu", 1, "the device xpu cannot be used: there is no Intel GPU here"),
         ((), "mps", 1, "the device mps cannot be used: there is no Metal here"),
-        (("xpu",), "xpu:1", 1, "the device xpu:1 cannot be used: this machine has 1 GPUs, counted from 0"),
-        (("mps",), "mps", 2, "--device = 'mps' is for one process, and there are 2: take cuda or cpu"),
+        (("xpu",), "xpu:1", 1, "the device xpu:1 cannot be used: this machine has 1 GPUs, numbered from 0"),
+        (("mps",), "mps", 2, "--device = 'mps' works for one process only, not for 2: give cuda or cpu"),
     ],
 )
 def test_devices_that_are_not_there(machine, kinds, name, processes, sentence):
@@ -306,7 +306,7 @@ def test_the_latent_cache(float32_device, place, tmp_path):
     for device in ("cpu", NAME):
         options = ("--vae", place / "tiny", "--area", "32x32", "--step", 16, "--workers", 0, "--device", device)
         said = command("cache", place / "pictures", *options, "--out", tmp_path / device, "--verify")
-        assert "12 pictures are cached" in said
+        assert "Cached 12 pictures" in said
     found, expected = (LatentCache(tmp_path / device).statistics for device in (NAME, "cpu"))
     assert found.mean == pytest.approx(expected.mean, rel=1e-5)
     assert found.std == pytest.approx(expected.std, rel=1e-5)

@@ -1,14 +1,14 @@
-"""Averages of the weights over training, in float32, and any other average made from their snapshots afterwards.
+"""Averages of the weights over training, in float32, and averages of other widths made from snapshots afterwards.
 
-An average over the steps tau up to t is a profile: what share of it the weights of each step have.
+A profile says what share the weights of each step tau have in the average at step t.
 
-- Power function (EDM2, arXiv 2312.02696, section 3): p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).  It widens with
-  the training, so that its width is a share of it, ``sigma_rel``.
+- Power function (EDM2, arXiv 2312.02696, section 3): p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).  Its width
+  grows with the training: its standard deviation is the share ``sigma_rel`` of the training's length.
 - Constant decay: the share is proportional to decay^(t - tau).  The shares add up to 1 from the first step on, so the
   average needs no warm-up, and never contains the weights that training began with.
 
 Both are weighted means of the weights after each step, and are updated by ``average.lerp_(weights, 1 - kept)``, where
-``kept`` is what remains of the old average.  Step counts are host integers, and nothing in an update is read from the
+``kept`` is the share of the old average that remains.  Step counts are host integers: an update reads nothing from the
 device.
 """
 
@@ -40,7 +40,7 @@ WIDEST = 12**-0.5  # sigma_rel of the mean over all steps, gamma = 0
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """EDM2's profile, whose standard deviation is ``sigma_rel`` of the training's length: above 0, up to 12^-0.5."""
+    """EDM2's profile.  Its standard deviation is ``sigma_rel``, in (0, 12^-0.5], times the training's length."""
 
     sigma_rel: float
 
@@ -52,13 +52,13 @@ class PowerFunction:
         return f"power_{self.sigma_rel}"
 
     def kept(self, before: int, step: int) -> float:
-        """The product of beta(t) = (1 - 1 / t)^(gamma + 1) over the steps behind ``before`` and up to ``step``."""
+        """The product of beta(t) = (1 - 1 / t)^(gamma + 1) over the steps after ``before`` up to ``step``."""
         return (before / step) ** (gamma_of(self.sigma_rel) + 1)
 
 
 @dataclass(frozen=True)
 class ConstantDecay:
-    """Shares in proportion to decay^age, with a decay between 0 and 1."""
+    """Shares proportional to decay^age, with a decay between 0 and 1."""
 
     decay: float
 
@@ -71,7 +71,7 @@ class ConstantDecay:
         return f"decay_{self.decay}"
 
     def kept(self, before: int, step: int) -> float:
-        """1 - (1 - d^(step - before)) / (1 - d^step): the old average has the sum of shares 1 - d^before, aged."""
+        """1 - (1 - d^(step - before)) / (1 - d^step): the complement of the share of the steps after ``before``."""
         log = math.log(self.decay)
         return 1 - math.expm1(log * (step - before)) / math.expm1(log * step)
 
@@ -85,7 +85,7 @@ def gamma_of(sigma_rel: float) -> float:
     EDM2, algorithm 2.
 
     Raises:
-        UserError: a width that no exponent of at least 0 has.
+        UserError: no exponent of at least 0 has this width.
     """
     if not 0 < sigma_rel <= WIDEST:
         raise UserError(f"sigma_rel must be above 0 and at most 12^-0.5 = 0.2886..., not {sigma_rel}")
@@ -98,20 +98,21 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class Ema:
-    """Averages of some parameters, one of each for each profile.
+    """Averages of parameters, one per profile.
 
     Args:
-        named_parameters: by name; DTensors are averaged in their own shards.
-        profiles: which averages.
-        device: "cpu" keeps them in the main memory, where an update is made of a copy that the device has sent since
-            the one before; call ``settle`` before the parameters change again.  None where the parameters are.
-        every: steps from one update to the next, in which the weights are taken to be those at the end.
+        named_parameters: parameters by name; DTensors are averaged shard by shard.
+        profiles: profiles of the averages.
+        device: "cpu" keeps the averages in main memory.  The device then sends a copy of the parameters at each update,
+            which enters the average at the next one; call ``settle`` before the parameters change.  None keeps the
+            averages on the parameters' device.
+        every: steps between updates; the weights count as constant in between.
 
     Attributes:
-        step: of the last update; 0 before the first.
+        step: step of the last update; 0 before the first.
 
     Raises:
-        UserError: sharded parameters to be kept elsewhere, a profile twice.
+        UserError: averages of sharded parameters are to be kept on another device, or a profile occurs twice.
     """
 
     def __init__(
@@ -125,9 +126,9 @@ class Ema:
         self.profiles, self.every, self.step = tuple(profiles), every, 0
         self._parameters = dict(named_parameters)
         if len({profile.name for profile in profiles}) != len(profiles):
-            raise UserError("a profile is given twice: each average is kept by the name of its profile")
+            raise UserError("two averages have the same profile: give each once")
         if device is not None and any(isinstance(parameter, DTensor) for parameter in self._parameters.values()):
-            raise UserError("averages of sharded parameters stay on their device: give no other one for them")
+            raise UserError("averages of sharded parameters stay on their device: set average.on_cpu = false")
         self._averages = {
             profile: {
                 name: parameter.detach().to(device=device, dtype=torch.float32, copy=True)
@@ -139,12 +140,13 @@ class Ema:
         self._copies = _Copies(list(self._parameters.values())) if elsewhere else None
 
     def update(self, step: int) -> None:
-        """Take the parameters as they are after so many steps of the optimizer; between ``every`` steps, do nothing."""
+        """Update the averages with the parameters after ``step`` optimizer steps, if ``every`` divides it."""
         if step % self.every:
             return
         if step <= self.step:
-            raise UserError(f"the averages have seen step {self.step} already, and cannot take step {step}")
+            raise UserError(f"the averages are at step {self.step}: give a later step than {step}")
         if self._copies is not None:
+            # In main memory: average the copy of the last update, then send the next one during the coming step.
             self._take_copies()
             self._copies.send(self.step, step)
         elif self.profiles:
@@ -152,22 +154,22 @@ class Ema:
         self.step = step
 
     def settle(self) -> None:
-        """Have what the device does next wait until the parameters are copied; the host waits for nothing."""
+        """Make the device finish copying the parameters before it does anything else; the host does not wait."""
         if self._copies is not None:
             self._copies.settle()
 
     def tensors(self, profile: Profile) -> dict[str, Tensor]:
-        """An average by the names of the parameters: float32, the tensors that updates change."""
+        """An average by parameter name: the float32 tensors themselves, which updates change."""
         self._take_copies()
         return self._averages[profile]
 
     @contextmanager
     def applied(self, profile: Profile) -> Iterator[None]:
-        """Within the block the parameters have the values of an average.
+        """Within the block the parameters have the values of an average; do not update in it.
 
-        The weights of training wait in the main memory, so nothing more is needed on the device.  No update within.
-        FSDP2 keeps what the outermost module has gathered in a forward pass, so with it call ``model.reshard()`` at the
-        end of the block; otherwise the next step would still see the average.
+        The training weights wait in main memory, so the device needs no more memory.  FSDP2 keeps the weights that its
+        outermost module gathered in a forward pass, so call ``model.reshard()`` after the block; otherwise the next
+        step would still use the average.
         """
         parameters = [_local(parameter) for parameter in self._parameters.values()]
         weights = [parameter.to("cpu", copy=True) for parameter in parameters]
@@ -180,7 +182,7 @@ class Ema:
                 parameter.copy_(weight)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything for a checkpoint: the averages by "PROFILE.PARAMETER", and "step", () int64, which is a copy."""
+        """The tensors for a checkpoint: the averages as "PROFILE.PARAMETER", and a copy of "step", () int64."""
         averages = {
             f"{profile.name}.{name}": average
             for profile in self.profiles
@@ -189,15 +191,15 @@ class Ema:
         return averages | {"step": torch.tensor(self.step)}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from ``state_tensors``, whether they are a file's or this object's own that were loaded into.
+        """Resume from ``state_tensors``: those of a file, or this object's own after a file was loaded into them.
 
         Raises:
-            UserError: those of other profiles or parameters.
+            UserError: they belong to other profiles or parameters.
         """
         own = self.state_tensors()
         if differing := own.keys() ^ tensors.keys():
             raise UserError(
-                f"the saved averages are not of these profiles and parameters: {min(differing)} is in one of them only"
+                f"the saved averages have other profiles or parameters, such as {min(differing)}: give those of the run"
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -206,16 +208,16 @@ class Ema:
     def save_snapshot(self, path: str | Path, profile: Profile, *, dtype: torch.dtype = torch.float32) -> None:
         """Write an average to a safetensors file for ``post_hoc``, one tensor at a time.
 
-        With sharded parameters all ranks must call this, as it gathers them; the first rank writes.
+        With sharded parameters all ranks call this to gather them, and the first rank writes.
 
         Raises:
-            UserError: it cannot be written, ``dtype`` cannot hold its numbers, or nothing is averaged yet; with
+            UserError: it cannot be written, ``dtype`` cannot hold its numbers, or there was no update yet; with
                 sharded parameters in all ranks.
         """
         if self.step == 0:
             raise UserError("there is no average before the first update")
         averages = self.tensors(profile)
-        waiting = {name for name, average in averages.items() if isinstance(average, DTensor)}  # to be gathered
+        waiting = {name for name, average in averages.items() if isinstance(average, DTensor)}  # still to be gathered
         is_sharded = bool(waiting)
 
         def gathered(name: str) -> Tensor:
@@ -236,7 +238,8 @@ class Ema:
             except UserError as error:
                 trouble = str(error)
         if is_sharded:
-            for name in averages:  # in the other ranks all; in the first what it did not come to, as they wait for it
+            # Gathering needs all ranks: the others gather every tensor, the first those that it did not reach.
+            for name in averages:
                 if name in waiting:
                     gathered(name)
             said = [trouble]
@@ -257,23 +260,23 @@ class Ema:
 
 
 class _Copies:
-    """The parameters on their way to the main memory, in buffers that are used again.
+    """Copies of the parameters on their way to main memory, in buffers that are reused.
 
-    CUDA copies them on a stream of its own, beside the forward and backward pass of the next step.
+    CUDA copies them on a separate stream, during the forward and backward pass of the next step.
     """
 
     def __init__(self, parameters: Sequence[Tensor]):
         from_cuda = any(parameter.is_cuda for parameter in parameters)
         self._parameters = [parameter.detach() for parameter in parameters]
-        # laid out as the parameters are: otherwise the device would sort each tensor anew, and lerp would walk in steps
+        # in the parameters' memory format: otherwise each copy would reorder its tensor, and lerp would read strided
         self._buffers = [torch.empty_like(p, device="cpu", pin_memory=from_cuda) for p in self._parameters]
         self._stream = torch.cuda.Stream() if from_cuda else None
         self._sent = torch.cuda.Event() if from_cuda else None
-        self.steps: tuple[int, int] | None = None  # (before, step) of the update on its way
+        self.steps: tuple[int, int] | None = None  # (before, step) of the copy on its way
 
     def send(self, before: int, step: int) -> None:
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())  # for the step that has changed them
+            self._stream.wait_stream(torch.cuda.current_stream())  # the step that changed the parameters comes first
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for buffer, parameter in zip(self._buffers, self._parameters, strict=True):
                 buffer.copy_(parameter, non_blocking=True)
@@ -287,7 +290,7 @@ class _Copies:
 
     def receive(self) -> list[Tensor]:
         if self._sent is not None:
-            self._sent.synchronize()  # with what was sent an update ago
+            self._sent.synchronize()  # sent one update ago, so this rarely waits
         return [buffer.float() for buffer in self._buffers]
 
 
@@ -307,40 +310,40 @@ def _stream(tensor: Tensor, whole: Callable[[], Tensor], dtype: torch.dtype) -> 
 
 
 def post_hoc(snapshots: Sequence[str | Path], sigma_rel: float, *, step: int | None = None) -> dict[str, Tensor]:
-    """An average of any width at any step, from snapshots of others (EDM2, algorithm 3).
+    """An average of any width at any step, from snapshots of other averages (EDM2, algorithm 3).
 
-    It is the combination of the snapshots whose profile is nearest to the wanted one, in the mean square.  Unlike in
-    EDM2 its coefficients add up to 1.  Finetuned weights differ little from those that training began with, and what
-    all snapshots share has to come out as it is; without the constraint, the sum for a width of 0.075 from eight
-    snapshots each of 0.05 and 0.10 is off by 0.1 %, which scales the whole model.
+    It is the linear combination of snapshots whose profile is the least-squares fit to the wanted one.  Unlike in EDM2
+    the coefficients add up to 1: fine-tuned weights differ little from the initial ones, and what all snapshots share
+    must come out unscaled.  Without this constraint the sum for a width of 0.075, from eight snapshots each of 0.05 and
+    0.10, is off by 0.1 %, which scales the whole model.
 
     Args:
-        snapshots: files of ``Ema.save_snapshot`` of power functions, of one training.
-        sigma_rel: the width wanted.
-        step: the end of the training that is averaged over; by default the last of the snapshots.
+        snapshots: files that ``Ema.save_snapshot`` wrote in one training, of power functions.
+        sigma_rel: width of the average.
+        step: step at which the average ends; by default that of the last snapshot.
 
     Returns:
-        float32 by name; each is read and made on its own.
+        float32 tensors by name.  One tensor at a time is read and combined.
 
     Raises:
-        UserError: no snapshot, files that are no such snapshots or of different tensors, a width out of range, a step
-            behind the last snapshot.
+        UserError: there is no snapshot, a file is not such a snapshot or has other tensors, the width is out of range,
+            or the step is after the last snapshot.
     """
     paths = [Path(path) for path in snapshots]
     if not paths:
-        raise UserError("there are no snapshots to make an average of")
+        raise UserError("no snapshots were given: give the files in the run's folder snapshots")
     profiles = [_profile_of(path) for path in paths]
     last = max(t for t, _ in profiles)
     step = last if step is None else step
     if not 0 < step <= last:
-        raise UserError(f"no average at step {step} can be made of snapshots that end at step {last}")
+        raise UserError(f"step must be from 1 to {last}, the last snapshot's, not {step}")
     coefficients = combine(profiles, (step, gamma_of(sigma_rel))).tolist()
     tensors = {}
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
         names = [set(file.keys()) for file in files]
         if differing := set.union(*names) - set.intersection(*names):
-            raise UserError(f"the snapshots are not of the same model: only some of them have {min(differing)}")
+            raise UserError(f"the snapshots belong to different models: only some of them have {min(differing)}")
         for name in sorted(names[0]):
             total = torch.zeros(files[0].get_slice(name).get_shape(), dtype=torch.float64)
             for file, coefficient in zip(files, coefficients, strict=True):
@@ -350,10 +353,10 @@ def post_hoc(snapshots: Sequence[str | Path], sigma_rel: float, *, step: int | N
 
 
 def combine(profiles: Sequence[tuple[float, float]], target: tuple[float, float]) -> np.ndarray:
-    """The coefficients, of sum 1, by which profiles come nearest to another one.
+    """The coefficients, with sum 1, of the combination of profiles that is nearest to a target profile.
 
-    They minimise the integral of (sum of c_i p_i - p)^2, so that with a multiplier for the sum (A 1; 1 0) (c m) = (b 1)
-    holds, A and b being the inner products of the profiles with each other and with the target.
+    They minimise the integral of (sum of c_i p_i - p)^2.  With a multiplier m for the constraint they solve
+    (A 1; 1 0) (c m) = (b 1), where A holds the inner products of the profiles, and b those with the target.
 
     Args:
         profiles: (step, gamma) of each of N.
@@ -365,16 +368,16 @@ def combine(profiles: Sequence[tuple[float, float]], target: tuple[float, float]
     steps, gammas = np.array(profiles, np.float64).T
     count = len(steps)
     system, wanted = np.ones((count + 1, count + 1)), np.ones(count + 1)
-    # the unit of time is of no matter to the coefficients; with the target's, all numbers are of one size
+    # The coefficients do not depend on the unit of time; in units of the target's step all entries have similar sizes.
     steps, end = steps / target[0], 1.0
     system[:count, :count] = _inner_product(steps[:, None], gammas[:, None], steps, gammas)
     wanted[:count] = _inner_product(steps, gammas, end, target[1])
     system[count, count] = 0
-    return np.linalg.lstsq(system, wanted)[0][:count]  # two snapshots alike share what is theirs
+    return np.linalg.lstsq(system, wanted)[0][:count]  # lstsq, because equal snapshots make the system singular
 
 
 def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """The integral of the product of two power functions, over the steps of the shorter one."""
+    """The integral of the product of two power-function profiles, up to the earlier end."""
     shorter = np.minimum(t_a, t_b)
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / np.maximum(t_a, t_b)
     return scale * (shorter / t_a) ** gamma_a * (shorter / t_b) ** gamma_b
@@ -384,5 +387,5 @@ def _profile_of(path: Path) -> tuple[int, float]:
     """(step, gamma) of a snapshot."""
     metadata = read_header(path).metadata
     if SIGMA_REL not in metadata or STEP not in metadata:
-        raise UserError(f"{path} is no snapshot of a power-function average: it does not say sigma_rel and step")
+        raise UserError(f"{path} is not a snapshot of a power-function average: its metadata lacks sigma_rel or step")
     return int(metadata[STEP]), gamma_of(float(metadata[SIGMA_REL]))

@@ -1,4 +1,4 @@
-"""What a run leaves: files that every program loads as what they are."""
+"""Exporting a trained model, as files that every program loads correctly."""
 
 import json
 import shutil
@@ -32,21 +32,26 @@ def export_model(
     latent_scaling: LatentScaling,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Write trained weights as a diffusers folder and a single file, and read both again.
+    """Write trained weights as a diffusers folder and a single file, and verify both by reading them.
 
-    The base is loaded once more and gets the trained weights, so nothing of how they were trained is left in it.  An
-    adapter is written by itself, as peft saves it and as ComfyUI reads it, and merged into the base, in float32.
+    The base is loaded again and gets the trained weights, so no trace of training code is left in it.  An adapter is
+    written separately, once as peft saves it and once as ComfyUI reads it, and is merged into the base in float32.
+    Files of an earlier export of the run are replaced.
 
     Args:
-        weights: of the parameters of the ``Denoiser`` that were trained, float32 on the CPU.
+        weights: trained parameters of the ``Denoiser`` by name, float32 on the CPU.
         out: folder for the files.
-        name: of the model: NAME.safetensors and the folder NAME.
+        name: name of the model: NAME.safetensors and the folder NAME.
+        settings: settings of the run.
+        objective: what the model predicts, and its schedule.
+        latent_scaling: scaling of the model's latents.
+        say: called with each line for the user.
 
     Returns:
-        What was written; what is there already, of a run that was stopped here, is written anew.
+        The files and folders written.
 
     Raises:
-        UserError: it cannot be written, or what was written is not sound.
+        UserError: they cannot be written, or fail the verification.
     """
     folder, file = out / name, out / f"{name}.safetensors"
     adapter, lora = out / f"{name}_adapter", out / f"{name}_lora.safetensors"
@@ -72,7 +77,7 @@ def export_model(
         export_lora(adapter, lora, model=folder, dtype=dtype)
         written.append(lora)
     for path in written:
-        say(f"Wrote {path}: the adapter by itself.")
+        say(f"Wrote {path}: the adapter alone.")
 
     if settings.export.single_file:
         base = Path(settings.model.base)
@@ -87,8 +92,8 @@ def export_model(
         shutil.rmtree(folder)
     if (shift := objective.settings.schedule_shift) != 1:
         say(
-            f"Every sigma is {shift:g} times the published one.  The folder says so to diffusers and the file to this "
-            f"package, in ComfyUI to Load Checkpoint (ZTSNR); behind another loader set canvas_shift of the node ZTSNR "
+            f"Every sigma is {shift:g} times the published one.  diffusers reads this from the folder, and Load "
+            f"Checkpoint (ZTSNR) in ComfyUI from the file; after any other loader set canvas_shift of the node ZTSNR "
             f"Model to {shift:g}."
         )
     return written
@@ -96,7 +101,7 @@ def export_model(
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Make one sentence of what safetensors and the system say if the block cannot write."""
+    """Raise a UserError with the path if the block cannot write."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -112,12 +117,12 @@ def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _describe(networks: Networks, objective: Objective, latent_scaling: LatentScaling) -> None:
-    """Have the configs say what the model predicts, on which schedule, and how its latents are scaled."""
+    """Record in the configs what the model predicts, its schedule, and the scaling of its latents."""
     pipe, schedule = networks.pipeline, objective.schedule
     set_scheduler(pipe, objective.settings.prediction_type, schedule.zero_terminal_snr)
     said = NoiseSchedule.from_config(pipe.scheduler.config).alphas_cumprod
     if said.shape != schedule.alphas_cumprod.shape or not torch.allclose(said, schedule.alphas_cumprod, atol=1e-9):
-        # of a shifted schedule, or of a base that had another one, only the betas themselves tell
+        # a shifted schedule, or that of another base, can only be given by its betas
         config = {**pipe.scheduler.config, "num_train_timesteps": len(schedule.betas), "_use_default_values": []}
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(config, trained_betas=schedule.betas.tolist()))
     vae = networks.vae
@@ -127,7 +132,7 @@ def _describe(networks: Networks, objective: Objective, latent_scaling: LatentSc
 def _merge_adapter(
     networks: Networks, weights: Mapping[str, torch.Tensor], settings: FinetuneSettings, out: Path
 ) -> None:
-    """Write the adapter by itself, and then add it to the U-Net's own weights."""
+    """Write the adapter alone, then merge it into the U-Net's weights."""
     unet = networks.unet
     plain = dict(unet.named_modules())
     add_adapter(unet, settings.model.adapter)
@@ -150,7 +155,7 @@ def _merge_adapter(
 def _check(path: Path, say: Callable[[str], None]) -> None:
     report = verify_checkpoint(path)
     if not report.sound:
-        raise UserError(f"{path} was written and is not sound:\n{report}")
+        raise UserError(f"{path} was written, but verification failed:\n{report}")
     said = inspect_checkpoint(path)
     snr = "zero terminal SNR" if said.zero_terminal_snr else "no zero terminal SNR"
-    say(f"Wrote {path}: {said.prediction_type}, {snr}; read again and sound.")
+    say(f"Wrote {path}: {said.prediction_type}, {snr}; verified.")

@@ -1,4 +1,4 @@
-"""Steps whose gradient is no number: not taken, written down, and too many of them end the run."""
+"""Steps whose gradient is not finite: they are skipped and recorded, and too many in a row end the run."""
 
 import json
 from collections import deque
@@ -16,7 +16,7 @@ from ..world import World
 
 
 class _Pending(NamedTuple):
-    """A step whose outcome is on its way from the device."""
+    """A step whose outcome is still being copied from the device."""
 
     step: int
     bad: torch.Tensor  # () float32 on the CPU, once it has arrived
@@ -27,15 +27,15 @@ class _Pending(NamedTuple):
 
 
 class StepGuard:
-    """Takes the optimizer's steps, but for those whose gradient is not finite.
+    """Takes the optimizer's steps, except those whose gradient is not finite.
 
-    The norm of the gradient is that of all processes together, so they all leave out the same steps.  Where the
-    optimizer can (torch's fused AdamW), it decides on the device and nothing is waited for; with the others the norm is
-    read.
+    The norm is that of the gradient over all processes, so they all skip the same steps.  torch's fused AdamW decides
+    on the device, and nothing waits; for other optimizers the host reads the norm.
 
     Args:
-        folder: for the batches of such steps.
-        limit: the run ends after so many of them in a row.
+        folder: folder for the batches of skipped steps.
+        limit: number of skipped steps in a row that ends the run.
+        world: the processes of the run.
     """
 
     def __init__(self, folder: Path, limit: int, world: World):
@@ -47,15 +47,17 @@ class StepGuard:
     def step(
         self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, batch: Batch, t: torch.Tensor, step: int
     ) -> torch.Tensor:
-        """Let the optimizer take its step if the gradient's norm () is finite; () float32, 1 if it was not."""
+        """Take the optimizer's step if the gradient's norm, (), is finite.  Returns () float32: 1 if it was skipped."""
         self._norm = norm
         bad = (~torch.isfinite(norm)).float()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # As for torch's GradScaler: the fused step reads found_inf on the device, and does nothing if it is 1.
             optimizer.grad_scale, optimizer.found_inf = None, bad
-            with implicit_replication():  # ``bad`` is the same on all ranks, whatever shares of weights they have
+            with implicit_replication():  # ``bad`` is equal on all ranks, though their shards differ
                 optimizer.step()
         elif not bad:
             optimizer.step()
+        # Copy the outcome to the host in the background; ``look`` finds it some steps later.
         on_host, arrived = bad, None
         if bad.is_cuda:
             on_host = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
@@ -65,27 +67,27 @@ class StepGuard:
         return bad
 
     def look(self) -> None:
-        """At the steps whose outcome is known by now.
+        """Record the skipped steps whose outcome has arrived.
 
         Raises:
-            UserError: too many steps in a row were left out; a report.
+            UserError: too many steps in a row were skipped.
         """
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
             self._look_at(self._pending.popleft())
 
     def read(self) -> dict[str, float]:
-        """What happened, as metrics; waits for the device.  For what is raised see ``look``."""
+        """Metrics; waits for the device.  Raises as ``look`` does."""
         if self._pending and self._pending[-1].arrived is not None:
             self._pending[-1].arrived.synchronize()
         self.look()
         return {"gradient norm": float(self._norm), "steps left out": self._skipped} if self._norm is not None else {}
 
     def state(self) -> dict[str, int]:
-        """For the state of the run."""
+        """The numbers for the state of the run."""
         return {"last_bad": self._last_bad, "in_a_row": self._in_a_row, "skipped": self._skipped}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
         self._last_bad, self._in_a_row, self._skipped = state["last_bad"], state["in_a_row"], state["skipped"]
 
     def _look_at(self, pending: _Pending) -> None:
@@ -97,12 +99,12 @@ class StepGuard:
         found = self._write(pending)
         if self._in_a_row >= self.limit:
             raise UserError(
-                f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and none "
-                f"of them was taken; the last batch {found}: lower the learning rate, or look at its pictures"
+                f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and "
+                f"all were skipped; the last batch {found}: lower optimizer.learning_rate, or look at its pictures"
             )
 
     def _write(self, pending: _Pending) -> str:
-        """Where this process's share of the batch is now, as the end of a sentence."""
+        """Write this process's share of the batch; says where it is, as the end of a sentence."""
         batch = pending.batch
         path = self.folder / f"step-{pending.step:08d}-rank-{self.world.rank}.safetensors"
         try:
@@ -111,6 +113,6 @@ class StepGuard:
             about = {"captions": json.dumps(batch.captions, ensure_ascii=False), "norm": str(float(pending.norm))}
             with atomic_write(path) as file:
                 file.write(save({name: tensor.contiguous().cpu() for name, tensor in rows.items()}, about))
-        except (OSError, UserError):  # a full disk; the run matters more
-            return "could not be written down"
+        except (OSError, UserError):  # a full disk does not end the run
+            return "could not be written"
         return f"is in {path}"

@@ -1,12 +1,12 @@
-"""What a training step will hold in the device's memory, said before the first one.
+"""What a training step will hold in the device's memory, computed before the first one.
 
-The state (weights, gradients, optimizer, averages) follows from the shapes of the parameters.  What the forward pass
-keeps for the backward one, and what both need for a moment, is no formula: the step is run on tensors without data
-(training/fake_step.py), and the bytes of those that are alive are added up.
+The state (weights, gradients, optimizer, averages) follows from the shapes of the parameters.  For what the forward
+pass saves for the backward pass, and for what both need temporarily, there is no formula: the step runs on tensors
+without data (training/fake_step.py), and the bytes of all live tensors are added up.
 
-The plan is for the eager mode.  torch.compile keeps less for the backward pass, so there it is an upper bound, once it
-is known that a compiled backward pass gives the gradients of all weights at its end.  It does not know the workspaces
-of cuBLAS, cuDNN and NCCL, nor what the allocator loses between blocks; the reserve is for them.
+The plan is for eager mode.  torch.compile saves less for the backward pass, so the plan is an upper bound there, given
+that a compiled backward pass returns the gradients of all weights at its end.  The plan does not know the workspaces of
+cuBLAS, cuDNN and NCCL, nor what the allocator loses to fragmentation; the reserve is for them.
 """
 
 import weakref
@@ -45,22 +45,22 @@ def state_bytes(
     shards: int = 1,
     units: Sequence[torch.nn.Module] | None = None,
 ) -> dict[str, int]:
-    """Bytes of each part of what lies on a device all the time, gradients included.
+    """Bytes of each part of what stays on a device between steps, gradients included.
 
     Args:
         unet: with weights or on the meta device.
         optimizer: one of OPTIMIZERS.
-        dtype: that the network computes in (training/precision.py): trained parameters are float32 and have a cast in
-            it, the others are in it.
-        ema_profiles: averages of the trained parameters on the device, float32.
+        dtype: dtype that the network computes in (training/precision.py): trained parameters are float32 and are cast
+            to it, the others are stored in it.
+        ema_profiles: number of averages of the trained parameters on the device, float32.
         trained: names of the trained parameters; by default those that require gradients.
-        others: further networks on the device.  Their parameters that require gradients count as trained, the rest as
-            it is.
-        shards: devices that the U-Net's state is divided among (FSDP).
-        units: modules that FSDP gathers one after the other; by default ``shard_units``.
+        others: further networks on the device.  Their parameters that require gradients count as trained, the rest at
+            their own size.
+        shards: number of devices that share the U-Net's state (FSDP).
+        units: modules that FSDP gathers one after another; by default ``shard_units``.
 
     Raises:
-        UserError: an optimizer that is not known.
+        UserError: there is no such optimizer.
     """
     if optimizer not in ENTRIES:
         raise UserError(f"there is no optimizer {optimizer!r}: choose one of {', '.join(ENTRIES)}")
@@ -71,6 +71,7 @@ def state_bytes(
     shapes = [named[name].shape for name in trained] + [tensor.shape for tensor in rest if tensor.requires_grad]
     count = sum(shape.numel() for shape in shapes)
     width = dtype.itemsize
+    # What FSDP shares among the devices.
     divided = {
         "trained parameters": FLOAT32 * count,
         f"{optimizer} state": sum(map(ENTRIES[optimizer].state_bytes, shapes)),
@@ -78,17 +79,19 @@ def state_bytes(
         "frozen parameters": width * _count(frozen),
         "gradients": FLOAT32 * count,
     }
+    # Without FSDP the network keeps a cast of every trained parameter (MixedPrecision).
     cast = {"their casts": width * count if dtype != torch.float32 else 0}
     if shards > 1:
         divided = {name: -(-size // shards) for name, size in divided.items()}
         largest = max(_count(unit.parameters()) for unit in units or shard_units(unet))
-        # the one that computes and the one fetched meanwhile; gradients of one before they are divided
+        # FSDP holds two gathered blocks, the computing one and the prefetched next one; and one block's gradients in
+        # float32 before they are reduced.
         cast = {GATHERED: largest * (2 * width + FLOAT32)}
     return divided | cast | {"other networks": sum(tensor.nbytes for tensor in rest if not tensor.requires_grad)}
 
 
 def shard_units(unet: UNet2DConditionModel) -> list[torch.nn.Module]:
-    """The blocks of a U-Net."""
+    """The blocks of a U-Net, which FSDP shards one by one."""
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     return [block for block in blocks if block is not None]
 
@@ -103,12 +106,12 @@ def _count(tensors: Iterable[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a step allocates beside the state.
+    """Bytes that a step allocates in addition to the state.
 
     Attributes:
-        saved: kept at the end of the forward pass for the backward one.
-        peak: the most at once.
-        peak_with_gradients: the most at once of these and of the float32 gradients, in a step that begins without.
+        saved: bytes at the end of the forward pass, saved for the backward pass.
+        peak: the maximum.
+        peak_with_gradients: the maximum together with the float32 gradients, in a step that begins without them.
     """
 
     saved: int
@@ -117,13 +120,16 @@ class Activations:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, and takes off those that are freed.
+    """Counts the bytes of the storages that operations allocate, until these are freed.
+
+    Args:
+        known: tensors that do not count.
 
     Attributes:
-        live: bytes now, beside those of tensors that were ``known``.
-        peak: the most so far.
+        live: bytes now.
+        peak: maximum so far.
         gradients: bytes that became gradients.
-        peak_with_gradients: the most of ``live + gradients``.
+        peak_with_gradients: maximum of ``live + gradients`` so far.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
@@ -142,12 +148,12 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def accumulate(self, parameter: torch.nn.Parameter) -> None:
-        """A hook: the gradient of a parameter's cast becomes, as float32, part of the state."""
+        """Hook for a parameter with a new gradient, which becomes, in float32, a part of the state."""
         size = FLOAT32 * parameter.numel()
-        if parameter.dtype == torch.float32:  # is moved
+        if parameter.dtype == torch.float32:  # the gradient itself moves into the state
             parameter.grad = None
             self._note(size)
-        else:
+        else:  # for a moment there are the cast's gradient and its float32 copy
             self._note(size)
             parameter.grad = None
         self.gradients += size
@@ -171,7 +177,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_activations(step: FakeStep) -> Activations:
-    """Bytes of a step's forward and backward pass."""
+    """Bytes that a step's forward and backward pass allocate."""
     with LiveBytes([*step.parameters, *step.inputs]) as counted:
         for parameter in step.parameters:
             if parameter.requires_grad:
@@ -183,7 +189,7 @@ def measure_activations(step: FakeStep) -> Activations:
 
 
 def measure_encoding(vae: AutoencoderKL, batch: int, bucket: Size) -> int:
-    """The most bytes at once, beside the VAE itself, for making latents of a batch of pictures in a bucket."""
+    """Maximum bytes, besides the VAE itself, to encode a batch of pictures of a bucket."""
     network = without_data(vae)
     with torch.no_grad(), fused_attention(), LiveBytes(network.parameters()) as counted:
         network.encode(torch.empty(batch, 3, *bucket[::-1], dtype=vae.dtype, device="meta"))
@@ -199,14 +205,14 @@ class MemoryPlan:
     """What fits.
 
     Attributes:
-        state: bytes of each part that is always there.
-        activations: of each mode of checkpointing, for the largest bucket.
-        encoding: bytes for making latents.
-        totals: the most bytes at once, of each mode, the fastest first.
-        bucket: the largest, (width, height) in pixels.
-        batch: pictures of this device at a time.
-        memory: bytes there are.
-        reserve: bytes of them that the plan leaves alone.
+        state: bytes of each part of the state.
+        activations: bytes of a step for each checkpointing mode, with the largest bucket.
+        encoding: bytes to make latents.
+        totals: maximum bytes for each mode, the fastest mode first.
+        bucket: (width, height) of the largest bucket in pixels.
+        batch: number of pictures that this device computes at a time.
+        memory: bytes of the device.
+        reserve: bytes of the device that the plan leaves free.
     """
 
     state: dict[str, int]
@@ -220,28 +226,28 @@ class MemoryPlan:
 
     @property
     def mode(self) -> str | None:
-        """The fastest that fits; None if none does."""
+        """The fastest mode that fits; None if none does."""
         return next((mode for mode in self.totals if self._fits(mode)), None)
 
     @property
     def advice(self) -> str:
-        """What to change if none fits, in a sentence."""
+        """A sentence with what to change if no mode fits."""
         mode = min(self.totals, key=self.totals.get)
         begin = (
-            f"training needs {_gib(self.totals[mode])} GiB with gradient checkpointing {mode!r}, and the device has "
-            f"{_gib(self.memory)} less a reserve of {_gib(self.reserve)}: "
+            f"training needs {_gib(self.totals[mode])} GiB with gradient checkpointing {mode!r}, but the device has "
+            f"{_gib(self.memory)} GiB less a reserve of {_gib(self.reserve)} GiB: "
         )
-        # between batches that are accumulated gradients are kept, and what a batch takes grows as it does
+        # With accumulation the gradients stay; what a part takes is proportional to its pictures.
         room = self.memory - self.reserve - sum(self.state.values())
         pictures = room * self.batch // max(self.activations[mode].peak, self.encoding)
         if 1 <= pictures < self.batch:
-            return f"{begin}take batches of {pictures} and accumulate {-(-self.batch // pictures)} of them"
+            return f"{begin}compute {pictures} pictures at a time and accumulate {-(-self.batch // pictures)} parts"
         ways = []
         if size := self.state["averages"]:
-            ways.append(f"keep the averages elsewhere ({_gib(size)})")
+            ways.append(f"keep the averages on the CPU ({_gib(size)} GiB)")
         if size := self.state.get("adamw state"):
-            ways.append(f"take the optimizer adamw8bit (adamw's state is {_gib(size)})")
-        ways.append(f"divide the state among {'more ' * (GATHERED in self.state)}devices (fsdp)")
+            ways.append(f"take the optimizer adamw8bit (adamw's state is {_gib(size)} GiB)")
+        ways.append(f"share the state among {'more ' * (GATHERED in self.state)}devices (fsdp)")
         if self.state["trained parameters"] > self.state["frozen parameters"]:
             ways.append("train an adapter (LoRA)")
         return begin + ", or ".join(ways)
@@ -290,23 +296,23 @@ def plan(
     compiled: bool = False,
     modes: Sequence[str] = MODES,
 ) -> MemoryPlan:
-    """Plan the memory of training, and choose the fastest checkpointing that fits.  Some seconds a mode for SDXL.
+    """Plan the memory of training, and choose the fastest checkpointing that fits.  Takes seconds per mode for SDXL.
 
     Args:
         unet, optimizer, dtype, ema_profiles, trained, others, shards, units: see ``state_bytes``.
-        batch: pictures of this device at a time.
-        buckets: (width, height) in pixels; the largest is planned for.
-        memory: bytes there are, ``device_memory`` of a GPU.
-        reserve: bytes of them for what the plan does not know.
-        factor: pixels of a latent's side.
-        text_length: tokens of a prompt.
-        gradients_kept: they are there before the backward pass: accumulation, or DistributedDataParallel's buckets.
-        encoding: ``measure_encoding``, if latents are made in the step, before the U-Net's gradients.
-        compiled: the U-Net as a whole by torch.compile.
-        modes: of checkpointing to choose from, the fastest first.
+        batch: number of pictures that this device computes at a time.
+        buckets: (width, height) in pixels; the plan is for the largest.
+        memory: bytes of the device; for a GPU ``device_memory``.
+        reserve: bytes for what the plan does not know.
+        factor: pixels per latent along each side.
+        text_length: number of tokens of a prompt.
+        gradients_kept: gradients exist before the backward pass, with accumulation or DistributedDataParallel.
+        encoding: ``measure_encoding``, if the step makes the latents, before the U-Net's gradients; else 0.
+        compiled: torch.compile compiles the whole U-Net.
+        modes: checkpointing modes to choose from, the fastest first.
 
     Raises:
-        UserError: an optimizer or a mode that is not known.
+        UserError: there is no such optimizer or mode.
     """
     others = list(others)
     state = state_bytes(
@@ -319,7 +325,8 @@ def plan(
         shards=shards,
         units=units,
     )
-    # beside those that are kept; without such, they make room for their float32 copies one by one
+    # A compiled backward pass returns all gradients at its end, next to those that are kept; in eager mode each one is
+    # copied to float32 and freed before the next.
     at_once = dtype.itemsize * state["trained parameters"] // FLOAT32 if compiled and shards == 1 else 0
     width, height = bucket = max(buckets, key=lambda size: size[0] * size[1])
     activations, totals = {}, {}
@@ -334,15 +341,16 @@ def plan(
             trained=trained,
         )
         found = activations[mode] = measure_activations(step)
+        # The maximum is in the backward pass, or while the latents are made, when no activations are saved yet.
         if gradients_kept or shards > 1:
             totals[mode] = sum(state.values()) + max(found.peak, encoding, at_once)
-        else:
+        else:  # the gradients grow while the activations are freed
             totals[mode] = sum(state.values()) - state["gradients"] + max(found.peak_with_gradients, encoding)
     return MemoryPlan(state, activations, encoding, totals, bucket, batch, memory, reserve)
 
 
 def device_memory(device: torch.device | int | None = None) -> int:
-    """Bytes of a GPU that this process has or can have."""
+    """Bytes of a GPU that this process has allocated or can allocate."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 

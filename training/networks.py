@@ -1,4 +1,4 @@
-"""The networks that training works on: loading them, what of them is trained, and asking them."""
+"""The networks of a model: loading them, choosing what is trained, and calling them."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ from ..checkpoints.pipeline import load_pipeline
 from ..data.tokens import TokenBatch, encode_prompts, token_chunks
 from ..errors import UserError
 
-# names of the U-Net's parameters by the blocks that stages of training go by
+# Group of blocks, for the stages of a training -> how its parameters' names begin.
 BLOCK_GROUPS = {
     "time": ("time_embedding.", "add_embedding."),
     "down": ("conv_in.", "down_blocks."),
@@ -49,8 +49,8 @@ class Networks:
 
     Attributes:
         text_encoders, tokenizers: one of each, or SDXL's two.
-        latent_scaling: between the VAE's latents and those that the U-Net works on.
-        base_prediction_type: what the model predicted when it was loaded.
+        latent_scaling: conversion between the VAE's latents and the U-Net's.
+        base_prediction_type: prediction type of the loaded model.
     """
 
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -63,12 +63,12 @@ class Networks:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether the U-Net is told the sizes of pictures."""
+        """Whether this is SDXL, whose U-Net is conditioned on picture sizes."""
         return len(self.text_encoders) == 2
 
     @property
     def factor(self) -> int:
-        """Pixels of a latent's side."""
+        """Pixels per latent along each side."""
         return self.pipeline.vae_scale_factor
 
 
@@ -101,7 +101,7 @@ class Tokenize:
 
     def __call__(self, caption: str) -> list[torch.Tensor]:
         return [
-            # their padding is what ComfyUI's is: the end for SD 1.x and SDXL's first encoder, "!" for the OpenCLIP ones
+            # the padding is ComfyUI's: the end token for SD 1.x and SDXL's first encoder, "!" for the OpenCLIP encoders
             token_chunks(caption, tokenizer, tokenizer.pad_token_id)[: self._max_chunks]
             for tokenizer in self._tokenizers
         ]
@@ -122,12 +122,12 @@ class Denoiser(torch.nn.Module):
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: TokenBatch, time_ids: torch.Tensor
     ) -> torch.Tensor:
-        """What the U-Net answers.
+        """The U-Net's output, (B, C, h, w).
 
         Args:
             noisy: (B, C, h, w) in the U-Net's dtype.
             timesteps: (B,).
-            tokens: of B prompts.
+            tokens: tokens of B prompts.
             time_ids: (B, 6) float32; only SDXL's U-Net reads them.
         """
         hidden, pooled = encode_prompts(tokens, self.text_encoders)
@@ -142,26 +142,26 @@ def predict(
     pooled: torch.Tensor | None,
     time_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """What a U-Net answers; (B, L, width) hidden states, for SDXL also (B, width) pooled ones and (B, 6) sizes.
+    """A U-Net's output for hidden states (B, L, width), and for SDXL pooled states (B, width) and sizes (B, 6).
 
-    The sizes stay float32 up to the sinusoids: bfloat16 would make 1216 of 1215.
+    The sizes stay float32 up to the sinusoids: bfloat16 would round 1215 to 1216.
     """
     added = {"text_embeds": pooled, "time_ids": time_ids} if pooled is not None else None
     return unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
-    """Put a low-rank adapter into the U-Net; it changes nothing before it is trained.
+    """Add a low-rank adapter to the U-Net; it changes nothing until it is trained.
 
     Raises:
-        UserError: no layer has such a name.
+        UserError: no layer has one of the names.
     """
     from peft import LoKrConfig, LoraConfig
     from peft.tuners.lokr import LoKrLayer
 
     targets = list(settings.target_modules)
     if not any(name.endswith(tuple(targets)) for name, _ in unet.named_modules()):
-        raise UserError(f"the U-Net has no layer whose name ends in one of {', '.join(targets)}")
+        raise UserError(f"the U-Net has no layer named {' or '.join(targets)}: change model.adapter.target_modules")
     if settings.kind == "lora":
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
     else:
@@ -177,8 +177,8 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
 
 
 def _without_dropout(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
-    """``layer.train(mode)`` of LoKr: no dropout is set, but while training peft draws a number of torch's global
-    generator for it in each layer, and torch.compile ends its graph there."""
+    """Replaces ``layer.train(mode)`` of LoKr.  In training mode peft draws a number from torch's global generator in
+    each layer even without dropout, and torch.compile breaks its graph there."""
     for child in layer.children():
         child.train(mode)
     layer.training = False
@@ -186,9 +186,9 @@ def _without_dropout(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Modu
 
 
 def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> list[str]:
-    """Names of the parameters that are trained in some stage.
+    """Names of the parameters that are trained in any stage.
 
-    Of SDXL's first text encoder the U-Net sees the penultimate layer alone, so what lies behind it has no gradient.
+    The U-Net sees only the penultimate layer of SDXL's first text encoder, so the parameters after it get no gradient.
     """
     unseen = ()
     if len(denoiser.text_encoders) == 2:
@@ -207,21 +207,23 @@ def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> 
 
 
 def in_groups(names: Collection[str], groups: Sequence[str]) -> set[str]:
-    """Those of the names that belong to some groups of blocks.
+    """The names that belong to one of the groups.
 
     Args:
-        names: of the denoiser's parameters.
-        groups: of BLOCK_GROUPS, "all", "text", or "up.0" for one block.
+        names: names of the denoiser's parameters.
+        groups: keys of BLOCK_GROUPS, "all", "text", or "up.0" for one block.
 
     Raises:
-        UserError: a group to which none of them belongs.
+        UserError: none of the names belongs to a group.
     """
     found = set()
     for group in groups:
         those = {name for name in names if _belongs(name, group)}
         if not those:
             known = ", ".join(["all", "text", *BLOCK_GROUPS])
-            raise UserError(f"nothing that is trained belongs to {group!r}; choose of {known}, or a block as up.0")
+            raise UserError(
+                f"nothing that is trained belongs to {group!r}: choose from {known}, or a block such as up.0"
+            )
         found |= those
     return found
 

@@ -1,4 +1,4 @@
-"""The network as the processes of a run train it together."""
+"""The network as all processes of a run train it together."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,10 +20,11 @@ class Replicated:
     """Every process has the whole network and a share of the batch; gradients are averaged (DistributedDataParallel).
 
     Args:
-        denoiser: on the device.
-        dtype: to compute in.
-        trained: names of the parameters that are trained in some stage.
-        kept_in: dtype of these.
+        denoiser: the network, on the device.
+        dtype: dtype to compute in.
+        trained: names of the parameters that are trained in any stage.
+        kept_in: dtype of the trained parameters.
+        world: the processes of the run.
 
     Attributes:
         parameters: name -> trained parameter.
@@ -43,7 +44,7 @@ class Replicated:
             parameter.requires_grad_(name in names)
         if self._world.size > 1:
             if isinstance(self._module, DistributedDataParallel):
-                self._module._remove_autograd_hooks()  # else both would reduce, for as long as the old one lives
+                self._module._remove_autograd_hooks()  # else both reduce gradients until the old one is freed
             ids = [self._world.device.index] if self._world.device.type == "cuda" else None
             self._module = DistributedDataParallel(self._precise, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -52,20 +53,20 @@ class Replicated:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Within the block gradients stay with each process."""
+        """Within the block gradients stay local; the next backward pass outside of it exchanges their sum."""
         with self._module.no_sync() if self._world.size > 1 else nullcontext():
             yield
 
     def refresh(self) -> None:
-        """Give the network itself the parameters as they are now, for use without this wrapper."""
+        """Give the network itself the current parameters, for use without this wrapper."""
         with torch.no_grad():
             self._precise.cast()
 
 
 class Sharded:
-    """Every process keeps a share of the weights, and fetches each block when it is its turn (FSDP2).
+    """Every process keeps a shard of the weights, and gathers each block when it computes (FSDP2).
 
-    With ``hsdp`` the shares are those of one machine, and machines have copies of each other.  For the arguments and
+    With ``hsdp`` the processes of one machine share the weights, and each machine has a copy.  For the arguments and
     attributes see ``Replicated``; here the parameters are DTensors.
     """
 
@@ -78,14 +79,14 @@ class Sharded:
         world: World,
         hsdp: bool,
     ):
-        # FSDP shares out contiguous weights only; convolutions follow the layout of their input all the same
+        # FSDP shards only contiguous weights; convolutions still follow the memory format of their input
         self._denoiser = denoiser.to(kept_in, memory_format=torch.contiguous_format)
         if hsdp:
             shape, names = (world.size // world.local_size, world.local_size), ("replicate", "shard")
         else:
             shape, names = (world.size,), ("shard",)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-        # by itself FSDP would cast all inputs, the float32 sizes of pictures too
+        # FSDP would otherwise cast all inputs, even the float32 sizes of pictures
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         denoiser.unet.register_forward_pre_hook(_cast_sample(dtype), with_kwargs=True)
         self._roots: list[FSDPModule] = []
@@ -94,7 +95,7 @@ class Sharded:
             if not encoders_trained:
                 encoder.to(dtype)
                 continue
-            # each part by itself: transformers knows an encoder's hidden states by its class, which FSDP changes
+            # part by part: transformers finds an encoder's hidden states by its class, which FSDP changes
             for part in _parts(encoder):
                 self._roots.append(fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True))
         for block in shard_units(denoiser.unet):
@@ -105,8 +106,11 @@ class Sharded:
         self._see_all_trained()
 
     def _see_all_trained(self) -> None:
-        """FSDP settles in which dtype a block's gradients are reduced when it first fetches the block, and settles
-        nothing for one that is frozen then: so have it fetch each with all that is trained in any stage."""
+        """Gather each block once with everything trained.
+
+        FSDP fixes the dtype in which a block's gradients are reduced when it first gathers the block, and none for a
+        block that is frozen then.
+        """
         self.train_only(self.parameters)
         for module in self._denoiser.modules():
             if isinstance(module, FSDPModule):
@@ -123,7 +127,7 @@ class Sharded:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Within the block gradients stay with each process."""
+        """Within the block gradients stay local; the next backward pass outside of it exchanges their sum."""
         for root in self._roots:
             root.set_requires_gradient_sync(False)
         try:
@@ -133,13 +137,13 @@ class Sharded:
                 root.set_requires_gradient_sync(True)
 
     def refresh(self) -> None:
-        """Drop what was fetched of the weights before they changed."""
+        """Drop gathered weights, after the parameters changed."""
         for root in self._roots:
             root.reshard()
 
 
 def _parts(encoder: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The layers of a text encoder, its embeddings, and what comes behind."""
+    """The layers of a text encoder, its embeddings, and its last parts."""
     for child in encoder.children():
         layers = getattr(child, "layers", None)
         if layers is not None:
@@ -151,7 +155,7 @@ def _parts(encoder: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _cast_sample(dtype: torch.dtype) -> Any:
-    """What casts a U-Net's noisy latents; the pipeline's have the dtype of the weights, which FSDP keeps in float32."""
+    """A hook that casts the U-Net's noisy latents; a pipeline gives them in the weights' dtype, float32 under FSDP."""
 
     def cast(unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (args[0].to(dtype), *args[1:]), kwargs
@@ -167,10 +171,10 @@ def parallelize(
     kept_in: torch.dtype,
     world: World,
 ) -> Replicated | Sharded:
-    """The network as all processes train it together.
+    """Wrap the network for the strategy; for the other arguments see ``Replicated``.
 
     Args:
-        strategy: ddp, fsdp or hsdp.  One process alone has nothing to share.
+        strategy: ddp, fsdp or hsdp; ignored if there is only one process.
     """
     if world.size == 1 or strategy == "ddp":
         return Replicated(denoiser, dtype, trained, kept_in, world)
@@ -178,5 +182,5 @@ def parallelize(
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which this process may have a share alone, put together; all processes must ask for it."""
+    """The whole of a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

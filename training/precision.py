@@ -1,8 +1,8 @@
 """Parameters in float32, arithmetic in bfloat16 or float16.
 
-Autocast keeps norms and sums in float32 and so makes activations larger than they need to be; a network that is all in
-bfloat16 loses updates smaller than 1/256 of a weight.  Here each trained weight is a float32 parameter, and at each
-forward the network is given its cast.  Gradients come back through the cast, so the optimizer, the average of the
+Autocast computes norms and sums in float32, which makes activations larger than necessary; a network entirely in
+bfloat16 loses updates smaller than 1/256 of a weight.  Here each trained weight is a float32 parameter, and each
+forward pass gives the network its cast.  Gradients come back through the cast, so the optimizer, the average of the
 weights, clipping, accumulation and DistributedDataParallel see ordinary float32 parameters with float32 gradients.
 """
 
@@ -18,13 +18,13 @@ from ..errors import UserError
 class MixedPrecision(torch.nn.Module):
     """A network whose trained parameters are float32 and that computes in another dtype.
 
-    The casts stay in the network until the next forward, because gradient checkpointing computes parts of it again in
+    The casts stay in the network until the next forward pass, because gradient checkpointing recomputes parts of it in
     the backward pass.
 
     Args:
-        network: it is changed: the other parameters are cast to the dtype for good.
-        dtype: to compute in; with float32 nothing is cast.
-        trained: names of parameters that are to be trained, now or in a later stage.
+        network: changed in place: its other parameters are cast to the dtype permanently.
+        dtype: dtype to compute in; with float32 nothing is cast.
+        trained: names of the parameters that are trained, now or in a later stage.
         kept_in: dtype of the trained parameters; bfloat16 only for an optimizer that rounds stochastically.
 
     Attributes:
@@ -62,11 +62,11 @@ class MixedPrecision(torch.nn.Module):
 
     @property
     def network(self) -> torch.nn.Module:
-        """With the casts of the last forward, or of the last ``cast``."""
+        """The network, with the casts of the last forward pass or the last ``cast``."""
         return self._network[0]
 
     def cast(self) -> None:
-        """Give the network its parameters as they are now."""
+        """Give the network casts of the current parameters."""
         for (parameters, key), master in zip(self._places, self.parameter_list, strict=True):
             parameters[key] = master.to(self.dtype)
 
@@ -76,14 +76,14 @@ class MixedPrecision(torch.nn.Module):
 
 
 class LossScale:
-    """Multiplies the loss so that small gradients do not vanish in float16 (arXiv 1710.03740, section 3.2).
+    """Scales the loss so that small gradients do not vanish in float16 (arXiv 1710.03740, section 3.2).
 
-    It doubles after so many steps whose gradient was finite, and halves after one whose was not, which is left out.
-    torch's GradScaler looks at each process's own share of the gradient, and would let processes disagree.
+    The scale doubles after ``interval`` steps with a finite gradient in a row, and halves after a step without, which
+    is skipped.  torch's GradScaler checks each process's own shard of the gradient, so processes could disagree.
 
     Args:
-        device: of the loss.
-        interval: steps until it doubles.
+        device: device of the loss.
+        interval: steps until the scale doubles.
     """
 
     def __init__(self, device: torch.device, interval: int = 2000):
@@ -92,17 +92,21 @@ class LossScale:
         self._interval = interval
 
     def unscale(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Divide their gradients, in place."""
+        """Divide the gradients of the parameters by the scale, in place."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], 1 / self.scale)
 
     def update(self, bad: torch.Tensor) -> None:
-        """After a step; () 1 if its gradient was not finite."""
+        """Adjust the scale after a step.
+
+        Args:
+            bad: () float32, 1 if the step's gradient was not finite.
+        """
         self.finite.add_(1).mul_(1 - bad)
         doubles = self.finite >= self._interval
         self.scale.mul_(torch.where(bad.bool(), 0.5, torch.where(doubles, 2.0, 1.0)))
         self.finite.mul_(~doubles)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """For the state of the run: its own tensors, to be loaded into."""
+        """The tensors for the state of the run; loading into them restores it."""
         return {"scale": self.scale, "finite": self.finite}

@@ -30,15 +30,16 @@ class TrainingData:
     """The data of a run.
 
     Attributes:
-        index: of all pictures.
-        refused: those that cannot be used, and why.
-        left_out: reason -> how many pictures have no bucket.
-        plan: of training.
-        held_out: (M,) numbers of the pictures held out, and their buckets (M,).
+        index: all pictures.
+        refused: table (key, path, reason) of the pictures that cannot be used.
+        left_out: reason -> number of training pictures without a bucket.
+        plan: plan of the epochs.
+        held_out: (M,) numbers of the pictures that are held out.
+        held_out_buckets: (M,) their buckets.
         load: reads a picture, as pixels or as latents.
-        cache: where latents come from, if they do.
-        weights: of the losses, if they are weighted.
-        fingerprint: of all that the order of pictures depends on, but the number of processes.
+        cache: source of the latents; None if pixels are read.
+        weights: loss weights of the pictures; None if all are 1.
+        fingerprint: hash of all that the order of pictures depends on, except the number of processes.
     """
 
     index: PictureIndex
@@ -69,14 +70,18 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
     """Find the pictures, choose their buckets, hold some out, and plan the epochs.
 
     Args:
-        index_path: where the index is written by the first process, for the others and for the workers.
+        settings: settings of the data.
+        seed: seed of the run.
+        world: the processes of the run.
+        index_path: file in which the first process gives the index to the others and to the workers.
 
     Raises:
-        UserError: no pictures, none with a bucket, a batch that cannot be shared out, a cache of other pictures, ...
+        UserError: there are no pictures, none has a bucket, the batch is no multiple of the processes, the cache is
+            one of other pictures, ...
     """
     if settings.batch_size % world.size:
         raise UserError(
-            f"data.batch_size = {settings.batch_size} cannot be shared out evenly to {world.size} processes"
+            f"data.batch_size = {settings.batch_size} is not a multiple of the {world.size} processes: change it"
         )
     # the first process alone reads the headers of all pictures
     trouble = refused = None
@@ -141,7 +146,7 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
 def _nearest_buckets(
     settings: DataSettings, index: PictureIndex, training: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, list[Size], dict[str, int]]:
-    """(N,) bucket of each picture, the buckets, and how many pictures are left out of training, by reason."""
+    """(N,) bucket of each picture, the buckets, and how many training pictures are left out, by reason."""
     limits = {
         "max_aspect_error": settings.max_aspect_error,
         "minimum_size": settings.min_size,
@@ -157,7 +162,7 @@ def _nearest_buckets(
     )
     assignment[training] = found.assignment
     used = np.unique(found.assignment[found.assignment >= 0])
-    if len(held_out) and len(used):  # they take no other buckets than training has
+    if len(held_out) and len(used):  # they take only buckets that training has
         near = bucket_pictures(index.sizes[held_out], [[found.buckets[i] for i in used]], **limits)
         place = np.array([found.buckets.index(bucket) for bucket in near.buckets])
         assignment[held_out] = np.where(near.assignment >= 0, place[near.assignment], -1)
@@ -170,7 +175,7 @@ def _nearest_buckets(
 def _cached_buckets(
     cache: LatentCache, training: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, list[Size], dict[str, int]]:
-    """As a cache has them.  Where a bucket does not fill a step, its pictures are left out: they cannot move."""
+    """The same from a cache.  Pictures of buckets that do not fill a step are left out: cached latents cannot move."""
     assignment, buckets = cache.bucketing
     assignment = assignment.copy()
     missing = int((assignment[training] < 0).sum())

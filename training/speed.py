@@ -1,4 +1,4 @@
-"""How fast a run is: checkpointing that fits the memory, compiling, attention, and what is measured of it."""
+"""Speed and memory of a run: checkpointing that fits, compilation, the attention kernel, and measurements."""
 
 import math
 import os
@@ -30,15 +30,21 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.E
 
 
 class Speed:
-    """The parts of a run that are about time and memory.
+    """The parts of a run that concern time and memory.
 
     Args:
-        trained: names of the U-Net's parameters that are trained.
+        settings: settings of the run.
+        networks: the networks, on the device.
+        epoch_plan: plan of the epochs.
+        trained: names of the U-Net's trained parameters.
+        latents_are_made: True if steps encode pixels, False if a cache gives latents.
+        world: the processes of the run.
+        say: called with each line for the user.
 
     Attributes:
-        micro_batch: pictures that a device computes at a time.
-        buckets: (width, height) of those that the plan uses.
-        plan: of the memory.
+        micro_batch: number of pictures that a device computes at a time.
+        buckets: (width, height) of the buckets that the epoch plan uses.
+        plan: the memory plan.
     """
 
     def __init__(
@@ -54,19 +60,19 @@ class Speed:
         self._settings, self._world, self._say = settings, world, say
         share = settings.data.batch_size // world.size
         self.micro_batch = -(-share // settings.optimizer.accumulation)
-        self._rest = share % self.micro_batch  # pictures of the last part, where it is a smaller one
+        self._rest = share % self.micro_batch  # pictures of the last part, if it is smaller
         used = [count for count in epoch_plan.counts(0) if count.pictures]
         self.buckets = [count.size for count in used]
         compile_it = settings.speed.compile
         self._compiles = world.device.type == "cuda" if compile_it is None else compile_it
-        self._graphs = self._warm = 0  # compiled so far, and in the warm-up
-        self._attention = ExitStack()  # left with this object
-        # chunks of which a batch of prompts can consist, at the most
+        self._graphs = self._warm = 0  # graphs compiled so far, and by the end of the warm-up
+        self._attention = ExitStack()  # exited when this object is freed
+        # the most chunks that a batch of prompts can have, see ``batch_prompts``
         self._longest = math.lcm(*range(1, settings.data.max_chunks + 1))
         self.plan = self._plan(networks, trained, latents_are_made)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self._peak = peak_flops(name)
-        self._flops = self._flops_of_a_picture(networks, used, trained) if self._peak else math.nan  # for MFU alone
+        self._flops = self._flops_of_a_picture(networks, used, trained) if self._peak else math.nan  # only MFU needs it
         self.start_interval()
 
     def _plan(self, networks: Networks, trained: list[str], latents_are_made: bool) -> MemoryPlan:
@@ -98,7 +104,7 @@ class Speed:
         return planned
 
     def _flops_of_a_picture(self, networks: Networks, used: list[BucketCount], trained: list[str]) -> float:
-        """On average over the pictures of an epoch."""
+        """Mean over the pictures of an epoch."""
         latents = [(count.size[1] // networks.factor, count.size[0] // networks.factor) for count in used]
         flops = picture_flops(networks.unet, latents, trained=trained)
         pictures = [count.pictures for count in used]
@@ -108,16 +114,17 @@ class Speed:
     # Before the first step
 
     def prepare(self, unet: UNet2DConditionModel, factor: int) -> None:
-        """Set checkpointing, choose the attention, and have the U-Net compiled when it is first called.
+        """Set checkpointing, choose the attention kernel, and mark the U-Net for compilation at its first call.
 
         Args:
-            factor: pixels of a latent's side.
+            unet: the U-Net, on the device.
+            factor: pixels per latent along each side.
 
         Raises:
-            UserError: it does not fit into the memory.
+            UserError: no checkpointing mode fits into the memory.
         """
         if self.plan.mode is None and self._settings.speed.checkpointing == "auto":
-            raise UserError(f"this does not fit into the memory: {self.plan.advice}")
+            raise UserError(f"the run does not fit into the device's memory: {self.plan.advice}")
         apply_checkpointing(unet, self.plan.mode or self._settings.speed.checkpointing)
         if self._world.device.type == "cuda":
             width, height = max(self.buckets, key=math.prod)
@@ -125,7 +132,7 @@ class Speed:
             backends = choose_attention(unet, self.micro_batch, latents, dtype, self._say)
             self._attention.enter_context(sdpa_kernel(backends, set_priority=True))
         if self._compiles:
-            # one artifact a bucket, size of a part, and stage; behind the limit torch would go on without compiling
+            # one graph per bucket, size of a part, and stage; above the limit torch would silently stop compiling
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
             unet.compile(backend=self._counted, dynamic=False)
 
@@ -133,7 +140,7 @@ class Speed:
         """Compile for every bucket before the first step.
 
         Args:
-            try_bucket: (bucket, pictures) -> a forward and a backward pass.
+            try_bucket: runs a forward and a backward pass of a bucket and a number of pictures.
         """
         if not self._compiles:
             return
@@ -145,42 +152,42 @@ class Speed:
         self.start_interval()
 
     def of_one_length(self, tokens: TokenBatch) -> TokenBatch:
-        """Where the U-Net is compiled: the prompts repeated to a length that all batches can have.
+        """If the U-Net is compiled, the prompts repeated to one length for all batches, so that one graph serves them.
 
-        Attention over keys and values that are all there several times is attention over them once.
+        Attention over keys and values that are all repeated equals attention over them once.
         """
         if not self._compiles:
             return tokens
         return tokens._replace(rows=tokens.rows.repeat(1, self._longest // tokens.rows.shape[1]))
 
     def _counted(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        """torch.compile's backend; those of an optimizer, which torchao compiles in its first step, do not count."""
+        """A torch.compile backend that counts the U-Net's graphs; torchao's optimizers compile with another one."""
         self._graphs += 1
         return compile_fx(graph, inputs)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Within the block nothing is compiled: shapes of other kinds, used now and then."""
+        """Within the block nothing is compiled, for shapes that occur rarely."""
         with torch.compiler.set_stance("force_eager") if self._compiles else nullcontext():
             yield
 
     @property
     def recompiled(self) -> int:
-        """Graphs of the U-Net that were compiled after the warm-up, which should be none."""
+        """Number of graphs of the U-Net that were compiled after the warm-up; should be 0."""
         return self._graphs - self._warm
 
     # ------------------------------------------------------------------------------------------------------------------
-    # On the way
+    # Measuring
 
     def start_interval(self) -> None:
-        """Count from here."""
+        """Start a new interval of measurement."""
         self._pictures, self._start = 0, time.perf_counter()
         if self._world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._world.device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block time does not count: what is not training."""
+        """Within the block time does not count, because it does not train."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
         start = time.perf_counter()
@@ -188,11 +195,11 @@ class Speed:
         self._start += time.perf_counter() - start
 
     def count(self, pictures: int) -> None:
-        """So many more pictures, of all processes together."""
+        """Add pictures, over all processes."""
         self._pictures += pictures
 
     def read(self) -> dict[str, float]:
-        """Pictures a second of all processes since ``start_interval``, MFU and memory; waits for the device."""
+        """Pictures per second over all processes in this interval, MFU and memory; waits for the device."""
         device = self._world.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -218,15 +225,20 @@ def choose_attention(
 ) -> list[SDPBackend]:
     """Time the kernels of scaled_dot_product_attention on the U-Net's device.
 
-    Forward and backward of the self-attention at the U-Net's finest level with attention, the heads lying in memory as
-    they do there.
+    Times forward and backward pass of the self-attention at the U-Net's finest level with attention, with the memory
+    layout that its heads have there.
 
     Args:
-        latents: (width, height) of the largest.
+        unet: the U-Net, on the device.
+        batch: pictures at a time.
+        latents: (width, height) of the largest latents.
+        dtype: dtype to compute in.
+        say: called with the result.
+        runs: timed repetitions.
 
     Returns:
-        What ``sdpa_kernel`` should be told, with ``set_priority``: the fastest, and behind it those for the shapes that
-        it does not take.  By itself torch has cuDNN's behind all others, or on some devices before them.
+        Backends for ``sdpa_kernel`` with ``set_priority``: the fastest, then those for shapes that it does not support.
+        torch by itself tries cuDNN's after all others, or on some devices before them.
     """
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with_attention = (index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
@@ -251,7 +263,7 @@ def choose_attention(
                     answer = torch.nn.functional.scaled_dot_product_attention(q, k, v)
                     torch.autograd.grad(answer, (q, k, v), gradient)
                 end.record()
-        except RuntimeError:  # it does not take this shape, or is not there
+        except RuntimeError:  # it does not support this shape, or is not available
             continue
         end.synchronize()
         times[backend] = begin.elapsed_time(end) / runs
@@ -259,7 +271,7 @@ def choose_attention(
         return rest
     fastest = min(times, key=times.get)
     measured = ", ".join(f"{backend.name.lower()} {ms:.3f} ms" for backend, ms in times.items())
-    say(f"attention of {tokens} tokens, forward and backward: {measured}; {fastest.name.lower()} is used")
+    say(f"attention of {tokens} tokens, forward and backward: {measured}; using {fastest.name.lower()}")
     return list(dict.fromkeys([fastest, *rest]))
 
 

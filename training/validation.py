@@ -1,4 +1,4 @@
-"""The loss on pictures that are held out, at fixed timesteps and with fixed noise, so that runs can be compared."""
+"""The loss on held-out pictures, at fixed timesteps and with fixed noise, so that runs can be compared."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +18,11 @@ from .networks import Tokenize
 from .objective import Objective
 from .run_data import TrainingData
 
-QUANTILES = 8  # of the distribution of timesteps; t = T is asked beside
+QUANTILES = 8  # of the distribution of timesteps; t = T is added
 
 
 class _Question(NamedTuple):
-    """A picture as the network is asked about it, Q times."""
+    """A picture with its noise and conditioning, for Q timesteps."""
 
     latents: torch.Tensor  # (1, C, h, w)
     noise: torch.Tensor  # (1, C, h, w)
@@ -33,17 +33,21 @@ class _Question(NamedTuple):
 class Validation:
     """Mean square errors on held-out pictures.
 
-    Every picture is asked about at the middles of 8 equal parts of the distribution of timesteps and at t = T, with
-    noise of its own that never changes, nor does its crop or its caption.  The pictures are read once and kept as
-    latents.  The numbers are the same for any number of processes.
+    Each picture is evaluated at the middles of 8 equal parts of the distribution of timesteps and at t = T.  Its noise,
+    crop and caption never change.  The pictures are read once and kept as latents.  The numbers are the same for any
+    number of processes.
 
     Args:
-        data: with the pictures held out; those that cannot be used are passed over.
-        pictures: at most so many.
-        to_latents: the U-Net's latents (1, C, h, w) of what the data give (1, ...), and a number of its noise.
+        data: data with held-out pictures; those that cannot be used are skipped.
+        pictures: maximum number of pictures.
+        captions: caption settings; without shuffling and dropout here.
+        tokenize: tokens of a caption.
+        objective: noise, timesteps and loss.
+        to_latents: (pixels or cached latents (1, ...), number of the posterior's noise) -> latents (1, C, h, w).
+        world: the processes of the run.
 
     Attributes:
-        count: of pictures, of all processes together.
+        count: number of pictures over all processes.
         timesteps: (Q,) int64.
     """
 
@@ -75,7 +79,7 @@ class Validation:
             self.count += 1
         self._counted = len(own)
         if len(own) < -(-self.count // world.size):
-            own.append(first)  # asked without counting: shares of weights are fetched as often by every process
+            own.append(first)  # evaluated, not counted: with FSDP all processes gather weights equally often
         plain = replace(captions, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
         self._questions = []
         for picture, pixels, conditioning in own:
@@ -94,7 +98,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, predict: Callable[..., torch.Tensor]) -> dict[str, float]:
-        """The errors, as metrics: "validation" of all, and of each timestep.
+        """The errors as metrics: "validation" over all timesteps, and one for each timestep.
 
         Args:
             predict: (noisy, timesteps, tokens, time_ids) -> the network's output.

@@ -196,7 +196,7 @@ def test_bad_settings_are_refused_by_name(given):
 
 
 def test_bad_captions_are_refused():
-    with pytest.raises(ValueError, match="3 captions, and there are only 2 caption_weights"):
+    with pytest.raises(ValueError, match="3 captions, but caption_weights has only 2"):
         caption_text(("a", "b", "c"), CaptionSettings(caption_weights=(1, 1)), rng())
     with pytest.raises(ValueError, match="not one text"):
         caption_text("a, b", CaptionSettings(), rng())

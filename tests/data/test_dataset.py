@@ -460,8 +460,8 @@ def test_too_many_stop_the_run(setting, workers):
     for picture in range(0, 40, 8):
         setting.file(picture).write_bytes(b"")
     sentence = (
-        rf"5 of the \d+ pictures seen so far \(\d+\.\d\d%\) cannot be used, and 10.00% are allowed: 5 pictures are "
-        rf"listed in {setting.lists} .*, the first are pictures/0\d\d.png: it is empty; .*it is empty; .*it is empty$"
+        rf"5 of the \d+ pictures seen so far \(\d+\.\d\d%\) cannot be used, more than max_unusable = 10.00%: "
+        rf"5 pictures are listed in {setting.lists} .*; the first are pictures/0\d\d.png: it is empty; .*it is empty$"
     )
     with pytest.raises(ValueError, match=sentence):
         first(20, setting.dataset(), workers=workers, max_unusable=0.1)
@@ -471,7 +471,9 @@ def test_too_many_stop_the_run(setting, workers):
 def test_a_folder_that_is_gone_stops_the_run(setting, workers):
     for path in setting.folder.glob("*.png"):
         path.unlink()
-    sentence = rf"^a batch cannot be filled: .*{TRIES}.* cannot be used; \d+ pictures are listed in .*No such file"
+    sentence = (
+        rf"^a batch cannot be filled: .*{TRIES} replacements can be used; \d+ pictures are listed in .*No such file"
+    )
     with pytest.raises(ValueError, match=sentence):
         first(1, setting.dataset(), workers=workers, max_unusable=1)
     assert multiprocessing.active_children() == []  # nobody is left to wait for
@@ -486,7 +488,7 @@ def test_a_folder_that_is_gone_stops_the_run(setting, workers):
     [
         (
             {"plan": EpochPlan(np.zeros(8, int), BUCKETS, batch_size=4)},
-            "the plan is for 8 pictures, and the index has 40",
+            "the plan is for 8 pictures, but the index has 40",
         ),
         ({"weights": np.ones(39)}, "weights must be a number of at least 0 for each of the 40 pictures"),
         ({"weights": np.full(40, np.nan)}, "weights must be"),
@@ -509,7 +511,7 @@ def test_captions_that_do_not_fit(shared):
     with pytest.raises(ValueError, match=r"^1 pictures have no caption, the first is pictures/006.png"):
         shared.dataset(index=with_captions(shared.index, []))
     weighted = CaptionSettings(caption_weights=(3, 1))
-    with pytest.raises(ValueError, match=r"pictures/006.png has 3 captions, and there are only 2 caption_weights"):
+    with pytest.raises(ValueError, match=r"pictures/006.png has 3 captions, but caption_weights has only 2"):
         shared.dataset(index=with_captions(shared.index, ["a", "b", "c"]), caption_settings=weighted)
     index = with_captions(shared.index, [])
     left_out = make_plan(index).assignment

@@ -67,7 +67,7 @@ def test_report(tmp_path):
     for key in "abcde":
         quarantine.add(key, "it is empty")
     assert quarantine.report(2) == (
-        f"5 pictures are listed in {tmp_path} (remove it to have them tried again), the first are a: it is empty; "
+        f"5 pictures are listed in {tmp_path} (remove it to try them again); the first are a: it is empty; "
         "b: it is empty"
     )
 
@@ -75,7 +75,7 @@ def test_report(tmp_path):
 @pytest.mark.parametrize("content", [b"{}\n", b"[]\n", b"3\n", b"a picture\n", b"\xff\n", b'{"picture": 3}\n'])
 def test_something_else_is_no_list(tmp_path, content):
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.jsonl is no list of pictures that cannot be used"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a list of unusable pictures"):
         Quarantine(tmp_path).listed()
 
 
@@ -158,8 +158,8 @@ def test_the_sentence(tmp_path):
     share = make_share(tmp_path, 50, 0.01)
     share.quarantine.add("cats/a.png", "it is empty")
     sentence = (
-        r"^1 of the 40 pictures seen so far \(2\.50%\) cannot be used, and 1\.00% are allowed: "
-        rf"1 pictures are listed in {tmp_path} \(.*\), the first are cats/a\.png: it is empty$"
+        r"^1 of the 40 pictures seen so far \(2\.50%\) cannot be used, more than max_unusable = 1\.00%: "
+        rf"1 pictures are listed in {tmp_path} \(.*\); the first are cats/a\.png: it is empty$"
     )
     with pytest.raises(ValueError, match=sentence):
         share.check(np.arange(40), np.arange(40) + (np.arange(40) == 3))

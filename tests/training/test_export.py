@@ -131,7 +131,7 @@ def test_a_folder_and_a_file_of_the_trained_weights(folders, tmp_path, kind):
         report = inspect_checkpoint(path)
         assert report.prediction_type == "v_prediction"
         assert report.zero_terminal_snr
-        assert f"Wrote {path}: v_prediction, zero terminal SNR; read again and sound." in said
+        assert f"Wrote {path}: v_prediction, zero terminal SNR; verified." in said
 
     from_folder, from_file = load_pipeline(folder), load_pipeline(file, config=folder)
     for loaded in (from_folder, from_file):
@@ -308,7 +308,7 @@ def test_an_adapter_alone(folders, tmp_path):
     written = export(chosen, tmp_path, say=said.append)
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     assert [path.name for path in written] == ["model_adapter", "model_lora.safetensors"]
-    assert said == [f"Wrote {path}: the adapter by itself." for path in written]
+    assert said == [f"Wrote {path}: the adapter alone." for path in written]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

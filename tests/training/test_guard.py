@@ -126,5 +126,5 @@ def test_a_batch_that_cannot_be_written_stops_nothing(tmp_path):
     take(guard, parameters, optimizer, 0, math.nan)
     assert guard.read()["steps left out"] == 1
     take(guard, parameters, optimizer, 1, math.nan)
-    with pytest.raises(ValueError, match=r"up to step 1, .*; the last batch could not be written down: lower"):
+    with pytest.raises(ValueError, match=r"up to step 1, .*; the last batch could not be written: lower"):
         guard.look()

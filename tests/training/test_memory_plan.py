@@ -289,8 +289,8 @@ def test_advice_is_a_batch_that_fits():
     found = replace(found, memory=int(0.7 * found.totals["full"]))
     assert found.mode is None
     assert str(found).endswith(found.advice)
-    words = found.advice.rpartition("take batches of ")[2].split()
-    smaller, times = int(words[0]), int(words[3])
+    words = found.advice.rpartition("compute ")[2].split()
+    smaller, times = int(words[0]), int(words[7])
     assert smaller * times >= 16
     for batch, mode in ((smaller, "full"), (smaller + 1, None)):
         again = plan(unet, memory=found.memory, reserve=0, gradients_kept=True, **{**settings, "batch": batch})

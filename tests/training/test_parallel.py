@@ -156,9 +156,9 @@ def test_one_process_on_a_gpu(two_gpus, device, index):
 @pytest.mark.parametrize(
     ("device", "processes", "sentence"),
     [
-        ("cuda:1", 4, "speed.device = 'cuda:1' is one device, and there are 4 processes: give no number"),
-        ("auto", 4, "the device cuda:3 cannot be used: this machine has 2 GPUs, counted from 0"),
-        ("cuda:2", 1, "the device cuda:2 cannot be used: this machine has 2 GPUs, counted from 0"),
+        ("cuda:1", 4, "speed.device = 'cuda:1' names one device for 4 processes: leave out the number"),
+        ("auto", 4, "the device cuda:3 cannot be used: this machine has 2 GPUs, numbered from 0"),
+        ("cuda:2", 1, "the device cuda:2 cannot be used: this machine has 2 GPUs, numbered from 0"),
     ],
 )
 def test_gpus_that_are_not_there(two_gpus, monkeypatch, device, processes, sentence):

@@ -205,7 +205,7 @@ def test_a_list_of_pictures_elsewhere(pictures, tmp_path):
         ({"background": "mauvish"}, "data.background = 'mauvish' is not a colour"),
         ({"buckets": ("hexagons",)}, "hexagons"),
         ({"validation_share": 1.5}, "share must be at least 0 and less than 1"),
-        ({"batch_size": 3}, "data.batch_size = 3 cannot be shared out evenly to 2 processes"),
+        ({"batch_size": 3}, "data.batch_size = 3 is not a multiple of the 2 processes"),
         ({"latents": Path("nowhere")}, "nowhere"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_plan_is_said_and_decides(place):
 def test_what_does_not_fit_is_said(place, monkeypatch):
     monkeypatch.setattr("ztsnr.training.speed._main_memory", lambda: 2**20)
     speed, unet = make_speed(place, speed__checkpointing="auto")
-    with pytest.raises(ValueError, match="does not fit into the memory"):
+    with pytest.raises(ValueError, match="does not fit into the device's memory"):
         speed.prepare(unet, 2)
 
 

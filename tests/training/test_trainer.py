@@ -403,7 +403,8 @@ def test_out_of_memory(place, tmp_path, monkeypatch):
 
 def test_a_device_that_is_none(place, tmp_path):
     with pytest.raises(
-        ValueError, match=r"^speed\.device = 'gpu' is no device: it is auto, cpu, cuda, xpu, mps or such as cuda:1$"
+        ValueError,
+        match=r"^speed\.device = 'gpu' is not a device: give auto, cpu, cuda, xpu, mps, or a number as in cuda:1$",
     ):
         train(make_content(place, tmp_path / "run", speed__device="gpu"))
 

@@ -32,7 +32,7 @@ def save_vae(vae: AutoencoderKL, out: Path) -> None:
     """Write the diffusers folder of a VAE, atomically.
 
     Raises:
-        UserError: ``out`` is there, or cannot be written.
+        UserError: ``out`` exists already, or cannot be written.
     """
     with atomic_folder(out) as folder:
         vae.save_pretrained(folder, safe_serialization=True)
@@ -77,7 +77,7 @@ def merge_decoder(vae: AutoencoderKL, base: str | Path, out: str | Path) -> None
 
 def _check_names(base: Path, found: int, trained: Mapping[str, torch.Tensor]) -> None:
     if found != len(trained):
-        raise UserError(f"{base} has {found} of the {len(trained)} tensors of this decoder: it has another VAE")
+        raise UserError(f"{base} has only {found} of this decoder's {len(trained)} tensors: it has another kind of VAE")
 
 
 def _write(base: Path, new: Mapping[str, torch.Tensor], out: Path) -> None:
@@ -94,7 +94,7 @@ def _write(base: Path, new: Mapping[str, torch.Tensor], out: Path) -> None:
 
 def _replaced(name: str, old: TensorStream, tensor: torch.Tensor, base: Path) -> TensorStream:
     if [side for side in tensor.shape if side > 1] != [side for side in old.shape if side > 1]:  # 1 x 1 kernels
-        raise UserError(f"{name} is {old.shape} in {base}, and {tuple(tensor.shape)} here: it has another VAE")
+        raise UserError(f"{name} is {old.shape} in {base}, but {tuple(tensor.shape)} here: it has another kind of VAE")
     return replace(cast(made(tensor, DTYPE_NAMES[tensor.dtype]), old.dtype), shape=old.shape)
 
 
@@ -105,6 +105,6 @@ def _check_merged(out: Path, base: Path) -> None:
     wrong = [name for name in sorted(names) if not may_differ.match(name)]
     if report.changes is None or wrong:
         raise UserError(
-            f"{out} differs from {base} in more than the decoder, for one in {wrong[0] if wrong else 'its names'}: "
-            "the base was changed meanwhile, or the disk is faulty; write it again"
+            f"{out} differs from {base} in more than the decoder, for example in {wrong[0] if wrong else 'its names'}: "
+            "the base was changed meanwhile, or the disk is faulty; export again"
         )

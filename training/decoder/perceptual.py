@@ -1,7 +1,7 @@
-"""What tells a picture from its reconstruction: LPIPS, and a discriminator that learns it.
+"""Losses that tell a picture from its reconstruction: LPIPS, and a learned discriminator.
 
-L1 alone is least where a decoder is unsure and paints the average, which is blurred.  LPIPS (Zhang et al., arXiv
-1801.03924) compares features of a network for recognising things, and a discriminator of patches (Isola et al., arXiv
+L1 alone is minimal if an unsure decoder paints the average, which is blurred.  LPIPS (Zhang et al., arXiv
+1801.03924) compares features of a recognition network, and a patch discriminator (Isola et al., arXiv
 1611.07004) learns what gives a reconstruction away; VQGAN (Esser et al., arXiv 2012.09841) joined the three, and so
 were the VAEs of Stable Diffusion trained (Rombach et al., arXiv 2112.10752).
 """
@@ -41,7 +41,7 @@ def load_lpips(backbone: str | Path | None = None) -> nn.Module:
             from the hub or its cache.  The heads on it, six kilobytes, are a part of the package ``lpips``.
 
     Raises:
-        UserError: the package is not installed, or the weights cannot be had or are others.
+        UserError: the package is not installed, or the weights cannot be downloaded or do not match.
     """
     try:
         import lpips
@@ -58,7 +58,7 @@ def load_lpips(backbone: str | Path | None = None) -> nn.Module:
     names = {name: f"features.{name.split('.', 1)[1]}" for name in wanted}
     for name, source in names.items():
         if source not in header.tensors or header.tensors[source].shape != tuple(wanted[name].shape):
-            raise UserError(f"{path} does not hold the weights of torchvision's VGG16: {source} is missing or another")
+            raise UserError(f"{path} is not torchvision's VGG16: {source} is missing or has another shape")
     try:
         with safe_open(path, "pt") as file:  # of which the classifier, nine tenths, is not needed
             network.net.load_state_dict({name: file.get_tensor(source).float() for name, source in names.items()})
@@ -77,8 +77,8 @@ def _vgg16() -> Path:
         return Path(hf_hub_download(VGG16, "model.safetensors", local_files_only=offline))
     except HUB_ERRORS as error:
         raise UserError(
-            f"the VGG16 that LPIPS works on could not be had from the Hugging Face hub ({VGG16}): run once with "
-            "network, give a .safetensors file of it as lpips_backbone, or set lpips_weight to 0"
+            f"could not download the VGG16 of LPIPS ({VGG16}) from the Hugging Face Hub: run once with a network "
+            "connection, set lpips_backbone to a .safetensors file of it, or set lpips_weight to 0"
         ) from error
 
 
@@ -120,18 +120,18 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """What the discriminator makes least: real patches are to score above 1, others below -1 (arXiv 1705.02894).
+    """The discriminator's loss: real patches should score above 1, others below -1 (arXiv 1705.02894).
 
     Args:
-        real, fake: its scores, (B, 1, h, w) each.
+        real, fake: scores of real and reconstructed pictures, each (B, 1, h, w).
     """
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The factor of the adversarial loss with which it pulls at the last layer as hard as the reconstruction's does.
+    """The factor that gives the adversarial loss the same gradient norm at the last layer as the reconstruction loss.
 
-    lambda = |grad reconstruction| / (|grad adversarial| + 1e-6), the gradients being those of the decoder's last layer
+    lambda = |grad reconstruction| / (|grad adversarial| + 1e-6), with the gradients of the decoder's last layer
     (arXiv 2012.09841, equation 7); at most 10**4.
 
     Args:

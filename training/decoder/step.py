@@ -1,4 +1,4 @@
-"""The step that trains a VAE's decoder, and the state it goes on from."""
+"""The step that trains a VAE's decoder, and the state that it resumes from."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from .perceptual import PatchDiscriminator, adaptive_weight, hinge_loss
 from .reconstruction import Perceptual
 from .settings import VaeDecoderSettings
 
-BETAS = (0.5, 0.9)  # of Adam, as latent diffusion trains autoencoders: against an adversary, less momentum
+BETAS = (0.5, 0.9)  # of Adam, as latent diffusion trains autoencoders: less momentum against an adversary
 
 
 class DecoderTraining:
@@ -21,7 +21,7 @@ class DecoderTraining:
 
     Args:
         vae: float32, on its device; its decoder and post_quant_conv are trained in place.
-        settings: of losses and optimizers.
+        settings: losses and optimizers.
         perceptual: LPIPS; None if its weight is 0.
     """
 
@@ -54,12 +54,14 @@ class DecoderTraining:
             the losses by name, each () on the device.
         """
         settings, (pixels, marks) = self.settings, (data[:, :3], data[:, 3:])
+        # A sample of the frozen encoder's posterior, decoded.
         with torch.no_grad():
             posterior = self.vae.encode(pixels).latent_dist
             latents = posterior.mean + posterior.std * noise
         with self._computing():
             decoded = self.vae.decode(latents).sample
         decoded = decoded.float()
+        # The decoder's loss, with the adversary's part once that has begun.
         losses = self.reconstruction_losses(decoded, pixels, marks)
         loss = losses["reconstruction"]
         is_adversarial = self.discriminator is not None and self.steps >= settings.discriminator_start
@@ -72,11 +74,12 @@ class DecoderTraining:
         self.steps += 1
         self.ema.update(self.steps)
 
+        # The discriminator learns from its own loss alone, on the reconstruction without its graph.
         if is_adversarial:
             with self._computing():
                 real, fake = self.discriminator(pixels), self.discriminator(decoded.detach())
             losses["discriminator"] = hinge_loss(real.float(), fake.float())
-            self.discriminator_optimizer.zero_grad()  # of what flowed through it into the decoder too
+            self.discriminator_optimizer.zero_grad()  # removes what the decoder's loss left in it
             losses["discriminator"].backward()
             self.discriminator_optimizer.step()
         losses = {name: value.detach() for name, value in losses.items()}
@@ -101,7 +104,7 @@ class DecoderTraining:
         return {"reconstruction": total} | losses
 
     def adversarial_losses(self, decoded: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the decoder is told by the discriminator, and the adaptive weight of that."""
+        """The adversarial loss of the decoder, and its adaptive weight."""
         with self._computing():
             scores = self.discriminator(decoded)
         adversarial = -scores.float().mean()
@@ -109,21 +112,21 @@ class DecoderTraining:
         return {"adversarial": adversarial, "adaptive_weight": weight}
 
     def check(self) -> None:
-        """Read from the device whether all losses so far were finite numbers, and the weights are.
+        """Check that all losses so far and the weights are finite; waits for the device.
 
         Raises:
             UserError: they are not.
         """
-        # of finite losses the gradients may still not be so
+        # gradients of finite losses may still be infinite, and then the weights are
         norms = torch.stack(torch._foreach_norm([*self.weights.values(), *self.adversary.values()]))
         if not (self.is_finite & norms.isfinite().all()):
             raise UserError(
-                f"a loss or a weight was no finite number by step {self.steps}, and the run has stopped: lower "
-                "learning_rate, or compute in float32; the state saved last is sound"
+                f"a loss or a weight was not finite by step {self.steps}, and the run has stopped: lower "
+                "learning_rate, or set dtype = float32; the last saved state is sound"
             )
 
     def take_average(self) -> None:
-        """Put the moving average in the place of the weights."""
+        """Replace the weights by their moving average."""
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(self.ema.tensors(self.profile)[name])

@@ -148,7 +148,7 @@ def test_another_vae_is_refused(trained, single, folder, tmp_path):
     without = {name: tensor for name, tensor in tensors.items() if "decoder.mid" not in name}
     save_file(without, tmp_path / "without.safetensors")
     for base in ("wider", "without"):
-        with pytest.raises(ValueError, match="it has another VAE"):
+        with pytest.raises(ValueError, match="it has another kind of VAE"):
             merge_decoder(trained, tmp_path / f"{base}.safetensors", tmp_path / "new.safetensors")
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match="already exists"):
@@ -168,7 +168,7 @@ def test_a_copy_that_differs_in_more_is_noticed(trained, single, tmp_path, monke
         save_file(tensors, base)
 
     monkeypatch.setattr(vae_export, "_write", write_and_exchange)
-    with pytest.raises(ValueError, match=r"more than the decoder, for one in first_stage_model\.quant_conv\.bias"):
+    with pytest.raises(ValueError, match=r"more than the decoder, for example in first_stage_model\.quant_conv\.bias"):
         merge_decoder(trained, base, tmp_path / "new.safetensors")
 
 

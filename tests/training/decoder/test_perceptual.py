@@ -58,7 +58,7 @@ def test_a_hub_that_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(perceptual, "model_info", refuse)
     monkeypatch.setattr(perceptual, "VGG16", "nobody/has-this")
-    with pytest.raises(ValueError, match=r"give a \.safetensors file of it as lpips_backbone"):
+    with pytest.raises(ValueError, match=r"set lpips_backbone to a \.safetensors file of it"):
         perceptual._vgg16()
 
 

@@ -297,9 +297,7 @@ def test_a_state_of_the_first_version(place, tmp_path):
 
 def test_numbers_that_are_not_finite_end_the_run(place, tmp_path):
     settings = settings_for(place, tmp_path, learning_rate=1e30, discriminator_weight=0)
-    with pytest.raises(
-        ValueError, match="was no finite number by step 1, and the run has stopped: lower learning_rate"
-    ):
+    with pytest.raises(ValueError, match="was not finite by step 1, and the run has stopped: lower learning_rate"):
         finished(settings)
     assert not (tmp_path / "states").exists()
     assert not (tmp_path / "vae").exists()
@@ -461,7 +459,10 @@ def test_settings_that_cannot_be(place, options, message):
         ({"held_out": 1e-9}, "none of the 40 pictures is held out"),
         ({"model": "nothing.safetensors"}, "there is no file"),
         ({"sources": ("nowhere",)}, "there is no folder or file"),
-        ({"device": "gpu"}, "^device = 'gpu' is no device: it is auto, cpu, cuda, xpu, mps or such as cuda:1$"),
+        (
+            {"device": "gpu"},
+            "^device = 'gpu' is not a device: give auto, cpu, cuda, xpu, mps, or a number as in cuda:1$",
+        ),
         ({"device": "cuda:99"}, "^the device cuda:99 cannot be used: (there is no CUDA|this machine has [0-9]+ GPUs)"),
     ],
 )
