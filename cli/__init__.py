@@ -10,6 +10,7 @@ from .data import buckets, cache
 from .demo import demo, example
 from .finetune import finetune, finetune_vae
 from .leak import leak
+from .noise import silence_libraries
 
 
 class _Commands(click.Group):
@@ -26,6 +27,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="ztsnr")
 def main() -> None:
     """Exact zero-terminal-SNR sampling for v-prediction diffusion models."""
+    silence_libraries()
 
 
 for command in (demo, example, leak, inspect, verify, mark, convert, buckets, cache, finetune, finetune_vae):
