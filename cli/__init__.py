@@ -14,10 +14,10 @@ from .noise import silence_libraries
 
 
 class _Commands(click.Group):
-    """Commands whose output any pipe takes."""
+    """Commands whose output fits every pipe."""
 
     def main(self, *args, **options):
-        """Escape what the output's encoding lacks: Windows pipes are in cp1252, and names of files in anything."""
+        """Escape characters that the output's encoding lacks: Windows pipes use cp1252, file names anything."""
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
         return super().main(*args, **options)
