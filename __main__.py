@@ -1,4 +1,4 @@
-"""The ``ztsnr`` command, also as ``python -m ztsnr`` where the folder of scripts is not on the path."""
+"""The ``ztsnr`` command, which also runs as ``python -m ztsnr``."""
 
 import sys
 
@@ -6,7 +6,7 @@ from .extras import MissingLibraryError, extras_named
 
 
 def main() -> None:
-    """Run the command, or say how to install what it is made with."""
+    """Run the command, or print how to install click."""
     try:
         with extras_named("ztsnr"):
             from .cli import main as command

@@ -1,4 +1,4 @@
-"""The libraries that ComfyUI lacks: which extra of the package installs each, and what to say where one is missing."""
+"""The libraries that ComfyUI lacks: which extra of the package installs each, and the error for a missing one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from traceback import walk_tb
 
-# the module that is imported: the extra that installs it
+# module: extra that installs it
 EXTRAS = {
     "accelerate": "diffusers",
     "diffusers": "diffusers",
@@ -28,43 +28,43 @@ EXTRAS = {
     "lpips": "vae",
     "torchvision": "vae",
 }
-# What an import raises that fails by a missing or broken library: diffusers and transformers import on first use and
+# Raised by imports that fail because of a missing or broken library: diffusers and transformers import on first use and
 # raise RuntimeError, torchvision fails in C++.
 IMPORT_ERRORS = (ImportError, RuntimeError, AttributeError, OSError)
 PROJECTS = {
     "huggingface_hub": "huggingface-hub",
     "skimage": "scikit-image",
     "tomli_w": "tomli-w",
-}  # named otherwise than their module
+}  # module: project, where the names differ
 
 
 class MissingLibraryError(ImportError):
-    """A library of an extra is missing or broken; the message says in one sentence what to install."""
+    """A library of an extra is missing or broken.  The message says what to install."""
 
 
 def how_to_install(module: str) -> str:
-    """The commands that install a library, for the end of a sentence."""
+    """The commands that install a library, to end a sentence with."""
     project = PROJECTS.get(module, module)
     plainly = f"pip install {project}"
     return f'pip install "comfyui-ztsnr[{EXTRAS[module]}]", or {plainly}' if module in EXTRAS else plainly
 
 
 def needs(what: str, module: str) -> str:
-    """The sentence for what cannot go on without a library."""
+    """The sentence for something that needs a missing library."""
     return f"{what} needs {PROJECTS.get(module, module)}: {how_to_install(module)}"
 
 
 def no_matplotlib() -> str | None:
-    """The sentence to show in place of pictures, or None if matplotlib is installed."""
+    """The sentence to print instead of drawing pictures, or None if matplotlib is installed."""
     if find_spec("matplotlib") is None:
-        return f"No pictures without matplotlib: {how_to_install('matplotlib')}."
+        return f"Pictures need matplotlib: {how_to_install('matplotlib')}."
     return None
 
 
 def explain(what: str, error: BaseException) -> str | None:
-    """The sentence for an import that failed by a library of an extra; None for every other error.
+    """The sentence for an import that failed because of a library of an extra, or None for any other error.
 
-    diffusers and transformers import on first use and raise errors of their own, so causes are searched as well.
+    diffusers and transformers import on first use and raise their own errors, so causes are searched too.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -73,8 +73,8 @@ def explain(what: str, error: BaseException) -> str | None:
         if _ended_import_of("torchvision", cause):
             return (
                 f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({cause}), and "
-                f"{what} imports transformers, which imports it: pip uninstall torchvision, or install the one that "
-                "was built for this torch"
+                f"{what} imports transformers, which imports it: pip uninstall torchvision, or install the build for "
+                "this torch"
             )
         cause = cause.__cause__
     return None
@@ -82,10 +82,10 @@ def explain(what: str, error: BaseException) -> str | None:
 
 @contextmanager
 def extras_named(what: str) -> Iterator[None]:
-    """Say what to install where an import fails by a library of an extra.
+    """Replace the error of an import that fails because of a library of an extra.
 
     Raises:
-        MissingLibraryError: In place of that error.
+        MissingLibraryError: Instead of that error.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def extras_named(what: str) -> Iterator[None]:
 
 
 def _ended_import_of(package: str, error: BaseException) -> bool:
-    """True if the error ended the import of a package; what its functions raise later is not meant."""
+    """True if the error was raised while a package was imported, not by its functions later."""
     frames = (frame for frame, _ in walk_tb(error.__traceback__))
     return any(f.f_code.co_name == "<module>" and f.f_globals["__name__"].split(".")[0] == package for f in frames)
 

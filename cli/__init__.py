@@ -10,13 +10,14 @@ from .data import buckets, cache
 from .demo import demo, example
 from .finetune import finetune, finetune_vae
 from .leak import leak
+from .noise import silence_libraries
 
 
 class _Commands(click.Group):
-    """Commands whose output any pipe takes."""
+    """Commands whose output fits every pipe."""
 
     def main(self, *args, **options):
-        """Escape what the output's encoding lacks: Windows pipes are in cp1252, and names of files in anything."""
+        """Escape characters that the output's encoding lacks: Windows pipes use cp1252, file names anything."""
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
         return super().main(*args, **options)
@@ -26,6 +27,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="ztsnr")
 def main() -> None:
     """Exact zero-terminal-SNR sampling for v-prediction diffusion models."""
+    silence_libraries()
 
 
 for command in (demo, example, leak, inspect, verify, mark, convert, buckets, cache, finetune, finetune_vae):

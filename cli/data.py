@@ -11,46 +11,53 @@ from .mistakes import device_of, mistakes_in_one_sentence
 
 
 def _bucket_options(command: Callable) -> Callable:
-    """Which buckets there are, and which pictures are taken."""
+    """The options that choose buckets and pictures."""
     options = (
         click.option(
             "--buckets",
             "names",
             multiple=True,
             metavar="NAME|SIZES",
-            help="sdxl, novelai, or sizes such as 1024x1024,832x1216.  [default: sdxl]",
+            help="Bucket set sdxl or novelai, or sizes such as 1024x1024,832x1216.  [default: sdxl]",
         ),
         click.option(
             "--area",
             "areas",
             multiple=True,
             metavar="WxH",
-            help="Buckets of that area, made as those of sdxl are.  Repeat it, or give --buckets too, to have several "
-            "resolutions.",
+            help="Area to make buckets of, by the rule of sdxl.  Repeat it, or add --buckets, for several resolutions.",
         ),
         click.option(
-            "--step", type=click.IntRange(1), default=64, show_default=True, help="Every side is a multiple of it."
+            "--step",
+            type=click.IntRange(1),
+            default=64,
+            show_default=True,
+            help="Sides are multiples of this.",
         ),
         click.option(
-            "--limit", type=click.IntRange(1), default=2048, show_default=True, help="Longest side of sdxl and --area."
+            "--limit",
+            type=click.IntRange(1),
+            default=2048,
+            show_default=True,
+            help="Longest side, of sdxl and --area.",
         ),
         click.option(
             "--batch",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            help="Pictures of a step, of all GPUs together.",
+            help="Pictures per step, over all GPUs.",
         ),
         click.option(
             "--max-aspect-error",
             type=click.FloatRange(0),
             default=math.log(2),
             show_default="log 2, where half a picture is cut off",
-            help="Leave out what is further from its bucket, |log(w/h) - log(W/H)|.",
+            help="Leave out pictures with a larger |log(w/h) - log(W/H)|.",
         ),
         click.option("--min-size", type=click.IntRange(0), default=0, help="Leave out pictures with a shorter side."),
         click.option("--no-upscale", is_flag=True, help="Leave out pictures that would be enlarged."),
-        click.option("--outside", is_flag=True, help="A list may name pictures outside of the folder that it is in."),
+        click.option("--outside", is_flag=True, help="Allow lists to name pictures outside their own folder."),
     )
     for option in reversed(options):
         command = option(command)
@@ -72,7 +79,7 @@ def _bucket_sets(names: tuple[str, ...], areas: tuple[str, ...], step: int, limi
     metavar="FOLDER",
     default=Path("ztsnr_buckets"),
     show_default=True,
-    help="For the plot, the numbers and the list of pictures left out.",
+    help="Folder for the plot, the numbers and the list of pictures left out.",
 )
 def buckets(
     source: Path,
@@ -87,10 +94,10 @@ def buckets(
     outside: bool,
     out: Path,
 ) -> None:
-    """Which aspect-ratio buckets the pictures of a folder go to.
+    """Show how pictures are distributed over aspect-ratio buckets.
 
-    DIR may also be a .jsonl, .parquet or .tar file.  Prints the pictures of each bucket, how well they fit it, and who
-    is left out and why.
+    DIR is a folder, or a .jsonl, .parquet or .tar file.  Prints the number of pictures in each bucket, how well they
+    fit, and which are left out and why.
     """
     with mistakes_in_one_sentence():
         from ..data.bucket_report import run_buckets
@@ -110,15 +117,15 @@ def buckets(
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="[NAME=]SOURCE...")
-@click.option("--vae", required=True, metavar="MODEL", help="A diffusers folder or .safetensors file that has the VAE.")
-@click.option("--config", help="For a single file: a diffusers folder or hub name whose settings complete it.")
+@click.option("--vae", required=True, metavar="MODEL", help="Diffusers folder or .safetensors file with the VAE.")
+@click.option("--config", help="For a single file: diffusers folder or Hub name whose settings complete it.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
     default=Path("ztsnr_latents"),
     show_default=True,
-    help="For the cache; what is finished of it is kept.",
+    help="Folder for the cache.  Finished shards in it are kept.",
 )
 @_bucket_options
 @click.option(
@@ -126,19 +133,19 @@ def buckets(
     type=click.IntRange(0),
     default=64,
     show_default=True,
-    help="Pixels by which pictures are cached larger than their bucket, if they are so large.",
+    help="Pixels around the bucket to encode too, where the picture has them, so that crops can vary.",
 )
 @click.option("--background", default="white", show_default=True, help="Colour behind transparent pixels.")
-@click.option("--device", default="auto", show_default=True, help="auto takes CUDA, XPU or MPS if there is one.")
+@click.option("--device", default="auto", show_default=True, help="auto picks CUDA, XPU or MPS if available.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="That the VAE runs in; SDXL's overflows in float16.",
+    help="Dtype of the VAE.  SDXL's VAE overflows in float16.",
 )
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that open pictures.")
-@click.option("--verify", is_flag=True, help="In the end, read all shards again and compare their checksums.")
+@click.option("--verify", is_flag=True, help="At the end, read all shards again and compare their checksums.")
 def cache(
     sources: tuple[str, ...],
     vae: str,
@@ -160,11 +167,11 @@ def cache(
     workers: int,
     verify: bool,
 ) -> None:
-    """Encode pictures once, to train from their latents.
+    """Encode pictures to latents once, to train from them.
 
-    SOURCE is a folder, .jsonl, .parquet or .tar file; captions are not needed.  Give the sources in the order and with
-    the names that training has them.  Pictures are not mirrored, because mirrored latents are not those of a mirrored
-    picture.  A run that was stopped goes on when it is started again.  On several GPUs: torchrun --nproc-per-node 8
+    SOURCE is a folder, .jsonl, .parquet or .tar file; captions are not needed.  Give the same sources in the same order
+    and with the same names as in training.  Pictures are not mirrored, because mirrored latents are not the latents of
+    a mirrored picture.  A stopped run resumes when it is started again.  On several GPUs: torchrun --nproc-per-node 8
     --no-python ztsnr cache ...
     """
     with mistakes_in_one_sentence():

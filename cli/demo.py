@@ -15,7 +15,7 @@ DEMO = Path("ztsnr_demo")
     "--images",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder of your own pictures, used as the photographs.  [default: some that come with scikit-image]",
+    help="Folder of pictures to use as the photographs.  [default: photographs of scikit-image]",
 )
 @click.option(
     "--out",
@@ -23,7 +23,7 @@ DEMO = Path("ztsnr_demo")
     metavar="DIR",
     default=DEMO,
     show_default=True,
-    help="Folder for the contact sheet, the plot and the numbers; with --train ztsnr_reproduction by default.",
+    help="Folder for the contact sheet, the plot and the numbers.  With --train, the default is ztsnr_reproduction.",
 )
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
 @click.option(
@@ -34,27 +34,29 @@ DEMO = Path("ztsnr_demo")
     type=click.IntRange(0, 2**32),
     default=0,
     show_default=True,
-    help="Seed of the first picture, or of the trainings.",
+    help="Seed of the first picture, or of the training runs.",
 )
 @click.option(
     "--train",
     type=click.Choice(["cpu", "gpu"]),
-    help="Train an epsilon network and four fine-tunes of it, and measure the claims about zero terminal SNR on them: "
-    "in about an hour on two processor cores, or larger ones on a GPU.  A run that was stopped resumes.",
+    help="Train an epsilon network and four fine-tunes of it, and test the claims about zero terminal SNR on them.  "
+    "cpu takes about an hour on two cores; gpu trains larger networks.  A stopped run resumes.",
 )
 @click.option(
-    "--quick", is_flag=True, help="With --train cpu: only fine-tune the base that comes with the package, in minutes."
+    "--quick",
+    is_flag=True,
+    help="With --train cpu: fine-tune the packaged base network, in minutes.",
 )
 def demo(images: Path | None, out: Path, steps: int, size: int, seed: int, train: str | None, quick: bool) -> None:
-    """See what a sampler's first step does to a picture; needs no model.
+    """Show what a sampler's first step does to a picture.  Needs no model.
 
-    Samples from a model that is exact for a small set of pictures, with diffusers schedulers that start at infinity, at
-    finite noise, or late, and shows how far each ends from the exact answer.  Then samples networks that come with the
-    package: epsilon as SDXL is, v-prediction, and zero terminal SNR.
+    Samples an ideal model of a small set of pictures with diffusers schedulers that start at infinity, at finite noise,
+    or late, and shows how far each ends from the exact result.  Then samples networks that come with the package: one
+    with epsilon prediction, as SDXL, one with v-prediction, and one with zero terminal SNR.
     """
     with mistakes_in_one_sentence():
         if quick and train != "cpu":
-            raise UserError("--quick goes with --train cpu")
+            raise UserError("--quick needs --train cpu: add it, or leave --quick out")
         if train is not None:
             from ..demo.reproduction import reproduce
 
@@ -75,10 +77,10 @@ def demo(images: Path | None, out: Path, steps: int, size: int, seed: int, train
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def example(folder: Path) -> None:
-    """Write a small data set, a small base and settings to fine-tune with at once.
+    """Write a small data set, a small base model and settings to fine-tune it with.
 
-    DIR gets captioned pictures, an epsilon network of SDXL's classes that trains on a processor in minutes, and a
-    settings.toml with a word on every choice.
+    DIR gets captioned pictures, an epsilon network of SDXL's architecture that a CPU fine-tunes in minutes, and a
+    commented settings.toml.
     """
     with mistakes_in_one_sentence():
         from ..demo.example import write_example

@@ -13,7 +13,7 @@ TEMPLATES = {"lora": "lora_24gb.toml", "full": "full_80gb.toml", "decoder": "dec
 
 
 def _settings_command(command: Callable) -> Callable:
-    """A command that reads a TOML file and takes every setting in it as an option too."""
+    """A command with a settings file as its argument, and every setting as an option."""
     listing = click.option(
         "--list-settings",
         is_flag=True,

@@ -14,53 +14,57 @@ from .mistakes import device_of, mistakes_in_one_sentence
     "prompts",
     multiple=True,
     metavar="TEXT[=COLOUR]",
-    help="What to sample; =black, white, red, green, blue, grey or #rrggbb says what is right. The first prompt should "
-    "leave the brightness open. Repeat it.  [default: the empty prompt and six solid colours]",
+    help="Prompt to sample; =black, white, red, green, blue, grey or #rrggbb is the right colour.  The first prompt "
+    "should leave the brightness open.  Repeat it for more.  [default: the empty prompt and six solid colours]",
 )
-@click.option("--negative-prompt", help="[default: what the pipeline does without one]")
-@click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="How many.")
-@click.option("--first-seed", type=click.IntRange(0, 2**32), default=0, show_default=True)
-@click.option("--width", type=click.IntRange(8), default=None, help="In pixels.  [default: the model's]")
-@click.option("--height", type=click.IntRange(8), default=None, help="In pixels.  [default: the model's]")
-@click.option("--steps", type=click.IntRange(1, 1000), default=28, show_default=True, help="Of the sampler under test.")
+@click.option("--negative-prompt", help="Negative prompt.  [default: the pipeline's]")
+@click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of noise seeds.")
+@click.option("--first-seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="First noise seed.")
+@click.option("--width", type=click.IntRange(8), default=None, help="Width in pixels.  [default: the model's]")
+@click.option("--height", type=click.IntRange(8), default=None, help="Height in pixels.  [default: the model's]")
+@click.option("--steps", type=click.IntRange(1, 1000), default=28, show_default=True, help="Sampling steps.")
 @click.option(
     "--scheduler",
     default="ztsnr",
     show_default=True,
     metavar="NAME",
-    help="The sampler under test: ztsnr, model (the one it was published with), or a diffusers class such as "
-    "EulerDiscreteScheduler.",
+    help="Sampler to test: ztsnr, model (the scheduler that the model was published with), or a diffusers class such "
+    "as EulerDiscreteScheduler.",
 )
-@click.option("--spacing", help="Of its steps, such as trailing, leading.  [default: the scheduler's]")
+@click.option("--spacing", help="Spacing of the steps, such as trailing or leading.  [default: the scheduler's]")
 @click.option(
     "--guidance",
     type=click.FloatRange(1.0),
     default=5.0,
     show_default=True,
-    help="Classifier-free guidance.  Above 1, the report also says how far it moves brightness.",
+    help="Classifier-free guidance scale.  Above 1, the report also shows how far it shifts brightness.",
 )
 @click.option(
     "--reference-steps",
     type=click.IntRange(10),
     default=40,
     show_default=True,
-    help="Of the exact flow to compare with.",
+    help="Steps of the exact flow to compare with.",
 )
 @click.option(
     "--offset",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Of the noise means, in their standard deviations.",
+    help="Offset of the noise means, in their standard deviations.",
 )
 @click.option(
-    "--prediction", type=click.Choice(["v_prediction", "epsilon", "sample"]), help="[default: what the files say]"
+    "--prediction",
+    type=click.Choice(["v_prediction", "epsilon", "sample"]),
+    help="Prediction type of the model.  [default: the files']",
 )
-@click.option("--zero-snr/--no-zero-snr", default=None, help="[default: what the files say]")
-@click.option("--config", help="For a single file: a diffusers folder or hub name whose settings complete it.")
-@click.option("--device", default="auto", show_default=True, help="auto takes CUDA, XPU or MPS if there is one.")
+@click.option("--zero-snr/--no-zero-snr", default=None, help="Zero terminal SNR or not.  [default: the files']")
+@click.option("--config", help="For a single file: diffusers folder or Hub name whose settings complete it.")
+@click.option("--device", default="auto", show_default=True, help="auto picks CUDA, XPU or MPS if available.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: float16 on CUDA, else float32]"
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype of the model.  [default: float16 on CUDA, else float32]",
 )
 @click.option(
     "--out",
@@ -68,13 +72,13 @@ from .mistakes import device_of, mistakes_in_one_sentence
     metavar="DIR",
     default=Path("ztsnr_leak"),
     show_default=True,
-    help="Folder for the report; an interrupted run goes on there.",
+    help="Folder for the report.  An interrupted run resumes from it.",
 )
 @click.option(
     "--gate",
     type=click.FloatRange(0),
     metavar="LEVELS",
-    help="Exit with status 1 if the checkpoint leaks or a pull toward grey is above this, in levels of 255.",
+    help="Exit with status 1 if the checkpoint leaks, or if a pull toward grey exceeds this many levels of 255.",
 )
 def leak(
     model: str,
@@ -98,11 +102,11 @@ def leak(
     out: Path,
     gate: float | None,
 ) -> None:
-    """Is a model zero-SNR trained? Does its sampler leak? What does guidance do to brightness?
+    """Test whether a model was trained with zero terminal SNR, whether a sampler leaks, and what guidance does.
 
-    A leak is a network or a sampler that takes the mean of the noise for the picture's brightness.  MODEL is a
-    diffusers folder, a single .safetensors file, or a name on the Hugging Face hub.  Prints a table and the verdict,
-    and writes report.html and report.json.
+    A network or a sampler leaks if the mean of the noise shifts the picture's brightness.  MODEL is a diffusers folder,
+    a single .safetensors file, or a name on the Hugging Face Hub.  Prints a table and the verdict, and writes
+    report.html and report.json.
     """
     with mistakes_in_one_sentence():
         from ..diagnostics.leak_run import PROMPTS, parse_prompt, run_leak

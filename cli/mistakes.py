@@ -1,4 +1,4 @@
-"""How a command ends on a mistake, and what several commands share."""
+"""How a command ends on a mistake, and the device option that several commands share."""
 
 import os
 import time
@@ -14,17 +14,19 @@ from ..extras import IMPORT_ERRORS, explain
 if TYPE_CHECKING:
     import torch
 
-PATIENCE = 10  # seconds in which torchrun ends all processes after the first
+PATIENCE = 10  # seconds, in which torchrun ends the other processes once the first has failed
 
 
 @contextmanager
 def mistakes_in_one_sentence() -> Iterator[None]:
-    """What the user can mend ends the command with a sentence and status 2, as every other wrong argument does.
+    """End the command with one sentence and status 2 on a mistake that the user can mend, as click does.
 
-    So does a library of an extra that is not installed, or a torchvision that does not fit torch.
+    A missing library of an extra and a torchvision that does not fit torch are such mistakes too.  Every other error is
+    a bug and shows its traceback.
 
-    Of several processes the first one says what all of them meet, and with it torchrun ends the others.  What another
-    one meets alone, such as too many broken pictures among its own, that one says, if it is still there after a while.
+    Under torchrun, a mistake that all processes make is reported by the first one, whose end makes torchrun stop the
+    others.  A mistake of another process alone, such as too many broken pictures among its own, is reported by that
+    process after a wait.
     """
     try:
         yield
@@ -42,7 +44,7 @@ def mistakes_in_one_sentence() -> Iterator[None]:
 
 
 def device_of(name: str) -> "torch.device":
-    """The device of ``--device``, for torchrun's processes one each; says which one auto took."""
+    """The device of ``--device``, one for each process of torchrun.  Prints the choice of auto."""
     from ..world import describe_device, find_device
 
     device = find_device(name, setting="--device", local_rank=int(os.environ.get("LOCAL_RANK", 0)))

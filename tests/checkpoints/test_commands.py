@@ -61,8 +61,8 @@ def test_after_marking_it_says_who_misreads_the_file(tmp_path, write_checkpoint)
         tmp_path / "sdxl.safetensors", ldm_unet() | {"first_stage_model.decoder.conv_in.weight": (1,)}
     )
     result = run("mark", file, "--v-pred", "--ztsnr", "--in-place")
-    assert "Not read right by SwarmUI: " in result.stdout
-    assert "Not read right by InvokeAI: " in result.stdout
+    assert "Misread by SwarmUI: " in result.stdout
+    assert "Misread by InvokeAI: " in result.stdout
     assert "ComfyUI: v" not in result.stdout
     result = run("mark", file, "--v-pred", "--ztsnr", "--swarm", "--in-place")
     assert "SwarmUI" not in result.stdout

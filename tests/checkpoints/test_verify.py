@@ -366,7 +366,7 @@ def test_running_it(tmp_path, monkeypatch):
     assert "there is nothing to compare" in result.stderr
     result = CliRunner().invoke(main, ["verify", str(file), "--config", str(folder)])
     assert result.exit_code == 2
-    assert "do nothing without --run" in result.stderr
+    assert "--config and --comfyui need --run" in result.stderr
 
 
 def test_the_command(tmp_path):

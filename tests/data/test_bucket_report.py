@@ -112,7 +112,7 @@ def test_without_matplotlib(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     done = run(pictures, "--buckets", BUCKETS, "--out", tmp_path)
     assert done.exit_code == 0
-    assert "No pictures without matplotlib" in done.output
+    assert "Pictures need matplotlib" in done.output
     assert not (tmp_path / "buckets.png").exists()
     assert (tmp_path / "buckets.json").exists()
 

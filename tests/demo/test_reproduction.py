@@ -137,7 +137,7 @@ def test_quick_fine_tunes_the_base_that_comes_with_the_package(command):
 @pytest.mark.parametrize("arguments", [[], ["--train", "gpu"]])
 def test_quick_goes_with_cpu(arguments):
     result = CliRunner().invoke(ztsnr, ["demo", "--quick", *arguments])
-    assert (result.exit_code, result.output) == (2, "Error: --quick goes with --train cpu\n")
+    assert (result.exit_code, result.output) == (2, "Error: --quick needs --train cpu: add it, or leave --quick out\n")
 
 
 def test_the_command_passes_on_what_it_is_asked(monkeypatch, tmp_path):
