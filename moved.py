@@ -15,6 +15,7 @@ DATA = (
 MOVED = {
     "checkpoints.atomic": "files",
     "training.vae": "checkpoints.vae",
+    "diagnostics.output": "files",
     "diagnostics.demo": "demo.exact_models",
     "diagnostics.leak_plots": "diagnostics.leak_figure",
     "diagnostics.schedule_picture": "figures.schedule_picture",
