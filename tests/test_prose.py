@@ -23,7 +23,7 @@ HABITS = {
     r"\bFor programs\.": "Print JSON.",
     r"\bHow many\.": "Number of ...",
     r"\bOf (the|its) numbers\b": "Dtype",
-    r"(?<![Tt]here )\bis no (TOML|JSON|index|state|snapshot|source|picture|checkpoint|folder|file|number|color|colour)\b": "is not a",
+    r"(?<![Tt]here )\bis no (TOML|JSON|index|state|snapshot|source|picture|folder|file|number|colour)\b": "is not a",
     r"\bWhat ends one\b": "if one fails, all stop",
     r"\bWhether it is so\b": "True if",
 }
