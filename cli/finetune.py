@@ -12,6 +12,15 @@ EXAMPLES = Path(__file__).parent.parent / "training" / "examples"
 TEMPLATES = {"lora": "lora_24gb.toml", "full": "full_80gb.toml", "decoder": "decoder.toml"}
 
 
+RESUME = click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="never",
+    show_default=True,
+    help="auto resumes from the most recent state in the run's folder, if there is one.",
+)
+
+
 def _settings_command(command: Callable) -> Callable:
     """A command with a settings file as its argument, and every setting as an option."""
     listing = click.option(
@@ -31,13 +40,7 @@ def _settings_command(command: Callable) -> Callable:
     type=click.Choice(list(TEMPLATES)),
     help="Print commented settings to start from, and stop.  decoder is for finetune-vae.",
 )
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never"]),
-    default="never",
-    show_default=True,
-    help="auto resumes from the most recent state in the run's folder, if there is one.",
-)
+@RESUME
 @click.option("--dry-run", is_flag=True, help="Read data and model, plan the memory, print the tables, and stop.")
 def finetune(arguments: tuple[str, ...], init: str | None, resume: str, dry_run: bool, list_settings: bool) -> None:
     """Fine-tune a model to v-prediction with zero terminal SNR, from any prediction type.
@@ -70,7 +73,8 @@ def finetune(arguments: tuple[str, ...], init: str | None, resume: str, dry_run:
 
 @_settings_command
 @click.option("--init", is_flag=True, help="Print commented settings to start from, and stop.")
-def finetune_vae(arguments: tuple[str, ...], init: bool, list_settings: bool) -> None:
+@RESUME
+def finetune_vae(arguments: tuple[str, ...], init: bool, resume: str, list_settings: bool) -> None:
     """Fine-tune the decoder of a VAE, so that eyes and other small details come out right.
 
     The encoder stays bit for bit the same, so latents, caches and U-Nets stay valid.  Start with ztsnr finetune-vae
@@ -96,7 +100,7 @@ def finetune_vae(arguments: tuple[str, ...], init: bool, list_settings: bool) ->
 
         from ..training.decoder.trainer import run_finetune_vae
 
-        run_finetune_vae(chosen, say=click.echo)
+        run_finetune_vae(chosen, resume=resume == "auto", say=click.echo)
 
 
 def _print_template(name: str) -> None:

@@ -1,1 +1,1 @@
-"""What ``ztsnr demo`` shows: networks trained on real pictures, and what is measured on them."""
+"""``ztsnr demo``: networks trained on real pictures, and measurements on them."""

@@ -1,9 +1,9 @@
-"""The five claims about zero terminal SNR, and what the measurements say to each: yes, no, or that they cannot tell.
+"""The claims about zero terminal SNR, and the verdict of the measurements on each: yes, no, or cannot tell.
 
-Each is a difference of two numbers that were measured with the same noise.  Its interval (99 %, Student's t) covers the
-noise, and where there are several trainings the trainings too: the wider of the two counts.  The answer is yes if the
-whole interval lies beyond what matters, on the side that the claim says; no if it lies on the other side of that; and
-"cannot tell" otherwise, or if a network has not learned what it is asked about.
+Each is tested by the difference of two numbers measured with the same noise.  Its interval (99 %, Student's t) is taken
+over the noises and, with several training runs, over the runs; the wider interval counts.  The verdict is yes if the
+whole interval exceeds the threshold on the claimed side, no if the whole interval is below the threshold, and "cannot
+tell" otherwise, or if a network has not learned what the claim is about.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,16 @@ from .evaluation import BLACK, FOUR_TIMES, GUIDED, START, TWICE, WHITE, Numbers,
 from .measures import WHOLE, brightness, colour_distance
 from .objectives import EPSILON, OURS, PLAIN, STARVED
 
+# Thresholds.
 LEVELS_MATTER = 10.0  # of 255
-UNEVEN_MATTERS = 1.0  # levels of standard deviation: about what is seen in a flat ground
+UNEVEN_MATTERS = 1.0  # levels of standard deviation, about the least that is visible in a flat ground
 SHARE_MATTERS = 0.2  # of pictures
 ERROR_MATTERS = 0.1  # of v, whose mean square at t = T is about 1
-LEARNED = 0.6  # share of the answer that a network may miss in the middle of the schedule
-LEARNED_WHOLE = 0.8  # share of pictures that are whole on the network's own canvas
+LEARNED = 0.6  # largest relative error, in the middle of the schedule, of a network that has learned
+LEARNED_WHOLE = 0.8  # smallest share of whole pictures on the network's own canvas
 
 INFINITY, FINITE = "infinity", f"{START:g}"
-Run = Mapping[str, Numbers]  # of one training seed: the measurements of each training
+Run = Mapping[str, Numbers]  # the measurements of each training of one seed
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Evidence:
     """A comparison.
 
     Attributes:
-        text: What is compared, in words.
-        one, other: The two numbers; ``difference`` is one - other.
-        matters: What the difference has to exceed.
-        testable: False if a network has not learned what it is asked about.
-        judged: False for a number that is only shown.
+        text: Description of the two numbers.
+        one, other: The two numbers.
+        difference: one - other, with its interval.
+        matters: Threshold that the difference must exceed.
+        testable: False if a network has not learned what the claim is about.
+        judged: False for a comparison that does not count toward the verdict.
     """
 
     text: str
@@ -61,7 +63,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and what was measured of it; yes if all that is judged says so."""
+    """A claim and its evidence.  The verdict is yes only if all judged evidence says yes."""
 
     number: str
     text: str
@@ -75,7 +77,7 @@ class Claim:
 
 
 def judge_claims(runs: Sequence[Run]) -> list[Claim]:
-    """The claims, from the trainings of one or several seeds."""
+    """Judge all claims from the training runs of one or several seeds."""
     return [
         _works_from_infinity(runs),
         _pulled_to_grey(runs),
@@ -94,14 +96,14 @@ def _works_from_infinity(runs: Sequence[Run]) -> Claim:
     darker = {BLACK: 1, WHITE: -1, "dark": 1, "light": -1}
 
     def off(ground: str, start: str, guidance: float) -> Callable[[Run], np.ndarray]:
-        """How much too near to grey."""
+        """Distance from the right brightness toward grey."""
         wanted = _wanted(ground)
         return lambda run: darker[ground] * (_solid(run[OURS], "brightness", ground, start, guidance) - wanted)
 
     evidence = [
         _compare(
             runs,
-            f'"{ground}" of the zero-SNR network, levels too near to grey, from {START:g} and from infinity, '
+            f'"{ground}" of the zero-SNR network, error toward grey in levels, from {START:g} and from infinity, '
             f"{_at(guidance)}",
             off(ground, FINITE, guidance),
             off(ground, INFINITY, guidance),
@@ -128,7 +130,7 @@ def _pulled_to_grey(runs: Sequence[Run]) -> Claim:
     evidence = [
         _compare(
             runs,
-            f"black and white pulled toward grey by (levels): {name} from its own {START:g}, and the zero-SNR network "
+            f"pull of black and white toward grey, in levels: {name} from its own {START:g}, and the zero-SNR network "
             f"from infinity, {_at(guidance)}",
             pull(name, FINITE, guidance),
             pull(OURS, INFINITY, guidance),
@@ -141,7 +143,7 @@ def _pulled_to_grey(runs: Sequence[Run]) -> Claim:
     evidence.append(
         _compare(
             runs,
-            f"tint of black and white grounds around a thing (levels between channels): {PLAIN} from {START:g}, and "
+            f"tint of black and white around an object, in levels between channels: {PLAIN} from {START:g}, and "
             f"the zero-SNR network from infinity, {_at(GUIDED)}",
             tinted(PLAIN, FINITE),
             tinted(OURS, INFINITY),
@@ -163,24 +165,26 @@ def _false_contrast(runs: Sequence[Run]) -> Claim:
         return lambda run: np.mean([_solid(run[name], "contrast", g, start) for g in (BLACK, WHITE)], axis=0)
 
     measures = {
-        "unevenness of black and white around a thing, not clipped, without guidance": around("unevenness", 1.0),
-        f"unevenness of black and white around a thing, as seen, {_at(GUIDED)}": around("seen unevenness", GUIDED),
-        "contrast of blocks within plain black and white, without guidance": blocks,
+        "unevenness of black and white around an object, not clipped, without guidance": around("unevenness", 1.0),
+        f"unevenness of black and white around an object, clipped, {_at(GUIDED)}": around("seen unevenness", GUIDED),
+        "contrast between blocks of plain black and white, without guidance": blocks,
     }
     evidence = [
-        _compare(runs, f"{text} (levels): {both}", of(PLAIN, FINITE), of(OURS, INFINITY), UNEVEN_MATTERS, (PLAIN, OURS))
+        _compare(
+            runs, f"{text}, in levels: {both}", of(PLAIN, FINITE), of(OURS, INFINITY), UNEVEN_MATTERS, (PLAIN, OURS)
+        )
         for text, of in measures.items()
     ]
     return Claim("2b", "Without the zero-SNR step there is false contrast in flat grounds", tuple(evidence))
 
 
 def _first_prediction(runs: Sequence[Run]) -> Claim:
-    """Beside what the average of all colours is off by."""
+    """Compared with the error of the average of all colours."""
     average = np.mean([mean_colour(ground) for ground in COLOURS], axis=0)
     guess = float(np.mean([colour_distance(average, mean_colour(ground)) for ground in COLOURS]))
     evidence = _compare(
         runs,
-        "CIEDE2000 from the colour asked for: the average of all colours, and the first prediction at infinity",
+        "CIEDE2000 to the requested colour: the average of all colours, and the first prediction at infinity",
         lambda run: np.full_like(first(run), guess),
         first := lambda run: np.mean([_solid(run[OURS], "first", ground, INFINITY) for ground in COLOURS], axis=0),
         guess / 2,
@@ -198,13 +202,11 @@ def _coherence(runs: Sequence[Run]) -> Claim:
 
     own = float(np.mean([whole("halved", np.inf)(run).mean() for run in runs]))
     learned = own >= LEARNED_WHOLE
-    on_its_own = (
-        f"(from infinity, on its own canvas, {own:.0%} are whole; below {LEARNED_WHOLE:.0%} nothing can be said)"
-    )
+    on_its_own = f"(on its own canvas, from infinity, {own:.0%} are whole; the claim needs {LEARNED_WHOLE:.0%})"
     evidence = [
         _compare(
             runs,
-            f"share of whole snakes, trains and pencils on a canvas twice as long, from {TWICE:g} and from {START:g} "
+            f"share of whole snakes, trains and pencils on a canvas twice as wide, from {TWICE:g} and from {START:g} "
             f"{on_its_own}",
             whole("halved", TWICE),
             whole("halved", START),
@@ -215,7 +217,7 @@ def _coherence(runs: Sequence[Run]) -> Claim:
         *(
             _compare(
                 runs,
-                f"share of the picture that one of them explains there, from {larger:g} and from {smaller:g}",
+                f"share of such a picture that one object explains, from {larger:g} and from {smaller:g}",
                 share("halved", larger),
                 share("halved", smaller),
                 SHARE_MATTERS,
@@ -227,7 +229,7 @@ def _coherence(runs: Sequence[Run]) -> Claim:
         ),
         _compare(
             runs,
-            f"the same on pictures of 64 x 64, a size that it never saw, from {TWICE:g} and from {START:g}",
+            f"the same on pictures of 64 x 64, a size not trained on, from {TWICE:g} and from {START:g}",
             share("literal", TWICE),
             share("literal", START),
             SHARE_MATTERS,
@@ -249,7 +251,7 @@ def _starved(runs: Sequence[Run]) -> Claim:
     evidence = [
         _compare(
             runs,
-            f"mean square error of v at t = T, {pairs} pairs of thing and ground, without a floor and with one",
+            f"mean square error of v at t = T, {pairs} pairs of object and ground, without a floor and with one",
             error(STARVED, pairs),
             error(OURS, pairs),
             ERROR_MATTERS,
@@ -260,7 +262,7 @@ def _starved(runs: Sequence[Run]) -> Claim:
     evidence.append(
         _compare(
             runs,
-            "black from infinity, off by (levels), without a floor and with one",
+            "brightness error of black from infinity, in levels, without a floor and with one",
             off(STARVED),
             off(OURS),
             LEVELS_MATTER,
@@ -285,7 +287,7 @@ def _compare(
     testable: bool = True,
     judged: bool = True,
 ) -> Evidence:
-    """Paired by the noise; ``one`` and ``other`` give (K,) values of a run."""
+    """Compare paired values; ``one`` and ``other`` take a run and return (K,) values, one per noise."""
     runs = [run for run in runs if all(name in run for name in networks)]
     pairs = np.array([(one(run), other(run)) for run in runs], dtype=float)  # (runs, 2, K)
     differences = pairs[:, 0] - pairs[:, 1]
@@ -313,12 +315,12 @@ def _solid(numbers: Numbers, what: str, ground: str, start: str, guidance: float
 
 
 def _wanted(ground: str) -> float:
-    """Mean luma of the pictures of a ground's caption."""
+    """Mean luma of the training pictures with a ground."""
     return float(brightness(mean_colour(ground)[None, None, None])[0])
 
 
 def _of_things(numbers: Numbers, what: str, start: str, guidance: float) -> np.ndarray:
-    """(K,) of pictures with a thing, mean of those on black and on white."""
+    """(K,) values of pictures with an object, averaged over black and white grounds."""
     return np.mean([numbers[f"things/{start}/{guidance:g}/{what}/{ground}"] for ground in (BLACK, WHITE)], axis=0)
 
 

@@ -1,7 +1,7 @@
-"""A classifier of the demo's pictures, for adherence: does a picture show what its caption asks for?
+"""A classifier of the demo's pictures, to measure adherence: does a picture show what its caption asks for?
 
-It is trained when it is asked for, in about a minute, on composed pictures with some noise, so that it looks at what a
-thing is and not at how clean it is.
+It is trained on demand, in about a minute, on composed pictures with some noise, so that it recognises objects and does
+not judge how clean they are.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from torch import nn
 from .composed import GROUNDS, Asked, Composer
 
 STEPS, BATCH, LEARNING_RATE = 700, 64, 2e-3
-ROUGHEST = 12.0  # levels of noise that pictures are trained with, at the most
+ROUGHEST = 12.0  # largest standard deviation of the noise added to training pictures, in levels
 
 
 class Classifier(nn.Module):
-    """Logits of the thing, with nothing as the last class, and of the ground, from pictures (B, H, W, 3) in levels."""
+    """(B, H, W, 3) pictures in levels to logits of the object, whose last class is none, and logits of the ground."""
 
     def __init__(self, things: int, width: int = 32):
         super().__init__()
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(composer: Composer, seed: int = 0, steps: int = STEPS) -> Classifier:
-    """Train on pictures of all pairs of thing and ground, in eval mode when it comes back."""
+    """Train on all pairs of object and ground.  Returns the classifier in eval mode."""
     random = np.random.default_rng((77, seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def train_classifier(composer: Composer, seed: int = 0, steps: int = STEPS) -> C
 
 
 def draw_short(composer: Composer, random: np.random.Generator) -> Asked:
-    """What a picture shall show, without things that are stretched across the canvas; also pairs that are held out."""
+    """Draw what a picture shows: held-out pairs too, but no object stretched across the canvas."""
     while True:
         asked = composer.draw(random, held_out=bool(random.random() < 0.2))
         if not asked.long:
@@ -71,13 +71,13 @@ def draw_short(composer: Composer, random: np.random.Generator) -> Asked:
 def adherence(
     classifier: Classifier, composer: Composer, pictures: np.ndarray, asked: Sequence[Asked]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) bool each: whether pictures (B, H, W, 3) in levels show the thing, and the ground, that was asked for."""
+    """Two (B,) bool arrays: pictures (B, H, W, 3) in levels that show the right object, and the right ground."""
     things, grounds = classifier(torch.from_numpy(np.asarray(pictures, dtype=np.float32).clip(0, 255)))
     classes = _classes(composer, asked)
     return things.argmax(1).numpy() == classes[:, 0], grounds.argmax(1).numpy() == classes[:, 1]
 
 
 def _classes(composer: Composer, asked: Sequence[Asked]) -> np.ndarray:
-    """(B, 2) the number of the thing, the last one for nothing, and of the ground."""
+    """(B, 2) class of the object, the last of which is none, and class of the ground."""
     number = {name: i for i, name in enumerate(composer.emoji)} | {"": len(composer.emoji)}
     return np.array([(number[one.emoji], GROUNDS.index(one.ground)) for one in asked])

@@ -1,15 +1,13 @@
-"""Captioned pictures whose answer is known: Noto emoji on a ground that the caption asks for.
+"""Captioned pictures with a known answer: Noto emoji on the ground that the caption names.
 
-Five kinds of grounds: seven colours, each in shades; "dark" and "light", in any hue; and photographs of stars, bricks,
-grass and gravel.  On them stands one of the emoji, at any place and in one of several sizes, or one that is stretched
-across the canvas, or nothing.  A frame of FRAME pixels is never covered, so that the ground can be measured without
-asking what is in the picture.
+The grounds are seven colours, each in shades; "dark" and "light", in any hue; and photographs of stars, bricks, grass
+and gravel.  On the ground is one emoji at a random place and in one of several sizes, or one stretched across the
+canvas, or nothing.  A frame of FRAME pixels stays uncovered, so that the ground can be measured in every picture.
 
-A colour comes in shades, as it does in photographs.  Without a spread of brightness among the pictures of one caption a
-network would have nothing to read in the mean of the noise, and would paint black from any start.
+Each colour comes in shades, as in photographs.  If all pictures of a caption had the same brightness, a network would
+learn nothing from the mean of the noise, and would paint black from any start.
 
-A fifth of the pairs of emoji and ground is never trained with (``held_out``): what is measured on them was not learned
-by heart.
+A fifth of the pairs of emoji and ground is held out of training (``held_out``), to measure more than memory.
 """
 
 import csv
@@ -27,7 +25,7 @@ from ..canvas import Size
 from ..files import atomic_folder
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
-CELL, COLUMNS = 64, 20  # of the sheet: pixels of a picture, pictures of a row
+CELL, COLUMNS = 64, 20  # of the sheet: pixels per side of a picture, pictures per row
 
 COLOURS = {
     "black": (0, 0, 0),
@@ -38,14 +36,14 @@ COLOURS = {
     "blue": (40, 70, 200),
     "yellow": (235, 205, 50),
 }
-BRIGHTNESS = {"dark": (0.0, 110.0), "light": (145.0, 255.0)}  # luma, drawn evenly
+BRIGHTNESS = {"dark": (0.0, 110.0), "light": (145.0, 255.0)}  # range of luma, uniform
 PHOTOGRAPHS = ("stars", "brick", "grass", "gravel")
 GROUNDS = (*COLOURS, *BRIGHTNESS, *PHOTOGRAPHS)
 SHADE = 16.0  # standard deviation of a colour's brightness, in levels of 255, before it is clipped
 TINT = 4.0  # the same of each channel alone
 HUE = 0.25  # relative standard deviation of each channel of dark and light
 
-# a small network has time for these; the larger one learns all
+# the emoji that the small network learns; the larger one learns all
 FEW = (
     *("frog", "fox", "cat face", "dog face", "panda", "lion", "tiger face", "koala", "penguin", "owl", "duck"),
     *("parrot", "flamingo", "whale", "dolphin", "octopus", "crab", "turtle", "snail", "butterfly", "bee", "ladybird"),
@@ -53,16 +51,16 @@ FEW = (
     *("apple", "strawberry", "avocado", "carrot", "broccoli", "hamburger", "doughnut", "ice cream", "train", "bus"),
     *("police car", "tractor", "rocket", "guitar", "violin", "trumpet"),
 )
-LONG = ("snake", "train", "pencil")  # that are also stretched across the canvas
+LONG = ("snake", "train", "pencil")  # also stretched across the canvas
 DIAGONAL = ("pencil",)  # drawn from corner to corner
 
 FRAME = 2  # pixels at the edge that are always ground
 SIDES = (18, 20, 22, 24, 26)  # of an emoji, on a canvas of 32
-LONG_SHAPE = (28, 12)  # width and height of one that is stretched, on the same canvas
+LONG_SHAPE = (28, 12)  # width and height of a stretched emoji, on the same canvas
 CANVAS = 32
 
 EMPTY_SHARE, LONG_SHARE = 0.2, 0.12  # of the pictures
-BLACK_OR_WHITE_SHARE = 0.25  # of the grounds, beside their own share
+BLACK_OR_WHITE_SHARE = 0.25  # of the grounds, in addition to their own share
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ class Asked:
     """What a picture shows.
 
     Attributes:
-        ground: one of GROUNDS.
-        emoji: its name; "" for none.
-        long: whether it is stretched across the canvas.
+        ground: One of GROUNDS.
+        emoji: Name of the emoji; "" for none.
+        long: True if it is stretched across the canvas.
     """
 
     ground: str
@@ -81,7 +79,7 @@ class Asked:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All ways to ask for it; the first is the one that is measured with."""
+        """All captions for it.  Measurements use the first."""
         if not self.emoji:
             if self.ground in BRIGHTNESS:
                 return ({"dark": "darkness", "light": "bright light"}[self.ground],)
@@ -104,8 +102,8 @@ class Sprites:
     """The emoji, with transparency, in the sizes of a canvas.
 
     Args:
-        names: which; by default all.
-        scale: of the canvas, in units of CANVAS.
+        names: Names of the emoji.  Default: all.
+        scale: Scale of the canvas, in units of CANVAS.
     """
 
     def __init__(self, names: Sequence[str] | None = None, scale: int = 1):
@@ -118,7 +116,7 @@ class Sprites:
         self._made: dict[tuple[str, Size], np.ndarray] = {}
 
     def __call__(self, name: str, size: Size) -> np.ndarray:
-        """(h, w, 4) float32 of an emoji of a size (w, h): colours times opacity, 0 to 255, and the opacity, 0 to 1."""
+        """(h, w, 4) float32 of an emoji in a size (w, h): premultiplied colours, 0 to 255, and opacity, 0 to 1."""
         if (name, size) not in self._made:
             sprite = self._whole(name)
             if size[0] != size[1]:
@@ -127,7 +125,7 @@ class Sprites:
         return self._made[name, size]
 
     def sizes(self, long: bool = False) -> tuple[Size, ...]:
-        """(w, h) in which emoji appear."""
+        """Sizes (w, h) in which emoji are drawn."""
         shapes = (LONG_SHAPE,) if long else tuple((side, side) for side in SIDES)
         return tuple((self.scale * w, self.scale * h) for w, h in shapes)
 
@@ -162,8 +160,8 @@ class Composer:
     """Composes pictures.
 
     Args:
-        emoji: names of those that are drawn; by default FEW.
-        scale: of the canvas, in units of CANVAS.
+        emoji: Names of the emoji to draw.
+        scale: Scale of the canvas, in units of CANVAS.
     """
 
     def __init__(self, emoji: Sequence[str] = FEW, scale: int = 1):
@@ -182,23 +180,23 @@ class Composer:
 
     @property
     def side(self) -> int:
-        """Of the canvas, in pixels."""
+        """Side of the canvas, in pixels."""
         return self.scale * CANVAS
 
     def captions(self) -> list[str]:
-        """Of all that may be asked for."""
+        """Captions of everything that can be drawn."""
         asked = [Asked(ground, emoji) for ground in GROUNDS for emoji in ("", *self.emoji)]
         asked += [Asked(ground, emoji, True) for ground in GROUNDS for emoji in LONG]
         return [caption for one in asked for caption in one.captions]
 
     def held_out(self, asked: Asked) -> bool:
-        """Whether a pair of emoji and ground is never trained with."""
+        """True if a pair of emoji and ground is held out of training."""
         if not asked.emoji or asked.long:
             return False
         return (7 * self.emoji.index(asked.emoji) + 3 * GROUNDS.index(asked.ground)) % 5 == 0
 
     def draw(self, random: np.random.Generator, held_out: bool = False) -> Asked:
-        """What a picture shall show: of training, or one of the pairs that are held out."""
+        """Draw what a picture shows: a training pair, or a held-out one."""
         while True:
             ground = str(random.choice(GROUNDS))
             if random.random() < BLACK_OR_WHITE_SHARE:
@@ -244,12 +242,12 @@ def ground_colour(name: str, random: np.random.Generator) -> np.ndarray:
 
 
 def write_pictures(folder: Path, count: int, composer: Composer, seed: int = 0) -> Path:
-    """A folder of PNGs of training, each with its caption in a .txt of its name, and answers.csv.
+    """Write a folder of training pictures as PNG, each with its caption in a .txt of the same name, and answers.csv.
 
-    It is there whole or not at all.
+    The folder appears complete or not at all.
 
     Raises:
-        UserError: the folder is there already, or cannot be written.
+        UserError: The folder exists already, or cannot be written.
     """
     answers = io.StringIO()
     table = csv.writer(answers)

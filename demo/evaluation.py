@@ -1,13 +1,12 @@
-"""Asks a trained network everything that the claims need, with the same noise for all networks.
+"""The measurements that the claims need, made on a trained network, with the same noise for all networks.
 
-Noise levels have the names that they have for SDXL at 1024 x 1024: "14.6" is the level at which SDXL's own schedule
-ends, and 29 and 58 are what a canvas of twice and four times the length needs.  ``objectives`` says how they become
-those of a small canvas.
+Noise levels are named by their value for SDXL at 1024 x 1024: SDXL's own schedule ends at 14.6, and canvases twice and
+four times as wide need 29 and 58.  ``objectives`` converts them to a small canvas.
 
-**A canvas twice as long.**  The means of 2 x 2 blocks of a canvas of 64 x 64 follow the very process of 32 x 32, with
-half the noise.  So what happens to the composition of the longer canvas can be seen on the canvas that the network
-knows, by starting it at half the sigma ("halved").  Besides, the longer canvas itself is sampled ("literal"), on which
-the network was not trained.
+**A canvas twice as wide.**  The means of 2 x 2 blocks of a 64 x 64 canvas follow the process of a 32 x 32 canvas with
+half the noise.  So the composition on the larger canvas can be studied on the canvas that the network knows, by
+starting at half the sigma ("halved").  The larger canvas itself, on which the network was not trained, is sampled too
+("literal").
 """
 
 import math
@@ -26,17 +25,17 @@ from .measures import brightness, coarse_contrast, colour_distance, explained_by
 from .networks import DemoNetwork
 from .objectives import sdxl_sigma
 
-NOISES = 32  # of solid grounds
-OBJECTS = 64  # pictures of things on black, and on white
+NOISES = 32  # per solid ground
+OBJECTS = 64  # pictures with an object, on black and on white each
 LONG_PICTURES, LITERAL_PICTURES = 96, 16
 ERROR_PICTURES = 512
 STEPS = 28
-GUIDED = 4.0  # scale of classifier-free guidance, beside 1
+GUIDED = 4.0  # scale of classifier-free guidance; measured besides 1
 SOLIDS = (*COLOURS, "dark", "light")
 BLACK, WHITE = "black", "white"
-ON = (BLACK, WHITE, "blue", "red")  # grounds of long things
+ON = (BLACK, WHITE, "blue", "red")  # grounds of long objects
 START, TWICE, FOUR_TIMES = 14.6, 29.0, 58.0
-SDXL_SIGMA_MAX = 14.614641  # that 14.6 stands for
+SDXL_SIGMA_MAX = 14.614641  # exact value of 14.6
 GUIDED_SOLIDS = ("black", "white", "dark", "light")
 SEED = 1000  # of the noise
 
@@ -44,29 +43,29 @@ Numbers = dict[str, np.ndarray]
 
 
 def start_name(start: float) -> str:
-    """In words."""
+    """The name of a starting noise level."""
     return "infinity" if math.isinf(start) else f"{start:g}"
 
 
 def starts_of(network: DemoNetwork) -> tuple[float, ...]:
-    """Where a network is started: from infinity only if it was trained there."""
+    """Noise levels from which a network is sampled: infinity only if it was trained there."""
     return (math.inf, START) if network.schedule.zero_terminal_snr else (START,)
 
 
 def canvas_sigma(start: float, side: int) -> float:
-    """The sigma of a canvas of side x side values that is called ``start``."""
+    """The sigma on a canvas of side x side values that is named ``start``."""
     if math.isinf(start):
         return start
     return sdxl_sigma(SDXL_SIGMA_MAX * start / START if start in (START, TWICE, FOUR_TIMES) else start, side)
 
 
 class Evaluation:
-    """Measurements of one network, kept by name in a file; a measurement that is there is not made again.
+    """Measurements of one network, kept in a file by name.  Measurements in the file are not repeated.
 
     Args:
-        network: What is asked.
-        composer: Of the pictures it was trained with.
-        path: .npz file to keep them in.
+        network: Network to measure.
+        composer: Composer of its training pictures.
+        path: .npz file of the measurements.
     """
 
     def __init__(self, network: DemoNetwork, composer: Composer, path: Path):
@@ -74,10 +73,10 @@ class Evaluation:
         self.numbers: Numbers = dict(np.load(path)) if path.exists() else {}
 
     def all(self, long: bool, tick: Callable[[], None] = lambda: None) -> Numbers:
-        """Everything.
+        """All measurements.
 
         Args:
-            long: Also what a longer canvas makes of long things.
+            long: Also measure long objects on larger canvases.
             tick: Called after each part.
         """
         parts: dict[str, Callable[[], Numbers]] = {"error": self._errors}
@@ -108,7 +107,7 @@ class Evaluation:
     def _sample(
         self, asked: Sequence[Asked], noise: torch.Tensor, start: float, guidance: float = 1.0, halved: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures (B, H, W, 3) in levels, not clipped, and those of the first prediction."""
+        """Pictures (B, H, W, 3) and first predictions of them, in levels, not clipped."""
         network, captions = self.network, [one.caption for one in asked]
         side = noise.shape[-1]
         sigma = canvas_sigma(start, side) / (2 if halved else 1)
@@ -139,7 +138,7 @@ class Evaluation:
         return found
 
     def _things(self, start: float, guidance: float) -> Numbers:
-        """Things on black and white; half of the pairs were never trained with."""
+        """Objects on black and white."""
         emoji = self.composer.emoji
         noise = self.network.noise(range(SEED + 100, SEED + 100 + OBJECTS))
         found: Numbers = {}
@@ -147,7 +146,7 @@ class Evaluation:
             asked = [Asked(ground, emoji[i % len(emoji)]) for i in range(OBJECTS)]
             levels, _ = self._sample(asked, noise, start, guidance)
             shown = levels.clip(0, 255)
-            # also not clipped, because clipping at 0 and 255 hides what is uneven in a black that is black enough
+            # not clipped too, because clipping at 0 and 255 hides unevenness in very dark black
             found[f"unevenness/{ground}"] = unevenness(levels)
             found[f"seen unevenness/{ground}"] = unevenness(shown)
             found[f"tint/{ground}"] = tint(shown)
@@ -156,7 +155,7 @@ class Evaluation:
         return found
 
     def _long(self, start: float, halved: bool) -> Numbers:
-        """Things that span the canvas, with guidance: how much of the picture one of them explains."""
+        """Objects that span the canvas, with guidance: the share of the picture that one of them explains."""
         side = self.network.shape[-1] * (1 if halved else 2)
         count = LONG_PICTURES if halved else LITERAL_PICTURES
         shape = (self.network.shape[0], side, side)
@@ -166,7 +165,7 @@ class Evaluation:
         levels, _ = self._sample(asked, noise, start, GUIDED, halved)
         shown = levels.clip(0, 255)
         sizes = self.composer.sprites.sizes(long=True)
-        if not halved:  # in its own size, or twice as large
+        if not halved:  # in their own size, or twice as large
             sizes = (*sizes, *((2 * w, 2 * h) for w, h in sizes))
         return {
             "explained": explained_by_asked(shown, asked, self.composer.sprites, sizes),
@@ -174,8 +173,10 @@ class Evaluation:
         }
 
     def _errors(self) -> Numbers:
-        """Mean square error of what the network answers, at t = T and, as a share of the right answer's mean square,
-        in the middle of the schedule, where the caption hardly matters and any trained network knows the picture."""
+        """Mean square error of the network's output at t = T, and its relative error in the middle of the schedule.
+
+        In the middle the caption hardly matters, and every trained network recognises the picture.
+        """
         network, found = self.network, {}
         for name, held_out in (("trained", False), ("held out", True)):
             random = np.random.default_rng((SEED, held_out))
@@ -192,7 +193,7 @@ class Evaluation:
     def _error(
         self, x0: torch.Tensor, noise: torch.Tensor, captions: Sequence[str], t: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) mean square error of the network's answer at a timestep, and the mean square of the right one."""
+        """(B,) mean square error of the network's output at a timestep, and (B,) mean square of its target."""
         network = self.network
         alpha, s = alpha_s(network.schedule.sigma(float(t)))
         output = network.predict(alpha * x0 + s * noise, torch.full((len(x0),), float(t)), captions)
@@ -209,6 +210,6 @@ class Evaluation:
 
 @cache
 def mean_colour(ground: str, count: int = 4000) -> np.ndarray:
-    """(3,) mean levels of the grounds that a caption stands for."""
+    """(3,) mean levels of a ground over the training pictures."""
     random = np.random.default_rng(GROUNDS.index(ground))
     return np.mean([ground_colour(ground, random) for _ in range(count)], axis=0)

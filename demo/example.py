@@ -1,4 +1,4 @@
-"""``ztsnr example``: captioned pictures, a small base of SDXL's own classes, and settings that train it at once."""
+"""``ztsnr example``: captioned pictures, a small base model of SDXL's classes, and settings to fine-tune it with."""
 
 import shutil
 from collections.abc import Callable
@@ -13,9 +13,9 @@ PICTURES = 600
 STEPS = 400
 
 SETTINGS = """\
-# A fine-tune that runs in minutes on a processor: an epsilon network becomes a v-prediction network with zero terminal
-# SNR.  For a model of your own, change base, sources and buckets, take out config and schedule_shift, and lower the
-# learning rate to about 1e-5.  `ztsnr finetune settings.toml --list-settings` explains every setting.
+# A fine-tune that takes minutes on a CPU: an epsilon network becomes a v-prediction network with zero terminal SNR.
+# For your own model, ztsnr finetune --init prints settings to start from.  ztsnr finetune --list-settings explains
+# every setting.
 
 out = "{folder}/run"
 steps = {steps}
@@ -23,21 +23,21 @@ save_every = 200
 
 [model]
 base = "{folder}/base.safetensors"  # a diffusers folder, a .safetensors file, or a name on the Hugging Face Hub
-config = "{folder}/config"          # what completes the file; a published kind of model needs none
+config = "{folder}/config"          # settings and tokenizers that complete the file; SDXL itself needs none
 text_encoders = true
 dtype = "bfloat16"
 
 [data]
-sources = [{{ path = "{folder}/pictures" }}]  # pictures, each with its caption in a .txt beside it
+sources = ["{folder}/pictures"]  # each picture with its caption in a .txt beside it
 batch_size = 16
 buckets = ["{side}x{side}"]
-step = {side}  # sides are multiples of it; leave it out for SDXL's buckets
+step = {side}  # sides are multiples of this; leave it out for SDXL's buckets
 max_chunks = 1
 validation_share = 0.05
 workers = 0
 
 [objective]
-schedule_shift = {shift:g}  # SDXL's noise levels, scaled to a canvas of {side} x {side}; leave it out at 1024 x 1024
+schedule_shift = {shift:g}  # scales SDXL's noise levels to a {side} x {side} canvas; leave it out at 1024 x 1024
 
 [optimizer]
 learning_rate = 8e-4
@@ -60,7 +60,7 @@ tensorboard = false
 
 
 def write_example(folder: Path, say: Callable[[str], None] = print) -> None:
-    """Write the folder; it is there whole or not at all.
+    """Write the example.  The folder appears complete or not at all.
 
     Raises:
         UserError: The folder exists already, or cannot be written.

@@ -1,12 +1,12 @@
-"""The bound that no training lifts: what a perfect network makes of a caption that names a colour.
+"""A limit that no training can overcome: the output of a perfect network for a caption that names a colour.
 
-The pictures of a caption are solid, of known colours c_1 ... c_K.  Of such a picture under noise, x = alpha c + s n
-on N pixels, the mean of x says everything, so the exact denoiser is the posterior mean
+The pictures of a caption are solid, with known colours c_1 ... c_K.  Of such a picture with noise, x = alpha c + s n
+on N pixels, the mean of x is a sufficient statistic, so the exact denoiser is the posterior mean
 
     D(x) = sum_k w_k c_k,    w_k ~ exp(-N |mean(x) / alpha - c_k|^2 / (2 sigma^2)),
 
-and the flow is one of three numbers.  Started at a finite sigma from pure noise, whose mean is near 0, the exact
-denoiser believes that it sees a grey canvas.  Grey is the right answer to such a start.
+and the flow has three dimensions.  Started at a finite sigma from pure noise, whose mean is near 0, the exact denoiser
+sees a grey canvas, and grey is the right prediction for that input.
 """
 
 import math
@@ -31,7 +31,7 @@ NOISES = 64
 
 @dataclass(frozen=True)
 class Bound:
-    """Mean luma in levels: of a caption's pictures, and of what the exact denoiser makes of pure noise."""
+    """Mean luma in levels: of a caption's pictures, and of the exact flow from pure noise."""
 
     caption: str
     data: float
@@ -40,7 +40,7 @@ class Bound:
 
 
 def bounds() -> list[Bound]:
-    """For each solid ground, and for no caption."""
+    """The bounds of each solid ground, and of the empty caption."""
     shades = {ground: _shades(ground) for ground in SOLIDS}
     shades["no caption"] = np.concatenate(list(shades.values()))
     zero = NoiseSchedule.sdxl().shifted(shift_of(CANVAS))
@@ -54,12 +54,12 @@ def bounds() -> list[Bound]:
 
 
 def flow(colours: np.ndarray, sigmas: Sequence[float], pixels: int = CANVAS**2) -> np.ndarray:
-    """(NOISES, 3) levels that Euler steps of the exact flow lead to.
+    """(NOISES, 3) levels at the end of Euler steps along the exact flow.
 
     Args:
         colours: (K, 3) levels of the pictures.
-        sigmas: From a start, which may be infinite, to 0.
-        pixels: N of the canvas.
+        sigmas: Descending to 0; the first may be infinite.
+        pixels: Number of pixels N of the canvas.
     """
     known = (colours / 127.5 - 1) * SCALING_FACTOR
     noise = np.random.default_rng(1).standard_normal((NOISES, 3)) / math.sqrt(pixels)

@@ -14,14 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 OUT = Path(__file__).resolve().parent / "pictures"
-SIDE, COLUMNS = 64, 20  # pixels of a picture, pictures of a row
+SIDE, COLUMNS = 64, 20  # pixels per side of a picture, pictures per row
 SUBCATEGORIES = (
     *("animal-mammal", "animal-bird", "animal-marine", "animal-reptile", "animal-amphibian", "animal-bug"),
     *("plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared", "food-sweet", "drink"),
     *("transport-ground", "transport-air", "transport-water", "musical-instrument"),
 )
 BESIDE = ("PENCIL",)
-WORDS = {  # where Unicode's name is not what a caption would say
+WORDS = {  # Unicode's name: word for captions, where they differ
     "steam locomotive": "train",
     "train": "electric train",
     "ear of maize": "corn",
@@ -34,7 +34,7 @@ WORDS = {  # where Unicode's name is not what a caption would say
     "slice of pizza": "pizza",
     "passenger ship": "cruise ship",
 }
-PHOTOGRAPHS = {  # name -> file of scikit-image, length of its shorter side in pixels
+PHOTOGRAPHS = {  # name: file of scikit-image, shorter side in pixels
     "stars": ("hubble_deep_field.jpg", 160),
     "brick": ("brick.png", 96),
     "grass": ("grass.png", 96),
@@ -43,7 +43,7 @@ PHOTOGRAPHS = {  # name -> file of scikit-image, length of its shorter side in p
 
 
 def name_of(entry: dict, taken: set[str]) -> str:
-    """The words of a caption: "fox" of FOX FACE, as long as no other picture is called so."""
+    """The word for captions: "fox" for FOX FACE, unless another picture has that name."""
     name = entry["name"].lower()
     short = name.removesuffix(" face")
     return WORDS.get(name, name if short in taken else short)

@@ -2,8 +2,8 @@
 
     python -m ztsnr.demo.make_weights FOLDER [SEED]
 
-FOLDER is that of ``ztsnr demo --train cpu``.  The networks are written as single files in float16, marked as what they
-are, and the settings and tokenizers that they share beside them.
+FOLDER is the folder of ``ztsnr demo --train cpu``.  Writes the networks as single files in float16, marked with their
+prediction type and schedule, and the settings and tokenizers that they share.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from ..training.settings_file import settings_content
 from .shipped import CONFIG, FILES, WEIGHTS
 from .trainings import Trainings
 
-KEPT = ("objective", "optimizer", "average")  # tables of the settings that the model card names
+KEPT = ("objective", "optimizer", "average")  # tables of the settings in the model card
 
 
 def main(folder: Path, seed: int = 0) -> None:

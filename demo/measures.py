@@ -1,4 +1,4 @@
-"""What is measured of pictures whose answer is known: brightness, colour, contrast, and whether a thing is whole."""
+"""Measures of pictures with a known answer: brightness, colour, contrast, and whether an object is whole."""
 
 from collections.abc import Sequence
 
@@ -10,29 +10,29 @@ from ..canvas import Size
 from ..diagnostics.leak_probes import LUMA
 from .composed import FRAME, Asked, Sprites
 
-BLOCKS = 4  # along each side of the canvas, of whose means the coarse contrast is taken
-WHOLE = 0.75  # share explained from which on a thing counts as whole: midway between one of two equal things and 1
+BLOCKS = 4  # per side of the canvas, for the coarse contrast
+WHOLE = 0.75  # smallest share explained of a whole object: midway between one of two equal objects and 1
 
 
 def brightness(pictures: np.ndarray) -> np.ndarray:
-    """(B,) mean luma (Rec. 709) of pictures (B, H, W, 3), in their own unit."""
+    """(B,) mean luma (Rec. 709) of pictures (B, H, W, 3), in the unit of the pictures."""
     return (pictures @ LUMA).mean((1, 2))
 
 
 def frame(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
-    """(B, K, 3) the pixels at the edge of pictures (B, H, W, 3), where there is ground alone."""
+    """(B, K, 3) pixels at the edge of pictures (B, H, W, 3), which show only ground."""
     edge = np.ones(pictures.shape[1:3], bool)
     edge[width:-width, width:-width] = False
     return pictures[:, edge]
 
 
 def unevenness(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
-    """(B,) standard deviation of the ground's luma along the frame; 0 for a ground of one colour."""
+    """(B,) standard deviation of the luma along the frame; 0 for a ground of one colour."""
     return (frame(pictures, width) @ LUMA).std(1)
 
 
 def tint(pictures: np.ndarray, width: int = FRAME) -> np.ndarray:
-    """(B,) largest less smallest channel of the frame's mean colour; 0 for black, grey and white."""
+    """(B,) largest minus smallest channel of the frame's mean colour; 0 for black, grey and white."""
     return np.ptp(frame(pictures, width).mean(1), axis=1)
 
 
@@ -51,16 +51,16 @@ def colour_distance(colours: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
 
 
 def explained(pictures: np.ndarray, names: Sequence[str], sprites: Sprites, sizes: Sequence[Size]) -> np.ndarray:
-    """How much of each picture each thing explains, standing alone on an even ground.
+    """The share of each picture that each object explains, alone on an even ground.
 
-    The ground is the median colour of the frame.  For a thing at its best place and in its best size, the answer is
-    the share of the picture's variation about that ground that it accounts for: 1 for a picture that shows it and
-    nothing else, below 0 where it makes things worse.  So a torn or doubled thing explains little.
+    The ground is the median colour of the frame.  The share is the part of the picture's variation about that ground
+    that the object accounts for at its best place and in its best size: 1 for a picture that shows the object and
+    nothing else, below 0 if the object makes the fit worse.  A torn or doubled object explains little.
 
     Args:
         pictures: (B, H, W, 3) in levels of 255.
-        names: K things.
-        sizes: (w, h) in which they are tried.
+        names: K names of objects.
+        sizes: Sizes (w, h) to try.
 
     Returns:
         (B, K), at least -1.
@@ -89,10 +89,10 @@ def explained(pictures: np.ndarray, names: Sequence[str], sprites: Sprites, size
 def explained_by_asked(
     pictures: np.ndarray, asked: Sequence[Asked], sprites: Sprites, sizes: Sequence[Size] | None = None
 ) -> np.ndarray:
-    """(B,) share of each picture that the one thing it was asked for explains.
+    """(B,) share of each picture that the object in its caption explains.
 
     Args:
-        sizes: (w, h) in which it is tried; by default those it is drawn in.
+        sizes: Sizes (w, h) to try.  Default: the sizes in which it is drawn.
     """
     shares = np.empty(len(asked))
     for long in {one.long for one in asked}:

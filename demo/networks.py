@@ -1,4 +1,4 @@
-"""A trained network as the demo asks it: captions to pictures, from any noise level, with or without guidance."""
+"""A trained network of the demo: captions to pictures, from any noise level, with or without guidance."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,23 +23,24 @@ NO_CAPTION = ""
 
 
 def quiet_libraries() -> None:
-    """Leave out what diffusers and transformers tell about loading; a demo loads a dozen networks."""
+    """Silence the loading messages of diffusers and transformers, because a demo loads a dozen networks."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
 
 
 class DemoNetwork:
-    """A network of ``trainings``, as it was exported.
+    """An exported network of ``trainings``.
 
     Args:
-        path: A diffusers folder or a single file.
-        config: For a single file, the folder whose settings and tokenizers complete it.
-        side: Of the pictures, in pixels; by default what it was trained with.
-        dtype: Of the U-Net.
+        path: Diffusers folder or single file.
+        config: For a single file: folder whose settings and tokenizers complete it.
+        side: Side of the pictures, in pixels.  Default: the side that it was trained with.
+        device: Device to run on.
+        dtype: Dtype of the U-Net.
 
     Attributes:
-        schedule, prediction_type: What the files say.
+        schedule, prediction_type: As marked in the files.
         shape: (C, h, w) of its latents.
     """
 
@@ -61,7 +62,7 @@ class DemoNetwork:
         self._known: dict[str, dict[str, torch.Tensor]] = {}
 
     def know_schedule(self, prediction_type: str) -> None:
-        """Take the schedule from the pipeline's scheduler."""
+        """Set the prediction type, and the schedule from the pipeline's scheduler."""
         self.prediction_type = prediction_type
         self.schedule = NoiseSchedule.from_config(self.pipe.scheduler.config)
 
@@ -94,10 +95,10 @@ class DemoNetwork:
         """``denoise(x_vp, sigma) -> x0`` of states (B, C, h, w).
 
         Args:
-            captions: One a state.
-            guidance: Scale of classifier-free guidance.  What is answered without a caption is asked with the empty
-                one, as it was trained, and not with zeros.
-            join: How the two predictions of x0 become one; takes (conditional, unconditional, guidance).
+            captions: One per state.
+            guidance: Scale of classifier-free guidance.  The unconditional prediction uses the empty caption, as in
+                training, not zeros.
+            join: Combines the two predictions of x0; takes (conditional, unconditional, guidance).
         """
 
         def ask(x: torch.Tensor, sigma: float, texts: Sequence[str]) -> torch.Tensor:
@@ -113,7 +114,7 @@ class DemoNetwork:
         return denoise
 
     def default_sigmas(self, steps: int, guidance: float) -> torch.Tensor:
-        """(steps + 1,) of this package's default spacing, from infinity."""
+        """(steps + 1,) sigmas of this package's default spacing, from infinity."""
         return step_schedule(self.schedule, steps, latent_size=self.shape[1:], guidance=guidance)
 
     def sample(
@@ -138,7 +139,7 @@ class DemoNetwork:
     def sample_as_published(
         self, captions: Sequence[str], noise: torch.Tensor, steps: int, guidance: float = 1.0
     ) -> torch.Tensor:
-        """Latents as SDXL's own pipeline makes them: diffusers' Euler scheduler with `leading` timesteps."""
+        """Latents sampled as in SDXL's own pipeline: diffusers' Euler scheduler with ``leading`` timesteps."""
         scheduler = EulerDiscreteScheduler.from_config(
             self.pipe.scheduler.config, timestep_spacing="leading", steps_offset=1
         )

@@ -1,6 +1,6 @@
-"""One prompt a column, one network and start a row: what a user sees of zero terminal SNR, at a glance.
+"""A sheet that shows zero terminal SNR at a glance: a column per caption, a row per network and start.
 
-Every column has one caption and one noise.  The networks are those that come with the package, or those of a folder of
+All pictures of a column have the same caption and noise.  The networks come with the package, or from a folder of
 trainings.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 GUIDANCE = 4.0
 DEFAULT_STEPS = 20
-ALARM = 25  # levels of the ground's brightness
-LINE = 13  # letters of a caption in one line
+ALARM = 25  # largest error of the ground's brightness that is not shown in red, in levels
+LINE = 13  # letters per line of a caption
 SEED = 4
 
 ASKED = (
@@ -52,11 +52,11 @@ Sample = Callable[[Network, Sequence[str], torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One way to a picture.
+    """A network and the way to sample it.
 
     Attributes:
         network: Name of the training.
-        title, detail: For the label.
+        title, detail: Texts of the label.
         sample: (network, captions, noise) -> latents.
     """
 
@@ -97,11 +97,11 @@ ROWS = (
 
 @dataclass(frozen=True)
 class NetworksSheet:
-    """What the rows make of the captions.
+    """The pictures of the rows and columns.
 
     Attributes:
-        asked: C of them.
-        pictures: (R + 1, C, H, W, 3) uint8; the first row are pictures as they were trained with.
+        asked: The C columns.
+        pictures: (R + 1, C, H, W, 3) uint8; the first row holds training pictures.
         grounds: (R + 1, C) mean luma of the frame, in levels.
     """
 
@@ -110,7 +110,7 @@ class NetworksSheet:
     grounds: np.ndarray
 
     def table(self) -> str:
-        """The brightness of the grounds, to be printed."""
+        """The brightness of the grounds, as text."""
         from tabulate import tabulate
 
         columns = [i for i, one in enumerate(self.asked) if one.ground in WANTED]
@@ -132,7 +132,9 @@ def sample_sheet(
 
     Args:
         networks: BASE, PLAIN and OURS.
-        seed: Of the noise, which all columns share.
+        composer: Composer of the training pictures.
+        asked: The columns.
+        seed: Seed of the noise, which all columns share.
     """
     captions = [one.caption for one in asked]
     random = np.random.default_rng(seed)
@@ -146,7 +148,7 @@ def sample_sheet(
 
 
 def draw_sheet(sheet: NetworksSheet) -> "Figure":
-    """As a contact sheet; below a picture stands how bright its ground is."""
+    """Draw the contact sheet, with the brightness of each ground below its picture."""
     from ..figures.contact_sheet import contact_sheet
 
     texts = [[_brightness(*pair) for pair in zip(sheet.asked, row, strict=True)] for row in sheet.grounds]
@@ -159,10 +161,10 @@ def draw_sheet(sheet: NetworksSheet) -> "Figure":
         [(_wrapped(one), 1) for one in sheet.asked],
         texts,
         np.array(alarms),
-        title="The same base, the same noise: what the training and the first step do",
-        subtitle=f"Networks trained on real pictures, CFG {GUIDANCE:g}. Down a column: one caption, one noise.",
-        note=f"Ground: mean brightness of the frame, 0 to 255; red if more than {ALARM} from what the caption means, "
-        "or outside of what is dark (0 to 110) or light (145 to 255).",
+        title="Same base, same noise: the effect of training and of the first step",
+        subtitle=f"Networks trained on real pictures, CFG {GUIDANCE:g}. Each column has one caption and one noise.",
+        note=f"Ground: mean brightness of the frame, 0 to 255; red if more than {ALARM} off, or, for dark and light, "
+        "outside of 0 to 110 and 145 to 255.",
         smooth=True,
     )
 
@@ -172,7 +174,7 @@ def _brightness(asked: Asked, ground: float) -> str:
 
 
 def _is_off(asked: Asked, ground: float) -> bool:
-    """Whether a ground is outside of what its caption means, by more than can be overlooked."""
+    """True if a ground's brightness is visibly wrong for its caption."""
     if asked.ground in BRIGHTNESS:
         low, high = BRIGHTNESS[asked.ground]
         return not low <= ground <= high
@@ -184,13 +186,13 @@ def _wrapped(asked: Asked) -> str:
 
 
 def show_networks(out: Path, say: Callable[[str], None] = print) -> NetworksSheet:
-    """Sample the networks that come with the package, print the table, and write networks.png into a folder."""
+    """Sample the networks of the package, print the table, and write networks.png into a folder."""
     quiet_libraries()
     sheet = sample_sheet({name: load_shipped(name) for name in (BASE, PLAIN, OURS)}, Composer())
-    say(f"Networks that were trained on real pictures and come with the package, CFG {GUIDANCE:g}:\n\n{sheet.table()}")
+    say(f"Networks of this package, trained on real pictures, CFG {GUIDANCE:g}:\n\n{sheet.table()}")
     missing = no_matplotlib()
     if missing is None:
         write_atomically(out / "networks.png", png(draw_sheet(sheet)))
     say(f"\n{missing or 'Pictures:  ' + str(out / 'networks.png')}\n")
-    say("To train them yourself:  ztsnr demo --train cpu (an hour on two cores), or --train cpu --quick (minutes)")
+    say("To train them:  ztsnr demo --train cpu (an hour on two cores), or ztsnr demo --train cpu --quick (minutes)")
     return sheet

@@ -1,4 +1,4 @@
-"""One training of a folder of trainings, in a process of its own: OUT NAME SEED THREADS."""
+"""Run one training of a folder of trainings in its own process.  Arguments: OUT NAME SEED THREADS."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from .trainings import Trainings
 
 
 def main(out: str, name: str, seed: str, threads: str) -> int:
-    """Train until the end, or until a signal stops it; the exit status."""
+    """Train to the end, or until a signal stops it.  Returns the exit status."""
     torch.set_num_threads(int(threads))
     return 0 if Trainings.open(Path(out)).train(name, int(seed)) else 1
 

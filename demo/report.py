@@ -1,4 +1,4 @@
-"""The report of the trainings: claims, a table, a page with everything inside it, and the numbers as JSON."""
+"""The report of the trainings: claims, a table, a self-contained HTML page, and the numbers as JSON."""
 
 import base64
 import io
@@ -35,7 +35,14 @@ from .measures import WHOLE
 from .objectives import EPSILON, OURS, PLAIN, STARVED
 from .trainings import Recipe
 
-WAYS = ((EPSILON, FINITE), (PLAIN, FINITE), (STARVED, INFINITY), (OURS, FINITE), (OURS, INFINITY))  # rows of the table
+# rows of the table: training, start
+WAYS = (
+    (EPSILON, FINITE),
+    (PLAIN, FINITE),
+    (STARVED, INFINITY),
+    (OURS, FINITE),
+    (OURS, INFINITY),
+)
 SHOWN = (BLACK, WHITE, "dark", "light", "red", "blue", "yellow")
 HEADERS = (
     "training",
@@ -54,7 +61,7 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """What is shown of a claim: names of the columns, and for each row its name and its pictures as data URLs."""
+    """A table of a claim: names of the columns, and for each row its name and its cells, pictures as data URLs."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -62,15 +69,18 @@ class Sheet:
 
 
 def write_report(out: Path, recipe: Recipe, runs: Sequence[Run], seeds: Sequence[int]) -> list[Claim]:
-    """Write report.html and results.json into a folder; the claims, judged.
+    """Write report.html and results.json into a folder.  Returns the judged claims.
 
     Args:
-        runs: Of one or several training seeds.
+        out: The folder.
+        recipe: Recipe of the trainings.
+        runs: Measurements of one or several training seeds.
+        seeds: The training seeds.
 
     Raises:
         UserError: A file cannot be written.
     """
-    claims, limits = judge_claims(runs), bound_rows()  # which take seconds
+    claims, limits = judge_claims(runs), bound_rows()  # takes seconds
     files = {
         "results.json": _json(recipe, runs, seeds, claims, limits),
         "report.html": _html(recipe, runs, seeds, claims, limits),
@@ -82,7 +92,7 @@ def write_report(out: Path, recipe: Recipe, runs: Sequence[Run], seeds: Sequence
 
 
 def claims_text(claims: Sequence[Claim]) -> str:
-    """Each claim with its answer and what it rests on."""
+    """Each claim with its verdict and evidence, as text."""
     lines = []
     for claim in claims:
         lines.append(f"{claim.number}. {claim.text}: {claim.answer}")
@@ -91,7 +101,7 @@ def claims_text(claims: Sequence[Claim]) -> str:
 
 
 def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of HEADERS; of several trainings mean ± standard deviation."""
+    """The rows below HEADERS; mean ± standard deviation for several trainings."""
     rows = []
     for name, start in WAYS:
         there = [run[name] for run in runs if name in run]
@@ -103,7 +113,7 @@ def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def bound_rows() -> list[list[str]]:
-    """Of ``ideal_solids``: caption, brightness of its pictures, and of the exact flow from 14.6 and from infinity."""
+    """The rows below BOUND_HEADERS, from ``ideal_solids``."""
     return [[b.caption, *(f"{v:.0f}" for v in (b.data, b.from_finite, b.from_infinity))] for b in bounds()]
 
 
@@ -111,7 +121,7 @@ BOUND_HEADERS = ("caption", "its pictures", f"exact flow from {START:g}", "from 
 
 
 def summary_table(runs: Sequence[Run]) -> str:
-    """To be printed."""
+    """The summary, as text."""
     return tabulate(summary_rows(runs), HEADERS, disable_numparse=True, colalign=["left"] * 2 + ["right"] * 9)
 
 
@@ -191,9 +201,9 @@ def _html(
 
 
 def _sheets(run: Mapping[str, Numbers]) -> dict[str, Sheet]:
-    """Pictures for each claim, of one training seed; the first noise, or the first pictures, and never chosen ones."""
+    """Pictures for each claim, of one training seed: always the first ones, never chosen ones."""
     names = {FINITE: f"from {START:g}", INFINITY: "from infinity"}
-    same = f"{STEPS} Euler steps, without guidance, the same noise everywhere."
+    same = f"{STEPS} Euler steps, without guidance; all pictures have the same noise."
     ways = [way for way in WAYS if way[0] in run]
     own = [way for way in ways if way[0] == OURS]
 
@@ -217,28 +227,27 @@ def _sheets(run: Mapping[str, Numbers]) -> dict[str, Sheet]:
     return {
         "1": Sheet(list(SHOWN), [(f"{name}, {names[start]}", solids(name, start)) for name, start in own], same),
         "2": Sheet(
-            [*[f"thing {i + 1} on black" for i in range(5)], *[f"thing {i + 1} on white" for i in range(5)]],
+            [*[f"object {i + 1} on black" for i in range(5)], *[f"object {i + 1} on white" for i in range(5)]],
             [(f"{name}, {names[start]}", things(name, start)) for name, start in ways],
-            f"{STEPS} Euler steps, CFG {GUIDED:g}, the same noise everywhere. The first five of {OBJECTS} things.",
+            f"{STEPS} Euler steps, CFG {GUIDED:g}; all rows have the same noise. The first five of {OBJECTS} objects.",
         ),
         "2b": Sheet(
             ["levels"],
             [(f"{name}, {names[start]}", [contrast(name, start)]) for name, start in ways],
-            "Standard deviation of the ground around a thing on black and white, not clipped, without guidance.",
+            "Standard deviation of the ground around an object on black and white, before clipping, without guidance.",
         ),
         "3": Sheet(
             list(COLOURS),
             first,
-            "CIEDE2000 between the colour asked for and the mean of the very first prediction of x0.",
+            "CIEDE2000 between the requested colour and the mean of the first prediction of x0.",
         ),
         "4": Sheet(
             [f"{i + 1}" for i in range(8)],
             [(f"from {start_name(s)}", long("halved", s)) for s in lengths]
             + [(f"64 x 64, from {start_name(s)}", long("literal", s)) for s in lengths],
-            f"Snakes, trains and pencils, the first eight of {LONG_PICTURES}; CFG {GUIDED:g}. The upper rows are what "
-            "a canvas twice as long shows when its 2 x 2 blocks are averaged; whole is a picture of which one thing "
-            f"explains more than {WHOLE:.0%}. The lower ones are such canvases themselves, on which no network was "
-            "trained.",
+            f"Snakes, trains and pencils, the first eight of {LONG_PICTURES}; CFG {GUIDED:g}. The upper rows show "
+            "the means of 2 x 2 blocks of a canvas twice as wide; a picture counts as whole if one object explains "
+            f"more than {WHOLE:.0%} of it. The lower rows show such canvases themselves, which no network saw.",
         ),
         "5": Sheet(
             list(SHOWN),

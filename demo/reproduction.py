@@ -25,21 +25,24 @@ def reproduce(
     seeds: Sequence[int] = (0,),
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Train the networks of a size, or fine-tune the base that comes with the package; False if a signal stopped it.
+    """Train the networks of a size, or fine-tune the packaged base.  Returns False if a signal stopped it.
 
     Args:
-        quick: Few steps, from the base that comes with the package.
-        seeds: Of the fine-tunes; several give intervals over trainings.
+        out: Folder of the trainings and of the report.
+        size: Size of the networks, one of RECIPES.
+        quick: Take few steps, from the packaged base.
+        seeds: Seeds of the fine-tunes.  Several give intervals over trainings.
+        say: Takes each line of the report.
 
     Raises:
-        UserError: See ``Trainings``; a training that failed.
+        UserError: See ``Trainings``; or a training failed.
     """
     quiet_libraries()
     trainings = open_trainings(out, size, quick, say)
     runs = []
     for seed in seeds:
         if not trainings.run(seed):
-            say(f"stopped; the same command resumes here, in {out}")
+            say(f"Stopped.  The same command resumes from {out}.")
             return False
         runs.append(measure(trainings, seed))
     claims = write_report(out, trainings.recipe, runs, seeds)
@@ -52,23 +55,23 @@ def reproduce(
 def open_trainings(
     out: Path, size: str, quick: bool, say: Callable[[str], None], shipped_base: bool = False
 ) -> Trainings:
-    """Those of a size; quick ones have few steps, from the base that comes with the package."""
+    """The trainings of a size; quick ones take few steps from the packaged base."""
     return Trainings(out, size, start_of(BASE) if quick or shipped_base else None, QUICK if quick else None, say)
 
 
 def measure(trainings: Trainings, seed: int) -> dict[str, Numbers]:
-    """The measurements of each training of a seed that is finished; those that are there are not made again."""
+    """The measurements of each finished training of a seed.  Earlier measurements are reused."""
     found = {}
     finished = [name for name in OBJECTIVES if trainings.exported(name, seed).exists()]
     for name in tqdm(finished, "measuring", unit="network", leave=False):
-        network = DemoNetwork(trainings.exported(name, seed), dtype=torch.bfloat16)  # twice as fast, and exact enough
+        network = DemoNetwork(trainings.exported(name, seed), dtype=torch.bfloat16)  # twice as fast, accurate enough
         path = trainings.folder(name, seed) / "measured.npz"
         found[name] = Evaluation(network, trainings.composer, path).all(long=name == OURS)
     return found
 
 
 def write_sheet(trainings: Trainings, seed: int, path: Path) -> Path:
-    """The sheet of networks_sheet.py, of the networks of a seed."""
+    """Draw the sheet of ``networks_sheet`` for the networks of a seed."""
     networks = {
         BASE: load_base(trainings, seed),
         PLAIN: DemoNetwork(trainings.exported(PLAIN, seed)),
@@ -80,7 +83,7 @@ def write_sheet(trainings: Trainings, seed: int, path: Path) -> Path:
 
 
 def load_base(trainings: Trainings, seed: int) -> DemoNetwork:
-    """The network that was fine-tuned."""
+    """Load the network that was fine-tuned."""
     if trainings.base is None:
         return DemoNetwork(trainings.exported(BASE, seed))
     config = trainings.base.config

@@ -1,4 +1,4 @@
-"""The networks that come with the package, as single files, and what completes them."""
+"""The networks that come with the package, as single files with a folder of settings."""
 
 from functools import cache
 from pathlib import Path
@@ -13,16 +13,16 @@ FILES = {BASE: "epsilon_base.safetensors", PLAIN: "v_plain.safetensors", OURS: "
 
 
 def start_of(name: str = BASE) -> Start:
-    """A network as the beginning of a training."""
+    """A network as the start of a training."""
     return Start(str(WEIGHTS / FILES[name]), str(CONFIG))
 
 
 @cache
 def load_shipped(name: str) -> DemoNetwork:
-    """A network by the name of its training: BASE, PLAIN or OURS."""
+    """Load a network by the name of its training: BASE, PLAIN or OURS."""
     return DemoNetwork(WEIGHTS / FILES[name], CONFIG)
 
 
 def pipeline_of(name: str):
-    """The same as ``checkpoints.pipeline.load_pipeline`` gives it, for diffusers."""
+    """The same network as a diffusers pipeline, see ``checkpoints.pipeline.load_pipeline``."""
     return load_pipeline(WEIGHTS / FILES[name], config=CONFIG)

@@ -1,17 +1,17 @@
-"""A small text-to-picture model of diffusers' SDXL classes, with random weights: what the reproduction trains.
+"""A small text-to-image model of diffusers' SDXL classes, with random weights, for the reproduction to train.
 
-Its parts are those of SDXL and are read, trained, exported and sampled as SDXL is; only the numbers are small.
+It has SDXL's parts and is loaded, trained, exported and sampled as SDXL is; only its sizes are small.
 
 **Tokenizers.**  CLIP's, with a token for each word of the captions, and one for each other character.
 
 **VAE.**  An AutoencoderKL that is not trained: its weights are set by hand so that it is a linear map.  A latent is the
-mean colour of ``factor`` x ``factor`` pixels.  The three numbers r, g, b become four, of which the first is brightness
-and the others are colour,
+mean colour of ``factor`` x ``factor`` pixels.  The channels r, g, b become four, the first of which is brightness and
+the others colour,
 
     z = A (r, g, b),    A = 1/2 (1 1 1; 1 -1 -1; -1 1 -1; -1 -1 1),    A^T A = 1,
 
-and the decoder answers A^T z.  So nothing that is seen in the pictures can be owed to an autoencoder, nothing has to be
-trained before, and the mean of a latent's channel is that of the picture.
+and the decoder returns A^T z.  So no effect in the pictures comes from an autoencoder, none has to be trained first,
+and the mean of a latent channel is the mean of the picture.
 """
 
 import json
@@ -30,23 +30,24 @@ from ..files import atomic_folder
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 COLOUR_TO_LATENT = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 2
-LARGE = 256.0  # beside which GroupNorm takes colours for small; a power of two, so that sums of it are exact
-NOTHING = 1e-5  # which float16 still tells from 0
-SCALING_FACTOR = 1.5  # which gives the latents of the pictures a standard deviation near 1
+LARGE = 256.0  # makes colours small to GroupNorm; a power of two, so that sums of it are exact
+NOTHING = 1e-5  # not 0 in float16
+SCALING_FACTOR = 1.5  # gives the latents of the pictures a standard deviation near 1
 
 
 @dataclass(frozen=True)
 class SmallModelSize:
-    """How large the parts are.
+    """The sizes of the parts.
 
     Attributes:
-        side: of the pictures that it is made for, in pixels.
-        factor: pixels of a latent's side, a power of two.
-        widths: of the U-Net's levels, each half as long as the one before.
-        attention: whether each level has it.
-        layers: of ResNet blocks, of each level.
-        text_widths: of the two text encoders.
-        norm_groups: of the U-Net's GroupNorm.
+        side: Side of the pictures, in pixels.
+        factor: Pixels per latent along a side, a power of two.
+        widths: Channels of the U-Net's levels, each of which halves the resolution.
+        attention: Which levels have attention.
+        layers: ResNet blocks per level.
+        text_widths: Widths of the two text encoders.
+        norm_groups: Groups of the U-Net's GroupNorm.
+        head_dim: Channels per attention head.
     """
 
     side: int
@@ -82,15 +83,16 @@ SIZES = {
 
 
 def write_small_model(folder: Path, words: Iterable[str], size: SmallModelSize, seed: int = 0) -> Path:
-    """Write the model as a diffusers folder; equal arguments give equal weights.
+    """Write the model as a diffusers folder.  Equal arguments give equal weights.
 
     Args:
-        folder: to be made.
-        words: that get a token of their own; other words are spelled.
-        size: one of ``SIZES``, or another.
+        folder: Folder to write.
+        words: Words with a token of their own.  Other words are spelled.
+        size: One of ``SIZES``, or another.
+        seed: Seed of the weights.
 
     Raises:
-        UserError: the folder is there already, or cannot be written.
+        UserError: The folder exists already, or cannot be written.
     """
     vocabulary, merges = word_vocabulary(words)
     with torch.random.fork_rng(devices=[]):
@@ -172,10 +174,10 @@ def _text_encoders(
 
 
 def word_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-pair vocabulary and merges in which each word is one token, put together from its front.
+    """CLIP's byte-pair vocabulary and merges in which each word is one token, merged from its front.
 
     All printable ASCII characters have tokens too, so that any other text can be spelled.  The merges are ordered so
-    that none of one word breaks up another; of words for which there is no such order, some are spelled.
+    that no word's merges break up another word; where no such order exists, some words are spelled.
     """
     characters = [chr(code) for code in range(33, 127)]
     tokens = dict.fromkeys([PAD, *characters, *(character + "</w>" for character in characters)])
@@ -191,12 +193,12 @@ def word_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[st
 
 
 def _from_front(word: str) -> list[tuple[str, str]]:
-    """The merges that make a word: of green (g, r), (gr, e), (gre, e), (gree, n</w>)."""
+    """The merges that make a word: (g, r), (gr, e), (gre, e), (gree, n</w>) for green."""
     return [(word[:end], word[end] + ("</w>" if end == len(word) - 1 else "")) for end in range(1, len(word))]
 
 
 def _earlier_merges(words: Iterable[list[tuple[str, str]]]) -> dict[tuple[str, str], set[tuple[str, str]]]:
-    """Merge -> those that must come before it: a merge of green before any other of which there are parts behind it."""
+    """The merges that must precede each merge: those of a word before any that would join its remaining parts."""
     words = list(words)
     earlier: dict[tuple[str, str], set[tuple[str, str]]] = {pair: set() for pairs in words for pair in pairs}
     for pairs in words:
@@ -211,7 +213,7 @@ def _earlier_merges(words: Iterable[list[tuple[str, str]]]) -> dict[tuple[str, s
 def _write_tokenizer(
     folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], pad: str
 ) -> CLIPTokenizer:
-    """From the two files in which CLIP's tokenizers are published."""
+    """Write and load the two files in which CLIP's tokenizers are published."""
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -227,21 +229,21 @@ def _write_tokenizer(
 def linear_vae(factor: int, side: int) -> AutoencoderKL:
     """An AutoencoderKL that encodes mean colours and decodes them, exact to about 1e-5.
 
-    Its eight channels are the three colours, their negatives, and plus and minus ``LARGE``: GroupNorm divides by the
-    standard deviation of all, which then is that of the large ones, half of LARGE; and silu(a) - silu(-a) = a.  The
-    ResNet blocks and the attention add what they would, times ``NOTHING``: with weights of 0 a file would be taken for
-    one that was cut short.
+    Its eight channels are the three colours, their negatives, and plus and minus ``LARGE``.  GroupNorm divides by the
+    standard deviation of all of them, which the large ones set to half of LARGE; and silu(a) - silu(-a) = a.  The
+    ResNet blocks and the attention are scaled by ``NOTHING`` instead of 0, because a file with weights of 0 would be
+    taken for a truncated one.
 
     Args:
-        factor: pixels of a latent's side, a power of two.
-        side: of the pictures, for its settings.
+        factor: Pixels per latent along a side, a power of two.
+        side: Side of the pictures, for the VAE's config.
 
     Raises:
-        UserError: another factor.
+        UserError: The factor is not a power of two.
     """
     levels = factor.bit_length()
     if factor < 1 or factor != 1 << (levels - 1):
-        raise UserError(f"a VAE makes pictures smaller by a power of two, not by {factor}")
+        raise UserError(f"factor must be a power of two, not {factor}")
     vae = AutoencoderKL(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -281,5 +283,5 @@ def linear_vae(factor: int, side: int) -> AutoencoderKL:
 
 
 def _centre(convolution: torch.nn.Conv2d, weight: torch.Tensor) -> None:
-    """Make a convolution of each pixel by itself."""
+    """Set a convolution's weight so that it acts on each pixel alone."""
     convolution.weight[:, :, convolution.kernel_size[0] // 2, convolution.kernel_size[1] // 2] = weight

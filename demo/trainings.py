@@ -1,16 +1,14 @@
-"""The trainings of ``ztsnr demo --train``: one epsilon base, and four fine-tunes of it that differ in nothing else.
+"""The trainings of ``ztsnr demo --train``: an epsilon base, and four fine-tunes of it that differ only in objective.
 
-The base is what users have: a network that predicts epsilon on SDXL's schedule.  From its weights, with the same
-pictures in the same order and the same noise, it is trained on
+The base is the kind of model that users have: it predicts epsilon on SDXL's schedule.  From its weights, with the same
+pictures in the same order and the same noise, four fine-tunes learn
 
 - to predict epsilon on the plain schedule, as before,
 - to predict v on the plain schedule,
 - to predict v on the rescaled schedule with Min-SNR weights without a floor, as public scripts do, and
 - to predict v on the rescaled schedule as this package trains it.
 
-The schedule is SDXL's, scaled to the canvas (objectives.py).
-
-What is done stays: a run that was stopped goes on with the training that it was in.
+The schedule is SDXL's, scaled to the canvas (objectives.py).  A stopped run resumes in the training that it was in.
 """
 
 import json
@@ -41,11 +39,13 @@ class Recipe:
 
     Attributes:
         pictures: Number of composed pictures.
-        few: Learn the 48 emoji of FEW, or all of them.
-        base_steps, steps: Optimizer steps of the base, and of each fine-tune.
-        batch_size: Pictures of a step.
-        base_learning_rate, learning_rate: At their highest.
-        caption_dropout: Share of the pictures without a caption, from which the unconditional answer is learned.
+        few: Learn the 48 emoji of FEW instead of all.
+        base_steps: Optimizer steps of the base.
+        steps: Optimizer steps of each fine-tune.
+        batch_size: Pictures per step.
+        base_learning_rate: Peak learning rate of the base.
+        learning_rate: Peak learning rate of the fine-tunes.
+        caption_dropout: Share of pictures trained without a caption, for the unconditional prediction.
         dtype: Dtype to compute in.
     """
 
@@ -64,26 +64,26 @@ RECIPES = {
     "cpu": Recipe(12_000, True, 12_000, 6_000, 16, 1e-3, 8e-4, 0.1, "bfloat16"),
     "gpu": Recipe(60_000, False, 60_000, 30_000, 32, 6e-4, 4e-4, 0.1, "bfloat16"),
 }
-QUICK = replace(RECIPES["cpu"], pictures=3000, steps=600)  # fine-tunes of the base that comes with the package
+QUICK = replace(RECIPES["cpu"], pictures=3000, steps=600)  # from the packaged base
 
 
 def _cores() -> int:
-    """That this process may use, where the system says so."""
+    """Cores that this process may use, or all cores where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Trainings:
-    """The folder of the trainings, and what is in it.
+    """The folder of the trainings.
 
     Args:
-        out: Folder; what is finished in it stays.
+        out: The folder.  Finished trainings in it are reused.
         size: One of RECIPES.
-        base: A trained epsilon network to begin with, instead of one that is trained here.
-        recipe: Another one than the size's.
+        base: Trained epsilon network to fine-tune.  Default: train one first.
+        recipe: Recipe to use instead of the size's.
         say: Takes each line for the user.
 
     Raises:
-        UserError: The folder is one of another size, base or recipe, or cannot be written.
+        UserError: The folder has another size, base or recipe, or cannot be written.
     """
 
     def __init__(
@@ -115,21 +115,21 @@ class Trainings:
 
     @classmethod
     def open(cls, out: Path) -> "Trainings":
-        """Those of a folder that is there."""
+        """The trainings of an existing folder."""
         about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
         base = Start(**about["base"]) if about["base"] else None
         return cls(out, about["size"], base, Recipe(**about["recipe"]))
 
     @property
     def composer(self) -> Composer:
-        """Of the pictures."""
+        """Composer of the pictures."""
         return Composer(FEW if self.recipe.few else Sprites().names, self.model_size.side // CANVAS)
 
     def run(self, seed: int = 0) -> bool:
-        """Train everything with one seed; False if a signal stopped it.
+        """Train everything with one seed.  Returns False if a signal stopped it.
 
-        The base is trained by all cores, the fine-tunes as many at a time as there are cores: a network so small keeps
-        one core busy, and not much more.
+        The base trains on all cores.  Of the fine-tunes, as many run in parallel as there are cores, because so small a
+        network keeps little more than one core busy.
         """
         self.prepare()
         cores = 1 if torch.cuda.is_available() else _cores()
@@ -138,10 +138,10 @@ class Trainings:
         return run_trainings(self, first, 1, cores) and run_trainings(self, rest, min(cores, len(rest)), cores)
 
     def prepare(self) -> None:
-        """Make the pictures, the network before training, and the latents, which all trainings share."""
+        """Write what all trainings share: pictures, the untrained network, and latents."""
         composer, pictures, start = self.composer, self.out / "pictures", self.out / "random"
         if not pictures.exists():
-            self.say(f"composing {self.recipe.pictures} pictures")
+            self.say(f"Composing {self.recipe.pictures} pictures.")
             write_pictures(pictures, self.recipe.pictures, composer)
         if not start.exists():
             words = sorted({word for caption in composer.captions() for word in caption.split()})
@@ -151,7 +151,7 @@ class Trainings:
                 [pictures],
                 self.out / "latents",
                 [[(composer.side, composer.side)]],
-                vae=start if self.base is None else self.base.path,  # a file's, in float16, is another
+                vae=start if self.base is None else self.base.path,  # the VAE of a float16 file differs
                 config=None if self.base is None else self.base.config,
                 margin=0,
                 batch_size=self.recipe.batch_size,
@@ -159,19 +159,19 @@ class Trainings:
             )
 
     def folder(self, name: str, seed: int) -> Path:
-        """Of a training; the base is the same for all seeds."""
+        """The folder of a training.  All seeds share the base."""
         if name == BASE:
             return self.out / BASE
         plain = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
         return self.out / f"seed-{seed}" / plain
 
     def exported(self, name: str, seed: int) -> Path:
-        """The diffusers folder that a training writes in the end."""
+        """The diffusers folder that a training exports."""
         folder = self.folder(name, seed)
         return folder / "export" / folder.name
 
     def settings(self, name: str, seed: int) -> FinetuneSettings:
-        """Of a training, as ``ztsnr finetune`` takes them."""
+        """The settings of a training, for ``ztsnr finetune``."""
         recipe, first = self.recipe, name == BASE
         steps = recipe.base_steps if first else recipe.steps
         start = self.base or Start(str(self.exported(BASE, seed)))
@@ -188,7 +188,7 @@ class Trainings:
                 "model": {"base": start.path, "text_encoders": True, "dtype": recipe.dtype}
                 | ({"config": start.config} if start.config else {}),
                 "data": {
-                    "sources": [{"path": str(self.out / "pictures")}],
+                    "sources": [str(self.out / "pictures")],
                     "latents": str(self.out / "latents"),
                     "batch_size": recipe.batch_size,
                     "captions": {"caption_dropout": recipe.caption_dropout},
@@ -218,7 +218,7 @@ class Trainings:
         )
 
     def train(self, name: str, seed: int) -> bool:
-        """Train until the end, from where it was; False if a signal stopped it."""
+        """Train to the end, from the last saved state.  Returns False if a signal stopped it."""
         if self.exported(name, seed).exists():
             return True
         settings = self.settings(name, seed)

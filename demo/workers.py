@@ -1,6 +1,6 @@
-"""Several trainings at a time, each in a process of its own, with one progress bar for all of them.
+"""Several trainings at a time, each in its own process, with one progress bar for all.
 
-A process (``one_training``) says nothing; what it would say is in its log, and how far it is in its metrics.
+A process (``one_training``) prints nothing: its output goes to its log, its progress is read from its metrics.
 """
 
 import json
@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ..errors import UserError
 
 LOG = "training.log"
-INTERVAL = 0.5  # seconds from one look at the trainings to the next
+INTERVAL = 0.5  # seconds between checks of the processes
 
 Job = tuple[str, int]  # training, seed
 
 
 class Trainings(Protocol):
-    """Where each training is and how long it is; see ``trainings.Trainings``."""
+    """Folders and lengths of the trainings, see ``trainings.Trainings``."""
 
     out: Path
 
@@ -35,17 +35,19 @@ class Trainings(Protocol):
 
 
 class Settings(Protocol):
-    """The part of a training's settings that counts here."""
+    """The settings of a training that are needed here."""
 
     steps: int
 
 
 def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cores: int) -> bool:
-    """Train all that is not finished; False if a signal stopped it.
+    """Run all unfinished trainings.  Returns False if a signal stopped them.
 
     Args:
-        at_a_time: So many run beside one another.
-        cores: Processor cores, which they share.
+        trainings: The folder of trainings.
+        jobs: Trainings to run.
+        at_a_time: Number of trainings to run in parallel.
+        cores: Processor cores to share among them.
 
     Raises:
         UserError: A training failed.
@@ -75,7 +77,7 @@ def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cor
                 bar.update(done + sum(_step(trainings.folder(*job)) for job in running) - bar.n)
         finally:
             for process in running.values():
-                process.terminate()  # which saves its state; asked once, because twice means at once
+                process.terminate()  # saves its state; a second signal would end it without
             for process in running.values():
                 process.wait()
     return True
@@ -85,7 +87,7 @@ def _start(out: Path, folder: Path, job: Job, threads: int) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", f"{__package__}.one_training", str(out), job[0], str(job[1]), str(threads)]
     with (folder / LOG).open("ab") as log:
-        # in a session of its own: a Ctrl-C reaches this process alone, which passes it on
+        # in its own session: Ctrl-C reaches only this process, which passes it on
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=_environment(threads)
         )
@@ -96,7 +98,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _step(folder: Path) -> int:
-    """The last step that a training has told of."""
+    """The last step in a training's metrics."""
     try:
         line = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         return json.loads(line)["step"]
@@ -114,7 +116,7 @@ def _trouble(folder: Path, job: Job) -> str:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM are gathered in a list."""
+    """Within the block, SIGINT and SIGTERM are collected in a list."""
     caught: list[int] = []
     before = {
         number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)

@@ -207,7 +207,7 @@ def as_denied_but_ours():
 
 def test_pulled_to_grey_is_the_mean_of_black_and_white():
     run = as_claimed(**{PLAIN: {"grounds": {"14.6": {"black": 46.6, "white": 198.4}}}})
-    found = evidence_of([run], "2", f"(levels): {PLAIN} from its own")
+    found = evidence_of([run], "2", f"in levels: {PLAIN} from its own")
     assert found.one == pytest.approx((40 + 50) / 2, abs=1)
     assert found.other == pytest.approx(0, abs=1)
 

@@ -125,7 +125,7 @@ def test_a_stopped_run_says_how_it_resumes(command, tmp_path):
     command.stops_at = 5
     assert command.reproduce(seeds=(4, 5, 6)) is False
     assert command.ran == [4, 5]
-    assert command.said[-1] == f"stopped; the same command resumes here, in {tmp_path}"
+    assert command.said[-1] == f"Stopped.  The same command resumes from {tmp_path}."
     assert not (tmp_path / "report.html").exists()
 
 
