@@ -1,4 +1,4 @@
-"""A figure of a bucketing: pictures of each bucket, and where pictures and buckets lie by width and height."""
+"""A figure of a bucketing: the number of pictures in each bucket, and pictures and buckets by width and height."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from ..canvas import Size
 from ..figures.palette import ALARM, COLORS, FAINT, INK
 from .bucketing import NO_WEIGHT, REASONS, TOO_FEW, TOO_LONG, TOO_SMALL, WOULD_GROW, Bucketing
 
-MOST_POINTS = 3000  # left-out pictures of each reason that are drawn
-HEXAGONS = 18  # side by side for a doubling of the width
+MOST_POINTS = 3000  # left-out pictures drawn for each reason
+HEXAGONS = 18  # per doubling of the width
 PICTURES = LinearSegmentedColormap.from_list("pictures", ["#cccccc", "#888888", "#111111"])
 SETS = (COLORS[0], COLORS[1], COLORS[3], COLORS[5])  # of buckets
 LEFT_OUT = {NO_WEIGHT: FAINT, TOO_SMALL: ALARM, TOO_LONG: COLORS[4], WOULD_GROW: COLORS[2], TOO_FEW: INK}
 
 
 def plot_buckets(bucketing: Bucketing, bucket_sets: Sequence[Sequence[Size]]) -> Figure:
-    """Bars of the buckets from the tallest to the widest, above the plane of widths and heights.
+    """Draw bars of the buckets from the tallest to the widest, above a plane of widths and heights.
 
     Args:
-        bucketing: of at least one picture that has a bucket.
-        bucket_sets: those it was made with; each has a colour of its own.
+        bucketing: bucketing in which at least one picture has a bucket.
+        bucket_sets: the sets it was made with; each gets its own colour.
     """
     figure = Figure(figsize=(11, 13), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(1, 2))
@@ -50,7 +50,7 @@ def plot_buckets(bucketing: Bucketing, bucket_sets: Sequence[Sequence[Size]]) ->
 
 
 def draw_bars(axes: Axes, bucketing: Bucketing, colors: Sequence[str]) -> None:
-    """The share of the pictures in each bucket; smaller buckets of one aspect ratio come first."""
+    """Draw the share of the pictures in each bucket; of buckets with one aspect ratio, smaller ones come first."""
     counts = np.bincount(bucketing.assignment[bucketing.assignment >= 0], minlength=len(bucketing.buckets))
     order = sorted(range(len(counts)), key=lambda b: (bucketing.buckets[b][0] / bucketing.buckets[b][1], b))
     shares = counts[order] / counts.sum()
@@ -71,7 +71,7 @@ def draw_bars(axes: Axes, bucketing: Bucketing, colors: Sequence[str]) -> None:
 
 
 def draw_plane(axes: Axes, bucketing: Bucketing, colors: Sequence[str]) -> None:
-    """Both axes logarithmic and of one scale, so that pictures of one aspect ratio lie on a diagonal."""
+    """Draw pictures and buckets on logarithmic axes of equal scale: one aspect ratio is a diagonal."""
     logs, buckets = np.log2(bucketing.sizes), np.log2(bucketing.buckets)
     everything = np.concatenate([logs, buckets])
     low, high = everything.min(axis=0) - 0.15, everything.max(axis=0) + 0.15

@@ -1,4 +1,4 @@
-"""``ztsnr buckets``: which buckets a folder's pictures go to, what that costs, and who is left out and why."""
+"""``ztsnr buckets``: how pictures are distributed over buckets, how much is cut off, and which are left out and why."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from .bucketing import REASONS, TAKEN, Bucketing, bucket_pictures
 from .epoch_plan import EpochPlan
 from .sources import PictureIndex, Source, build_index
 
-NOVELAI_RATIO_ERROR = 0.033  # mean |w / h - W / H| that NovelAI reported of its 5.3 million pictures
+NOVELAI_RATIO_ERROR = 0.033  # mean |w / h - W / H| that NovelAI reported for its 5.3 million pictures
 UNUSABLE = "cannot be read as pictures"
 
 
@@ -31,13 +31,13 @@ class BucketRow:
     """A bucket and its pictures.
 
     Attributes:
-        pictures: how many, each counted once.
-        share: of all pictures that have a bucket.
-        aspect_error: mean |log(w / h) - log(W / H)|; None where there are no pictures.
-        crop_loss: mean share of a picture's area that is cut off; None where there are no pictures.
-        enlarged: pictures that are smaller than the bucket on a side.
-        steps: of the first epoch.
-        waiting: pictures that the first epoch leaves to the second, repeats counted.
+        pictures: number of pictures, each counted once.
+        share: share of all pictures that have a bucket.
+        aspect_error: mean |log(w / h) - log(W / H)|; None without pictures.
+        crop_loss: mean share of a picture's area that is cut off; None without pictures.
+        enlarged: number of pictures with a side shorter than the bucket's.
+        steps: number of steps in the first epoch.
+        waiting: number of pictures that the first epoch leaves to the second, counting repeats.
     """
 
     width: int
@@ -56,27 +56,27 @@ class BucketRow:
 
 
 def parse_size(text: str) -> Size:
-    """(width, height) of a text such as 1024x768.
+    """Parse a size such as 1024x768 to (width, height).
 
     Raises:
-        UserError: it is something else.
+        UserError: the text has another form.
     """
     found = re.fullmatch(r"\s*([0-9]+)x([0-9]+)\s*", text)
     if found is None:
-        raise UserError(f"{text!r} is no size: write width and height in pixels, such as 1024x768")
+        raise UserError(f"{text!r} is not a size: write width and height in pixels, such as 1024x768")
     return int(found[1]), int(found[2])
 
 
 def parse_buckets(text: str, step: int = 64, limit: int = 2048) -> list[Size]:
-    """The buckets that a text names: sdxl, novelai, or sizes such as 1024x1024,832x1216.
+    """Parse buckets: sdxl, novelai, or a list of sizes such as 1024x1024,832x1216.
 
     Args:
-        text: the name, or the list.
-        step: what every side must be a multiple of.
-        limit: the longest side of ``sdxl``.
+        text: name or list.
+        step: number of which every side must be a multiple.
+        limit: longest side allowed in ``sdxl``.
 
     Raises:
-        UserError: it cannot be read, or a side is off the step.
+        UserError: the text has another form, or a side is not a multiple of the step.
     """
     if text == "sdxl":
         return area_buckets((1024, 1024), step, limit)
@@ -97,17 +97,17 @@ def parse_buckets(text: str, step: int = 64, limit: int = 2048) -> list[Size]:
 
 
 def bucket_sets(names: Sequence[str], areas: Sequence[str], step: int = 64, limit: int = 2048) -> list[list[Size]]:
-    """One set of buckets a resolution: those of ``parse_buckets``, and those made for areas such as "512x512".
+    """Sets of buckets, one a resolution: those named for ``parse_buckets``, then those for areas such as "512x512".
 
     Raises:
-        UserError: text that is none of these.
+        UserError: a name or an area cannot be parsed.
     """
     sets = [parse_buckets(name, step, limit) for name in names]
     return sets + [area_buckets(parse_size(area), step, limit) for area in areas]
 
 
 def bucket_rows(bucketing: Bucketing, plan: EpochPlan) -> list[BucketRow]:
-    """What becomes of each bucket, in their order, those without pictures too."""
+    """A row for each bucket in order, including those without pictures."""
     numbers, error, crop_loss = bucketing.assignment, bucketing.aspect_error, bucketing.crop_loss
     enlarged = bucketing.scale > 1
     rows = []
@@ -129,7 +129,7 @@ def bucket_rows(bucketing: Bucketing, plan: EpochPlan) -> list[BucketRow]:
 
 
 def totals(bucketing: Bucketing, rows: Sequence[BucketRow], unusable: int) -> dict:
-    """Numbers of the whole dataset; means are over the pictures that have a bucket."""
+    """Totals of the dataset; means are over the pictures that have a bucket."""
     taken = bucketing.assignment >= 0
     widths, heights = np.array(bucketing.buckets)[bucketing.assignment[taken]].T
     ratios = bucketing.sizes[taken, 0] / bucketing.sizes[taken, 1]
@@ -154,7 +154,7 @@ def totals(bucketing: Bucketing, rows: Sequence[BucketRow], unusable: int) -> di
 
 
 def left_out_table(bucketing: Bucketing, index: PictureIndex, unusable: pa.Table) -> pa.Table:
-    """key, path, width, height and reason of every picture without a bucket; no size where none could be read."""
+    """key, path, width, height and reason of every picture without a bucket; unreadable ones have no size."""
     numbers = np.flatnonzero(bucketing.assignment < 0)
     table = index.table.select(["key", "path", "width", "height"]).take(numbers)
     reasons = [REASONS[reason] for reason in bucketing.reason[numbers]]
@@ -167,7 +167,7 @@ def left_out_table(bucketing: Bucketing, index: PictureIndex, unusable: pa.Table
 
 
 def table(rows: Sequence[BucketRow]) -> str:
-    """One line a bucket that has pictures."""
+    """A line for each bucket that has pictures."""
     heads = ["bucket", "pictures", "share", "aspect error", "crop loss", "enlarged", "steps", "waiting"]
     cells = [
         [
@@ -191,13 +191,13 @@ def summary(found: dict, batch_size: int) -> str:
     lines = [
         f"{found['empty_buckets']} other buckets have no pictures.\n",
         f"{found['taken']} of {found['pictures']} pictures have a bucket: {found['steps']} steps of {batch_size} in "
-        f"the first epoch, and {found['waiting']} pictures that wait for the second.",
+        f"the first epoch; {found['waiting']} pictures wait for the second.",
         f"Mean aspect error {found['mean_aspect_error']:.4f}, mean crop loss {found['mean_crop_loss']:.2%}, "
         f"{found['enlarged']} pictures are enlarged.",
-        f"Mean |w/h - W/H| {found['mean_ratio_error']:.4f}; NovelAI reported {NOVELAI_RATIO_ERROR} of its pictures.",
+        f"Mean |w/h - W/H| {found['mean_ratio_error']:.4f}; NovelAI reported {NOVELAI_RATIO_ERROR} for its pictures.",
     ]
     if found["moved"]:
-        lines.append(f"Moved: {found['moved']} to another bucket than the nearest, which cannot fill a step.")
+        lines.append(f"Moved: {found['moved']} to another bucket, because their nearest cannot fill a step.")
     lines += [f"Left out: {count} {reason}." for reason, count in found["left_out"].items()]
     return "\n".join(lines)
 
@@ -220,21 +220,21 @@ def run_buckets(
     """Print the report on a folder's pictures and write buckets.json, left_out.csv and buckets.png.
 
     Args:
-        folder: or another source of pictures (``sources``).
-        out: folder for the files; made if missing.
+        folder: folder or another source of pictures (``sources``).
+        out: folder for the files; created if missing.
         bucket_sets, batch_size, max_aspect_error, minimum_size, no_upscale: see ``bucket_pictures``.
         outside: see ``Source``.
-        say: where text goes, one call a paragraph.
+        say: called with each paragraph of text.
 
     Returns:
-        What buckets.json holds.
+        The content of buckets.json.
 
     Raises:
-        UserError: no pictures, or none that has a bucket; buckets that cannot be used; files that cannot be written,
-            or that would be among the pictures.
+        UserError: there are no pictures, none has a bucket, the buckets cannot be used, or the files cannot be written
+            or would be among the pictures.
     """
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out} is in {folder}, where its plot would be one of the pictures: choose another --out")
+        raise UserError(f"{out} is in {folder}, so its plot would become one of the pictures: choose another --out")
     prepare_folder(out)
     index, unusable = build_index([Source(folder, outside=outside)], allow_missing_captions=True)
     settings = {
@@ -248,8 +248,8 @@ def run_buckets(
         pyarrow.csv.write_csv(left_out_table(bucketing, index, unusable), file)
     if not (bucketing.assignment >= 0).any():
         raise UserError(
-            f"none of the {len(index)} pictures in {folder} has a bucket: the first is "
-            f"{REASONS[bucketing.reason[0]]}, the others are in {out / 'left_out.csv'}"
+            f"none of the {len(index)} pictures in {folder} has a bucket; the first is "
+            f"{REASONS[bucketing.reason[0]]}: see {out / 'left_out.csv'} for the others, and choose other buckets"
         )
     plan = EpochPlan(bucketing.assignment, bucketing.buckets, batch_size=batch_size, repeats=index.repeats)
     rows = bucket_rows(bucketing, plan)
@@ -260,7 +260,7 @@ def run_buckets(
         "ztsnr": __version__,
         "source": str(folder),
         **settings,
-        "max_aspect_error": max_aspect_error if max_aspect_error < math.inf else None,  # which JSON does not have
+        "max_aspect_error": max_aspect_error if max_aspect_error < math.inf else None,  # JSON has no infinity
         **found,
         "buckets": [asdict(row) for row in rows],
     }

@@ -22,14 +22,14 @@ REASONS = (
 
 @dataclass(frozen=True, eq=False)
 class Bucketing:
-    """What becomes of N pictures.
+    """The buckets of N pictures, and the reasons why some have none.
 
     Attributes:
         sizes: (N, 2) width and height of the pictures.
-        buckets: (width, height) of each, set by set.
+        buckets: (width, height) of each bucket, set by set.
         assignment: (N,) int64, the bucket of each picture, -1 for those left out.
         reason: (N,) int8, an index into REASONS.
-        moved: how many pictures are in another bucket than their nearest, which had too few for a step.
+        moved: number of pictures that were moved because their nearest bucket had too few for a step.
     """
 
     sizes: np.ndarray
@@ -46,7 +46,7 @@ class Bucketing:
 
     @property
     def scale(self) -> np.ndarray:
-        """(N,) what a picture's sides are multiplied by to cover its bucket, above 1 if it grows; nan if left out."""
+        """(N,) factor by which each picture is resized to cover its bucket, above 1 if enlarged; nan if left out."""
         return np.maximum(*self._stretches())
 
     @property
@@ -74,33 +74,32 @@ def bucket_pictures(
 ) -> Bucketing:
     """Choose the bucket of each picture.
 
-    Within a set of buckets it is the one of the nearest aspect ratio (``assign_buckets``).  Of several sets it is the
-    one with the largest bucket that the picture covers without being enlarged; a picture that covers none goes to the
-    smallest.  Buckets that do not fill one step are closed, the emptiest first, and their pictures go to the nearest
-    that are left.
+    Within a set of buckets, a picture goes to the nearest aspect ratio (``assign_buckets``).  With several sets, it goes
+    to the largest bucket that it covers without being enlarged, or to the smallest if it covers none.  Buckets with too
+    few pictures for a step are closed, the emptiest first, and their pictures move to the nearest remaining bucket.
 
     Args:
         sizes: (N, 2) width and height of the pictures.
-        bucket_sets: one set of buckets for each resolution that is trained.
+        bucket_sets: one set of buckets for each training resolution.
         max_aspect_error: pictures further from their bucket are left out; at log(2) half a picture would be cut off.
-        minimum_size: pictures of which a side is shorter are left out.
+        minimum_size: pictures with a shorter side are left out.
         no_upscale: leave out pictures that would be enlarged.
-        batch_size: pictures of a step, of all ranks together.
-        repeats: (N,) how often an epoch sees each picture; those of 0 are left out.  By default once.
+        batch_size: pictures per step over all ranks.
+        repeats: (N,) number of times that an epoch has each picture, by default 1; pictures with 0 are left out.
 
     Raises:
-        UserError: no buckets, or such as ``assign_buckets`` refuses; sizes or a max_aspect_error that it refuses;
-            repeats that are not one a picture.
+        UserError: there are no buckets, ``assign_buckets`` refuses the buckets, the sizes or max_aspect_error, or
+            repeats does not have one number for each picture.
     """
     open_sets = sorted(  # the smallest first
         map(list, bucket_sets), key=lambda bucket_set: max(map(math.prod, bucket_set), default=0)
     )
     if not open_sets:
         raise UserError("there are no buckets to choose from; give at least one set of them")
-    # each once, also where sets share it
+    # each bucket once, even if several sets have it
     buckets = list(dict.fromkeys(bucket for bucket_set in open_sets for bucket in bucket_set))
 
-    assignment = _nearest(sizes, open_sets, buckets, max_aspect_error)  # refuses sizes that are none
+    assignment = _nearest(sizes, open_sets, buckets, max_aspect_error)  # also checks the sizes
     sizes = np.asarray(sizes).reshape(len(assignment), 2)
     reason = np.where(assignment < 0, np.int8(TOO_LONG), np.int8(TAKEN))
     if no_upscale:
@@ -108,7 +107,7 @@ def bucket_pictures(
     reason[np.minimum(*sizes.T) < minimum_size] = TOO_SMALL
     if repeats is not None:
         if np.shape(repeats) != reason.shape:
-            raise UserError(f"repeats must be one number for each of the {len(reason)} pictures")
+            raise UserError(f"repeats must have one number for each of the {len(reason)} pictures")
         reason[np.asarray(repeats) == 0] = NO_WEIGHT
     assignment[reason != TAKEN] = -1
 
@@ -132,7 +131,7 @@ def bucket_pictures(
 def _nearest(
     sizes: np.ndarray, bucket_sets: list[list[Size]], buckets: list[Size], max_aspect_error: float
 ) -> np.ndarray:
-    """(N,) the bucket of each picture, an index into ``buckets``; -1 if none has its shape."""
+    """(N,) the bucket of each picture, an index into ``buckets``; -1 if none is near enough to its shape."""
     chosen = np.full(len(sizes), -1)
     for bucket_set in bucket_sets:  # from the smallest to the largest
         numbers = np.array([*map(buckets.index, bucket_set), -1])
@@ -145,13 +144,13 @@ def _nearest(
 
 
 def _covers(sizes: np.ndarray, buckets: list[Size], assignment: np.ndarray) -> np.ndarray:
-    """(N,) whether each picture has a bucket and fills it without being enlarged."""
+    """(N,) True where a picture has a bucket and fills it without being enlarged."""
     across, down = _sides(buckets, assignment)
     return (across <= sizes[:, 0]) & (down <= sizes[:, 1])
 
 
 def _sides(buckets: list[Size], assignment: np.ndarray) -> list[np.ndarray]:
-    """Width and height of each picture's bucket, each (N,); nan where there is none."""
+    """Width and height of each picture's bucket, each (N,); nan for pictures without one."""
     return [np.array([*sides, math.nan]).take(assignment) for sides in zip(*buckets, strict=True)]
 
 

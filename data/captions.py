@@ -1,6 +1,6 @@
 """The text that a picture is trained with in an epoch, made from its captions.
 
-Every choice is drawn anew each epoch: which caption, in what order its tags, which of them are left out.
+Each epoch chooses anew: the caption, the order of its tags, and the tags that are left out.
 """
 
 import math
@@ -17,22 +17,22 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """What becomes of captions.
+    """How captions become training text.
 
     Attributes:
-        separator: what stands between the tags of a caption.
-        shuffle: the tags come in random order.
-        kept_tags: so many leading tags stay where they are and are never left out.
-        tag_dropout: probability that a tag is left out, each for itself.
-        caption_dropout: probability that the text is empty, without prefix and suffix either.  This is the
-            unconditional text of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), in ComfyUI a prompt
-            without words.
-        caption_weights: of the first, second, ... caption of a picture, relative to each other; a picture with fewer
-            captions has the first of them.  None: all captions are as likely.
-        prefix, suffix: stand before and behind the caption as further tags do.
+        separator: text between the tags of a caption.
+        shuffle: put the tags in random order.
+        kept_tags: number of leading tags that stay in place and are never left out.
+        tag_dropout: probability of leaving out a tag, drawn for each tag.
+        caption_dropout: probability that the text is empty, even of prefix and suffix.  The empty text is the
+            unconditional prompt of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), and the empty prompt
+            in ComfyUI.
+        caption_weights: relative weights of the first, second, ... caption of a picture; a picture with fewer captions
+            uses the first weights.  None: all captions are equally likely.
+        prefix, suffix: text added before and after the caption as further tags.
 
     Raises:
-        UserError: a number out of range, a separator that is empty or has spaces around it.
+        UserError: a number is out of range, or the separator is empty or has spaces around it.
     """
 
     separator: str = ","
@@ -56,7 +56,7 @@ class CaptionSettings:
             raise UserError(f"kept_tags must be a whole number of at least 0, not {self.kept_tags!r}")
         for name in ("tag_dropout", "caption_dropout"):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is a probability, from 0 to 1, not {getattr(self, name)!r}")
+                raise UserError(f"{name} must be a probability from 0 to 1, not {getattr(self, name)!r}")
         weights = self.caption_weights
         if weights is not None and not (
             isinstance(weights, Sequence)
@@ -69,17 +69,17 @@ class CaptionSettings:
 def caption_text(captions: Sequence[str], settings: CaptionSettings, rng: np.random.Generator) -> str:
     """The text of a picture, a pure function of the captions, the settings and the state of ``rng``.
 
-    Without shuffle and tag dropout a caption may also be sentences: nothing is changed but its whitespace, each run of
-    which becomes one space.  Otherwise tags that are empty are left out too.  What one setting draws does not depend on
-    the others, so that the pictures whose caption is dropped stay the same when shuffling is turned on.
+    Without shuffle and tag dropout, a caption may also be sentences: each run of whitespace becomes one space, and
+    nothing else changes.  Otherwise empty tags are left out too.  The random draws of one setting do not depend on the
+    others, so the same captions are dropped whether shuffling is on or off.
 
     Args:
-        captions: of the picture; none is as good as an empty one.
-        settings: see there.
-        rng: ``keyed_generator(seed, epoch, picture, CAPTION)``, for a text that does not depend on the worker.
+        captions: captions of the picture; an empty sequence is the same as an empty caption.
+        settings: how the text is made.
+        rng: ``keyed_generator(seed, epoch, picture, CAPTION)``, so that the text does not depend on the worker.
 
     Raises:
-        UserError: more captions than ``caption_weights``.
+        UserError: there are more captions than ``caption_weights``.
     """
     if isinstance(captions, str):
         raise UserError("captions must be a sequence of texts, not one text")
@@ -95,7 +95,7 @@ def caption_text(captions: Sequence[str], settings: CaptionSettings, rng: np.ran
 
 
 def _chosen(captions: Sequence[str], weights: Sequence[float] | None, number: float) -> str:
-    """One of the captions, by a random number in [0, 1)."""
+    """Choose one of the captions by a random number in [0, 1)."""
     if not captions:
         return ""
     if weights is None:
@@ -118,26 +118,26 @@ def _vary(tags: list[str], settings: CaptionSettings, rng: np.random.Generator) 
 
 
 def split_tags(caption: str, separator: str = ",") -> list[str]:
-    """The tags of a caption, each run of whitespace in them one space; without those that are empty."""
+    """Split a caption into tags; runs of whitespace become one space, and empty tags are left out."""
     parts = caption.split(None if separator == " " else separator)
     return [tag for part in parts if (tag := _spaced(part))]
 
 
 def join_tags(tags: Iterable[str], separator: str = ",") -> str:
-    """The caption of tags, without those that are empty."""
+    """Join tags to a caption, leaving out empty ones."""
     between = separator if separator.isspace() else separator + " "
     return between.join(filter(None, tags))
 
 
-@lru_cache(2**16)  # the same few tags come again and again
+@lru_cache(2**16)  # the same few tags occur many times
 def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
 def unescape(text: str) -> str:
-    r"""The text with ``\(`` and ``\)`` as plain parentheses, which is what they mean to ComfyUI.
+    r"""Replace ``\(`` and ``\)`` by plain parentheses, as ComfyUI does.
 
-    There, and in taggers that write captions for it, plain parentheses are syntax.  In captions they are not: ``(`` and
-    ``\(`` are both a parenthesis.
+    In its prompts plain parentheses are syntax, and some taggers escape them for it.  In captions they are not syntax:
+    ``(`` and ``\(`` both stand for a parenthesis.
     """
     return re.sub(r"\\([()])", r"\1", text)

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel of a data set's latents, gathered in pieces and in any order."""
+"""Mean and standard deviation of each channel of a data set's latents, accumulated in parts and in any order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from ..samplers.devices import to_float64
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What is known of C channels after ``count`` numbers of each.
+    """Count, mean and sum of squared deviations of C channels.
 
     Attributes:
-        count: numbers of each channel.
+        count: number of values of each channel.
         mean: (C,) float64.
-        squares: (C,) float64, the sum of the squared distances from the mean.
+        squares: (C,) float64, the sum of the squared deviations from the mean.
     """
 
     count: int
@@ -26,7 +26,7 @@ class ChannelStatistics:
 
     @classmethod
     def of(cls, mean: torch.Tensor, std: torch.Tensor) -> "ChannelStatistics":
-        """Those of all samples that a VAE's posterior gives for one picture: std adds to the spread of the mean.
+        """Statistics over all samples of a VAE's posterior for one picture: its variance adds to that of the mean.
 
         Args:
             mean, std: (C, h, w).
@@ -37,10 +37,10 @@ class ChannelStatistics:
         return cls(mean.shape[1], center, squares)
 
     def merged(self, other: "ChannelStatistics") -> "ChannelStatistics":
-        """Those of both sets of numbers together.
+        """Statistics of both sets of values together.
 
-        The pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
-        variances", 1979), which does not subtract large sums from each other.
+        This is the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979), which avoids the difference of large sums.
         """
         count = self.count + other.count
         distance, share = other.mean - self.mean, other.count / count
@@ -60,7 +60,7 @@ class ChannelStatistics:
         return (latents - self._column(self.mean, latents)) / self._column(self.std, latents)
 
     def restore(self, latents: torch.Tensor) -> torch.Tensor:
-        """The reverse of ``standardize``."""
+        """The inverse of ``standardize``."""
         return latents * self._column(self.std, latents) + self._column(self.mean, latents)
 
     @staticmethod
@@ -68,7 +68,7 @@ class ChannelStatistics:
         return torch.from_numpy(numbers).to(latents)[:, None, None]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it, without rounding."""
+        """The statistics as plain values for JSON, without rounding."""
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
 
     @classmethod
@@ -77,7 +77,7 @@ class ChannelStatistics:
 
 
 def merge(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
-    """Those of all parts, at least one, together: by halves, so that rounding errors hardly grow with their number."""
+    """Statistics of all parts, at least one, merged by halves so that rounding errors hardly grow with their number."""
     if len(parts) == 1:
         return parts[0]
     middle = len(parts) // 2

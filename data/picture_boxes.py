@@ -1,7 +1,6 @@
 """Crops of pictures, and the boxes in them that matter most: eyes, faces, hands.
 
-A box is given in pixels of the upright original picture.  It goes where its pixels go: resized, mirrored if the picture
-is, and moved by the crop.
+A box is given in pixels of the upright original picture.  It is resized, mirrored and moved together with its pixels.
 """
 
 import json
@@ -22,21 +21,21 @@ Boxes = Mapping[int, np.ndarray]  # picture -> (K, 4) float64: left, top, right,
 
 
 def read_boxes(path: str | Path, index: PictureIndex) -> dict[int, np.ndarray]:
-    """The boxes of pictures from a JSONL file of lines like {"picture": KEY, "boxes": [[left, top, right, bottom]]}.
+    """Read boxes from a JSONL file of lines like {"picture": KEY, "boxes": [[left, top, right, bottom]]}.
 
-    What of a box is outside of its picture is cut off.  Lines of pictures that the index does not have are passed over,
-    so that one file serves several data sets.
+    Parts of a box outside of its picture are cut off.  Lines for pictures that are not in the index are skipped, so one
+    file can serve several data sets.
 
     Args:
-        path: of the file.
-        index: whose keys name the pictures.
+        path: path of the file.
+        index: index whose keys name the pictures.
 
     Returns:
-        For each picture with boxes, its number -> (K, 4) float64.
+        Number of each picture with boxes -> (K, 4) float64.
 
     Raises:
-        UserError: the file cannot be read, a line is something else, a box is empty or outside of its picture, or no
-            line names a picture of the index.
+        UserError: the file cannot be read, a line has another form, a box is empty or outside of its picture, or no
+            line names a picture in the index.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -56,24 +55,24 @@ def read_boxes(path: str | Path, index: PictureIndex) -> dict[int, np.ndarray]:
             ) from None
         if key in numbers and len(boxes):
             inside = boxes.clip(0, np.tile(index.sizes[numbers[key]], 2))
-            if not (inside[:, :2] < inside[:, 2:]).all():  # nan is not less either
-                raise UserError(f"line {place} of {path} has a box that is empty or outside of {key}")
+            if not (inside[:, :2] < inside[:, 2:]).all():  # also false for NaN
+                raise UserError(f"line {place} of {path} has a box that is empty or outside of {key}: correct or remove it")
             found[numbers[key]] = np.concatenate([found.get(numbers[key], np.empty((0, 4))), inside])
     if not found:
-        raise UserError(f"{path} has no boxes for any of the {len(index)} pictures; the first is {index.key(0)}")
+        raise UserError(f"{path} names none of the {len(index)} pictures: write their keys as {index.key(0)!r}, the first one's")
     return found
 
 
 def place_boxes(
     boxes: np.ndarray, original: Size, scaled: Size, corner: tuple[int, int], mirrored: bool = False
 ) -> np.ndarray:
-    """Where boxes of a picture are in a crop of it; they may reach out of it.
+    """Convert boxes of a picture to pixels of a crop of it; they may extend beyond the crop.
 
     Args:
         boxes: (K, 4) left, top, right, bottom in pixels of the original.
         original, scaled: (width, height) of the picture before and after resizing.
-        corner: (left, top) of the crop, in pixels of the resized and, if so, mirrored picture.
-        mirrored: left and right.
+        corner: (left, top) of the crop, in pixels of the picture after resizing and mirroring.
+        mirrored: True if the picture was mirrored left and right.
 
     Returns:
         (K, 4) float64 in pixels of the crop.
@@ -85,7 +84,7 @@ def place_boxes(
 
 
 def mark_boxes(boxes: np.ndarray, size: Size) -> torch.Tensor:
-    """(1, height, width) float32: 1 where the middle of a pixel is in a box, else 0."""
+    """(1, height, width) float32: 1 where the centre of a pixel is in a box, else 0."""
     x, y = (np.arange(side) + 0.5 for side in size)
     left, top, right, bottom = boxes.T[..., None]
     across, down = (left <= x) & (x < right), (top <= y) & (y < bottom)
@@ -104,25 +103,25 @@ def load_crop(
     box_crops: float = 0.0,
     background: Color = WHITE,
 ) -> tuple[torch.Tensor, MicroConditioning]:
-    """A crop of a picture, and which of its pixels are in boxes.  Given ``index`` and the like, it is a ``Load``.
+    """Read a crop of a picture and mark its pixels in boxes; ``partial`` with the options makes this a ``Load``.
 
     Args:
-        picture: its number in the index; no side is shorter than the crop's.
+        picture: number of the picture in the index; no side may be shorter than the crop's.
         bucket: (width, height) of the crop in pixels.
-        numbers: of the crop and of the mirroring.
-        index: where the files are.
-        shorter_side: to which that of the picture is resized before it is cropped, in pixels; never enlarged.
-        flip: probability that it is mirrored left and right.
-        boxes: of those pictures that have any.
-        box_crops: probability that, of a picture with boxes, the crop has the middle of one of them in it.
+        numbers: random numbers for the crop and for mirroring.
+        index: index of the files.
+        shorter_side: length in pixels to which the picture's shorter side is reduced before cropping; never enlarged.
+        flip: probability of mirroring left and right.
+        boxes: boxes of those pictures that have any.
+        box_crops: probability that the crop of a picture with boxes contains the centre of one of them.
         background: sRGB colour behind transparent pixels.
 
     Returns:
-        (4, height, width) float32: the pixels in [-1, 1], and behind them 1 in boxes and 0 elsewhere; and what SDXL
-        would be told about it.
+        (4, height, width) float32, three channels of pixels in [-1, 1] and one that is 1 in boxes and 0 elsewhere; and
+        the micro-conditioning.
 
     Raises:
-        PictureError: it cannot be used.
+        PictureError: the picture cannot be used.
     """
     original = tuple(index.sizes[picture].tolist())
     shorter_side = max(*bucket, min(shorter_side, *original))

@@ -2,9 +2,9 @@
 
 A picture is opened (upright, sRGB, opaque), resized so that it covers its bucket, mirrored if wanted and cropped.
 
-It is resized by a Lanczos filter with antialiasing, on the sRGB values as they are and not in linear light: so were the
-pictures that Stable Diffusion and SDXL learned from, and so are those that people compare with.  Linear light would
-make dark lines on white thinner and bright lines on black thicker.
+Resizing uses a Lanczos filter with antialiasing on the sRGB values, not in linear light, because the pictures that
+Stable Diffusion and SDXL learned from were resized this way, and so are those that people compare with.  Linear light
+would make dark lines on white thinner and bright lines on black thicker.
 """
 
 import math
@@ -28,14 +28,14 @@ from ..errors import UserError
 Color = tuple[int, int, int]
 
 WHITE = (255, 255, 255)
-MAX_PIXELS = 1024**3 // 4 // 3  # a quarter of a GiB as RGB: where Pillow, too, begins to suspect a decompression bomb
-# A JPEG decoded smaller is still so many times larger than wanted.  That changes a resized picture less (PSNR of 45 dB
-# or more where the spectrum is 1/f) than a bilinear filter in place of Lanczos would.
+MAX_PIXELS = 1024**3 // 4 // 3  # a quarter of a GiB as RGB, where Pillow also starts to suspect a decompression bomb
+# A JPEG that is decoded at a reduced size is still this many times larger than its final size.  That changes a resized
+# picture less (PSNR of 45 dB or more for a 1/f spectrum) than replacing Lanczos by a bilinear filter would.
 DRAFT_MARGIN = 2
 
 Image.init()
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
-# What Pillow raises for a picture that is damaged, or of a kind that it reads only in part.
+# What Pillow raises for a damaged picture, or for a format that it supports only in part.
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -52,10 +52,10 @@ DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# what cameras and scanners call a picture, whether it can be opened here or not
+# file endings of pictures, whether they can be opened here or not
 SUFFIXES = frozenset(Image.registered_extensions()) | {".avif", ".heic", ".heif", ".jxl"}
 
-# EXIF orientation -> what makes the picture upright
+# EXIF orientation -> the operation that makes the picture upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,18 +69,18 @@ LYING = (5, 6, 7, 8)
 
 
 class PictureError(UserError):
-    """This picture cannot be used; the message says why in a sentence about "it"."""
+    """A picture cannot be used.  The message says why, in a sentence whose subject "it" is the picture."""
 
 
 class MicroConditioning(NamedTuple):
-    """What SDXL is told about the making of a picture (arXiv 2307.01952, section 2.2).
+    """SDXL's micro-conditioning: how a training picture was resized and cropped (arXiv 2307.01952, section 2.2).
 
-    In its order: the six numbers of ``add_time_ids`` are the three pairs one after another.
+    The three pairs in this order are the six numbers of ``add_time_ids``.
 
     Attributes:
         original_size: (height, width) of the upright picture, before resizing.
-        crop_top_left: (top, left) of the crop, in pixels of the resized, and if so mirrored, picture.
-        target_size: (height, width) of the crop, which is the bucket's.
+        crop_top_left: (top, left) of the crop, in pixels of the picture after resizing and mirroring.
+        target_size: (height, width) of the crop, which is the size of the bucket.
     """
 
     original_size: tuple[int, int]
@@ -93,24 +93,25 @@ class MicroConditioning(NamedTuple):
 
 
 def open_picture(data: bytes, background: Color = WHITE, *, at_least: Size | None = None) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF (the last where Pillow has it) as one would see it.
+    """Decode a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF (if Pillow supports it) as a viewer would show it.
 
-    Upright by its EXIF orientation; the first frame of an animation, the first page of a TIFF; an embedded ICC profile
-    is converted to sRGB, or ignored if it is broken; what is transparent shows the background; of 16 bits the upper 8
-    are taken.  Nothing else that a file says about its colours is looked at, such as the gamma of a PNG.
+    The picture is turned upright by its EXIF orientation.  Of an animation the first frame is used, of a TIFF the first
+    page, of 16-bit values the upper 8 bits.  Colours with an embedded ICC profile are converted to sRGB; a broken
+    profile is ignored, and so is other colour information such as the gamma of a PNG.  Transparent pixels show the
+    background.
 
     Args:
-        data: the file.
+        data: content of the file.
         background: sRGB colour, 0 to 255 each, behind transparent pixels.
         at_least: (width, height) that the upright picture will be resized to.  A JPEG of more than
-            2 * DRAFT_MARGIN times that size is decoded at a half, a quarter or an eighth of its size, which is faster.
+            2 * DRAFT_MARGIN times that size is decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
 
     Returns:
         A picture of mode RGB.
 
     Raises:
-        PictureError: it is empty, cut short, damaged, too large (MAX_PIXELS), of another format or no picture.  Pillow
-            does not notice all damage inside a JPEG.
+        PictureError: the file is empty, truncated, damaged, too large (MAX_PIXELS), or not a picture in one of these
+            formats.  Pillow does not notice all damage inside a JPEG.
     """
     with _refusing(), _opened(BytesIO(data)) as image:
         orientation = _orientation(image)
@@ -119,7 +120,7 @@ def open_picture(data: bytes, background: Color = WHITE, *, at_least: Size | Non
             image.draft(None, (DRAFT_MARGIN * width, DRAFT_MARGIN * height))
         image.load()
         picture = _over(background, _eight_bits(image))
-        if orientation in TURNS and image.format != "TIFF":  # those are turned by Pillow
+        if orientation in TURNS and image.format != "TIFF":  # Pillow has turned TIFFs already
             picture = picture.transpose(TURNS[orientation])
         return picture
 
@@ -131,7 +132,7 @@ def picture_size(file: str | Path | bytes) -> Size:
         file: the file's path or its content.
 
     Raises:
-        PictureError: as in ``open_picture``, as far as the header tells; or the file cannot be read.
+        PictureError: the file cannot be read, or its header shows an error of ``open_picture``.
     """
     with _refusing(), _stream(file) as stream, _opened(stream) as image:
         size = image.size
@@ -142,13 +143,13 @@ def picture_size(file: str | Path | bytes) -> Size:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """A damaged file makes Pillow raise nearly anything; all of it means that the picture cannot be used."""
+    """Turn whatever Pillow raises for a damaged file into a PictureError."""
     try:
         yield
     except PictureError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"it is no picture, or damaged, or of a format other than {', '.join(FORMATS)}") from None
+        raise PictureError(f"it is damaged, or is not a picture in one of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise PictureError(f"it has more pixels than the {MAX_PIXELS} allowed") from None
     except DAMAGED as error:
@@ -177,7 +178,7 @@ def _opened(stream: BinaryIO) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 if there is none or it is damaged; for a PNG only what comes before its pixels is looked at."""
+    """The EXIF orientation; 1 if it is missing or damaged.  In a PNG only what precedes the pixels is searched."""
     try:
         # not image.getexif(), which in a PNG decodes all pixels to get behind them
         return Image.Image.getexif(image).get(Tag.Orientation, 1)
@@ -190,10 +191,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def parse_color(name: str, setting: str) -> Color:
-    """Red, green and blue from 0 to 255 of a name such as "white", or of #rrggbb.
+    """Red, green and blue, 0 to 255, of a colour given by name, such as "white", or as #rrggbb.
 
     Raises:
-        UserError: it is neither; the sentence names the setting.
+        UserError: the colour is neither; the message names the setting.
     """
     try:
         return getrgb(name)[:3]
@@ -202,11 +203,11 @@ def parse_color(name: str, setting: str) -> Color:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow reads most 16-bit pictures as 8-bit ones; grey ones it keeps, and would clip."""
+    """Reduce 16-bit grey to 8 bits.  Pillow does this for other 16-bit pictures, but would clip the grey ones."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
         if image.format == "TIFF" and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:  # white is 0
-            values = 65535 - values  # which Pillow does for 8 bits only
+            values = 65535 - values  # Pillow inverts only 8-bit pictures
         layers = [values >> 8]
         if "transparency" in image.info:
             layers.append(np.where(values == image.info["transparency"], 0, 255))
@@ -214,12 +215,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
         return grey
     if image.mode in ("I", "F"):
-        raise PictureError("its pixels are 32-bit numbers, and it does not say which of them is white")
+        raise PictureError("its pixels are 32-bit numbers, and nothing says which value is white")
     return image
 
 
 def _over(background: Color, image: Image.Image) -> Image.Image:
-    """An sRGB picture, opaque."""
+    """The picture in sRGB, with the background behind its transparent pixels."""
     profile = image.info.get("icc_profile")
     is_grey = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -234,7 +235,7 @@ def _over(background: Color, image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """A picture of mode L, RGB or CMYK in sRGB."""
+    """Convert a picture of mode L, RGB or CMYK to sRGB."""
     if profile:
         try:
             return ImageCms.applyTransform(image, _srgb_transform(profile, image.mode))
@@ -255,7 +256,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 
 def cover_scale(size: Size, bucket: Size) -> float:
-    """How many times longer the sides get so that a picture just covers its bucket; above 1 it is upscaled.
+    """The factor by which a picture is resized to just cover its bucket; above 1 it is enlarged.
 
     Args:
         size, bucket: (width, height) in pixels.
@@ -266,8 +267,8 @@ def cover_scale(size: Size, bucket: Size) -> float:
 def cover_size(size: Size, bucket: Size) -> Size:
     """The smallest size of the picture's aspect ratio that covers the bucket.
 
-    One side is the bucket's; the other is rounded to the nearest pixel (halves up), so the aspect ratio is that of the
-    picture to half a pixel, and no side is shorter than the bucket's.
+    One side equals the bucket's.  The other is rounded to the nearest pixel (halves up), so the aspect ratio is kept to
+    half a pixel, and no side is shorter than the bucket's.
 
     Args:
         size, bucket: (width, height) in pixels.
@@ -289,18 +290,18 @@ def fit_picture(
     *,
     original_size: Size | None = None,
 ) -> tuple[np.ndarray, MicroConditioning]:
-    """Resize a picture to cover its bucket, mirror it if wanted, and crop it at a random place.
+    """Resize a picture to cover its bucket, optionally mirror it, and crop it at a random place.
 
     Args:
         image: upright, mode RGB.
         bucket: (width, height) in pixels.
-        generator: of the place, each as likely as any other.
+        generator: chooses the place, uniformly.
         flip: mirror left and right.
-        original_size: (width, height) of the upright picture in its file (``picture_size``), for one that was opened
-            with ``at_least`` and may be smaller.
+        original_size: (width, height) of the upright picture in its file (``picture_size``).  Needed if the picture was
+            opened with ``at_least``, which may have made it smaller.
 
     Returns:
-        (3, height, width) uint8, contiguous, and what SDXL is told about it.
+        (3, height, width) uint8, contiguous, and the micro-conditioning.
 
     Raises:
         PictureError: see ``resize_picture``.
@@ -325,13 +326,13 @@ def resize_picture(image: Image.Image, size: Size, original_size: Size) -> Image
         original_size: (width, height) of the upright picture in its file.
 
     Raises:
-        PictureError: the picture is not of ``original_size``; or it would become larger than MAX_PIXELS, being a line.
+        PictureError: the picture does not have ``original_size``, or is so elongated that it would exceed MAX_PIXELS.
     """
     if size[0] * size[1] > MAX_PIXELS:
-        raise PictureError(f"resized it would have {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
+        raise PictureError(f"it would be resized to {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
     shrunk = round(original_size[0] / image.width)
     if shrunk not in (1, 2, 4, 8) or image.size != tuple(math.ceil(side / shrunk) for side in original_size):
-        raise PictureError(f"it has changed: it is no longer {original_size[0]} x {original_size[1]} pixels")
-    # opened smaller, a picture may end within its last row and column of pixels
+        raise PictureError(f"it has changed since it was indexed, and is not {original_size[0]} x {original_size[1]} pixels any more")
+    # in a picture opened at a reduced size, the last row and column may be only partly covered
     box = (0, 0, original_size[0] / shrunk, original_size[1] / shrunk)
     return image.resize(size, Image.Resampling.LANCZOS, box)

@@ -1,13 +1,13 @@
-"""How often tags are, and loss weights by which a training set with more of one thing than of another is evened out.
+"""Tag frequencies, and loss weights that balance an uneven training set.
 
 NovelAI Diffusion V3 (arXiv 2409.15997) was trained with "tag-based loss weighting ... to attenuate overrepresented
-concepts", as an author put it.  Our formula, which need not be theirs: a tag's weight is
+concepts", as one of its authors put it.  The formula was not published; here a tag's weight is
 
     (median frequency / frequency)^power
 
-which is median frequency balancing (Eigen and Fergus, arXiv 1411.4734) at power 1, and at 1/2 as strong as the
-balancing of hashtags by Mahajan et al. (arXiv 1805.00932).  A picture's weight is the mean of its tags' weights: nearly
-every picture has one very rare tag, so that their maximum would tell typing errors rather than concepts.
+At power 1 this is median frequency balancing (Eigen and Fergus, arXiv 1411.4734); at 1/2 it is as strong as the hashtag
+balancing of Mahajan et al. (arXiv 1805.00932).  A picture's weight is the mean of its tags' weights.  Their maximum
+would not do: nearly every picture has one very rare tag, often a typing error.
 """
 
 import json
@@ -32,13 +32,13 @@ from .captions import split_tags, unescape
 
 
 def count_tags(pictures: Iterable[Sequence[str]], separator: str = ",") -> Counter[str]:
-    r"""In how many pictures each tag is.
+    r"""Count the pictures that have each tag.
 
     Counters of several parts of a dataset can be added.
 
     Args:
-        pictures: the captions of each.  A tag that is in several of them, or twice in one, counts once.
-        separator: what stands between tags.
+        pictures: captions of each picture.  A tag that a picture has several times counts once.
+        separator: text between tags.
     """
     counts = Counter()
     for captions in pictures:
@@ -47,26 +47,26 @@ def count_tags(pictures: Iterable[Sequence[str]], separator: str = ",") -> Count
 
 
 def frequency_weights(counts: Mapping[str, int], power: float = 0.5) -> dict[str, float]:
-    """The weight of each tag, (median frequency / frequency)^power; at power 0 all are 1.
+    """The weight of each tag, (median frequency / frequency)^power; at power 0 all weights are 1.
 
     Raises:
-        UserError: a power below 0, a count below 1.
+        UserError: power is below 0, or a count is below 1.
     """
     if not 0 <= power < math.inf:
         raise UserError(f"power must be at least 0, not {power!r}")
     if counts and min(counts.values()) < 1:
         tag = min(counts, key=counts.get)
-        raise UserError(f"a tag is in at least one picture, and {tag!r} is said to be in {counts[tag]}")
+        raise UserError(f"the count of every tag must be at least 1, but that of {tag!r} is {counts[tag]}")
     frequencies = np.array(list(counts.values()), dtype=np.float64)
     weights = (np.median(frequencies) / frequencies) ** power if counts else frequencies
     return dict(zip(counts, weights.tolist(), strict=True))
 
 
 def write_tags(path: str | Path, table: Mapping[str, float]) -> None:
-    """Write a table of tags as JSON, {tag: number}, the largest numbers first; see ``read_tags``.
+    """Write a table of tags as JSON, {tag: number}, the largest numbers first; ``read_tags`` reads it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     largest_first = dict(sorted(table.items(), key=lambda item: (-item[1], item[0])))
     with atomic_write(path) as file:
@@ -74,12 +74,12 @@ def write_tags(path: str | Path, table: Mapping[str, float]) -> None:
 
 
 def read_tags(path: str | Path) -> dict[str, float]:
-    """A table of tags, their counts or their weights, from a JSON file {tag: number}.
+    """Read a table of tags, counts or weights, from a JSON file {tag: number}.
 
-    Tags are the same however they are spaced and whether or not their parentheses are escaped.
+    Tags that differ only in whitespace or in the escaping of parentheses are the same.
 
     Raises:
-        UserError: a file that cannot be read or is something else, a number below 0, a tag that is there twice.
+        UserError: the file cannot be read or has another form, a number is below 0, or a tag occurs twice.
     """
     try:
         pairs = json.loads(Path(path).read_bytes(), object_pairs_hook=list)
@@ -93,9 +93,9 @@ def read_tags(path: str | Path) -> dict[str, float]:
     for name, number in pairs:
         tag = _same_tag(name)
         if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= number < math.inf:
-            raise UserError(f"{path} must have a number of at least 0 for each tag, and has {number!r} for {name!r}")
+            raise UserError(f"{path} must give each tag a number of at least 0, but gives {name!r} {number!r}")
         if tag in table:
-            raise UserError(f"{path} has the tag {tag!r} twice")
+            raise UserError(f"{path} has the tag {tag!r} twice: remove one")
         table[tag] = number
     return table
 
@@ -105,7 +105,7 @@ def _same_tag(tag: str) -> str:
 
 
 def _tags(captions: Sequence[str], separator: str) -> set[str]:
-    """The tags of a picture, spelled as ``_same_tag`` spells them."""
+    """The set of a picture's tags, in the spelling of ``_same_tag``."""
     if isinstance(captions, str):
         raise UserError("a picture's captions must be a sequence of texts, not one text")
     tags = set().union(*(split_tags(caption, separator) for caption in captions))
@@ -118,15 +118,16 @@ def _tags(captions: Sequence[str], separator: str) -> set[str]:
 
 @dataclass(frozen=True)
 class PictureWeights:
-    """Loss weights of a dataset.
+    """Loss weights of the pictures of a dataset.
 
     Attributes:
-        weights: (N,) float64, with the mean 1.
-        scale: what a tag's weight was multiplied with for that.
-        low, high: the limits; ``raised`` and ``lowered`` pictures would be beyond them.
-        untagged: pictures without a tag, of weight 1.
-        tags: (tag, pictures, weight times scale) of every tag of the dataset, the heaviest first.
-        unknown: how many of these the table of weights lacks; they count as 1 in it.
+        weights: (N,) float64 with mean 1.
+        scale: factor applied to the tags' weights to bring the mean to 1.
+        low, high: limits of a picture's weight.
+        raised, lowered: number of pictures whose weight was raised to ``low`` or lowered to ``high``.
+        untagged: number of pictures without a tag; their weight is 1.
+        tags: (tag, pictures, weight times scale) of every tag in the dataset, the heaviest first.
+        unknown: number of these tags that are missing from the table of weights; their weight is 1 before scaling.
     """
 
     weights: np.ndarray
@@ -140,13 +141,13 @@ class PictureWeights:
     unknown: int
 
     def report(self, rows: int = 10) -> str:
-        """A few lines and the heaviest and lightest tags, to be printed."""
+        """A short report with the heaviest and the lightest tags, as text."""
         lines = [
             f"{len(self.weights)} pictures have loss weights from {self.weights.min():.3g} to "
-            f"{self.weights.max():.3g}, on average {self.weights.mean():.6g}",
-            f"{self.raised} are raised to {self.low:g}, {self.lowered} lowered to {self.high:g}, "
-            f"{self.untagged} have no tags and weight 1",
-            f"{self.unknown} of {len(self.tags)} tags have no weight of their own and count as 1",
+            f"{self.weights.max():.3g}, mean {self.weights.mean():.6g}",
+            f"{self.raised} were raised to {self.low:g}, {self.lowered} lowered to {self.high:g}; "
+            f"{self.untagged} have no tags and get weight 1",
+            f"{self.unknown} of {len(self.tags)} tags are not in the table of weights and count as 1",
         ]
         shown = self.tags if len(self.tags) <= 2 * rows else [*self.tags[:rows], ("...",), *self.tags[-rows:]]
         return "\n".join([*lines, "", tabulate(shown, headers=("tag", "pictures", "weight"), floatfmt=".3g")])
@@ -164,20 +165,20 @@ def picture_weights(
     """The loss weight of each picture: the mean weight of its tags, scaled and clipped so that the dataset's mean is 1.
 
     Args:
-        pictures: the captions of each.
-        tag_weights: of ``frequency_weights``, or a user's.  Tags that are not in it count as 1.
+        pictures: captions of each picture.
+        tag_weights: tag -> weight, from ``frequency_weights`` or your own.  Missing tags count as 1.
         low, high: limits of a picture's weight, after scaling.
-        separator: what stands between tags.
-        repeats: (N,) how often an epoch sees each picture, which is its share in the mean; by default once.
+        separator: text between tags.
+        repeats: (N,) number of times that an epoch has each picture, its weight in the mean; by default 1.
 
     Raises:
-        UserError: limits that do not have 1 between them, no pictures, a weight below 0, weights that cannot have the
-            mean 1 within the limits since too many are 0.
+        UserError: 1 is not between the limits, there are no pictures, a weight is below 0, or so many weights are 0
+            that no scale gives the mean 1 within the limits.
     """
     if not 0 <= low <= 1 <= high < math.inf:
-        raise UserError(f"low and high must have 1 between them, and not be below 0, not {low!r} and {high!r}")
+        raise UserError(f"low must be from 0 to 1 and high at least 1, not {low!r} and {high!r}")
     if not all(0 <= weight < math.inf for weight in tag_weights.values()):
-        raise UserError("weights of tags must be numbers of at least 0")
+        raise UserError("the weights of tags must be finite numbers of at least 0")
     weights, counts = [], Counter()
     for captions in pictures:
         tags = _tags(captions, separator)
@@ -186,9 +187,9 @@ def picture_weights(
     weights = np.array(weights, dtype=np.float64)
     shares = np.ones(len(weights)) if repeats is None else np.asarray(repeats, dtype=np.float64)
     if not len(weights):
-        raise UserError("there are no pictures to weight")
+        raise UserError("there are no pictures to weight: give the captions of at least one")
     if shares.shape != weights.shape or not (shares >= 0).all() or np.isinf(shares).any():
-        raise UserError(f"repeats must be a number of at least 0 for each of the {len(weights)} pictures")
+        raise UserError(f"repeats must have a number of at least 0 for each of the {len(weights)} pictures")
 
     tagged = ~np.isnan(weights)
     scale = _scale_to_mean_one(weights[tagged], shares[tagged], low, high)
@@ -211,7 +212,7 @@ def picture_weights(
 
 
 def _scale_to_mean_one(weights: np.ndarray, shares: np.ndarray, low: float, high: float) -> float:
-    """The factor that brings the mean of the weights, clipped after it, to 1; the mean grows with the factor."""
+    """The factor that brings the mean of the scaled and clipped weights to 1; the mean grows with the factor."""
     weights, shares = weights[shares > 0], shares[shares > 0]
 
     def excess(log_scale: float) -> float:
@@ -221,11 +222,11 @@ def _scale_to_mean_one(weights: np.ndarray, shares: np.ndarray, low: float, high
         return 1.0
     positive = weights[weights > 0]
     if len(positive):
-        least = math.log(0.5 / positive.max())  # all are below 1, or raised to low
-        most = math.log(2.0 * high / positive.min())  # all are lowered to high, except those of 0
+        least = math.log(0.5 / positive.max())  # all weights below 1, or raised to low
+        most = math.log(2.0 * high / positive.min())  # all weights lowered to high, except those of 0
     if not len(positive) or excess(most) < 0:
         raise UserError(
-            f"{len(weights) - len(positive)} of {len(weights)} pictures have weight 0, and the others would have to be "
-            f"above {high:g} for a mean of 1: choose a higher limit, or fewer weights of 0"
+            f"{len(weights) - len(positive)} of {len(weights)} pictures have weight 0, so the others would need more than "
+            f"high = {high:g} for a mean of 1: raise high, or give fewer tags the weight 0"
         )
     return math.exp(brentq(excess, least, most, xtol=1e-15, rtol=1e-15, maxiter=1000))

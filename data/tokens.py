@@ -1,12 +1,12 @@
-r"""Prompts of any length as chunks of tokens, and what CLIP's text encoders make of them.
+r"""Prompts of any length as chunks of tokens, and their encoding by CLIP's text encoders.
 
-CLIP reads 77 tokens.  A longer text is cut after every 75 tokens; each chunk gets a begin and an end token of its own,
-is encoded for itself, and the results are put one behind the other (CLIP context concatenation: NovelAI Diffusion V3,
-arXiv 2409.15997).  The chunks are token for token those of ComfyUI (read in 0.3.64 to 0.33), so that a model
-is trained on what it is prompted with there.
+CLIP reads 77 tokens.  A longer text is cut after every 75 tokens; each chunk gets its own begin and end token and is
+encoded separately, and the results are concatenated (CLIP context concatenation: NovelAI Diffusion V3, arXiv
+2409.15997).  The chunks equal ComfyUI's token for token (0.3.64 to 0.33), so a model is trained on the tokens that it
+is prompted with there.
 
-A caption is plain text; ComfyUI's prompts have a syntax.  ``a (b)`` trains the tokens of the prompt ``a \(b\)``, and so
-does the caption ``a \(b\)``: a parenthesis that is escaped loses its backslash, in captions as in prompts.
+A caption is plain text; ComfyUI's prompts have a syntax.  The captions ``a (b)`` and ``a \(b\)`` both train the tokens
+of the prompt ``a \(b\)``: an escaped parenthesis loses its backslash in captions, as it does in prompts.
 """
 
 import math
@@ -26,8 +26,8 @@ class TokenBatch(NamedTuple):
     """The prompts of a batch.
 
     Attributes:
-        chunks: for each text encoder, (N, 77) int64: the chunks of all prompts one after the other.
-        rows: (B, L) int64: which chunks make up each prompt.
+        chunks: for each text encoder, (N, 77) int64: the chunks of all prompts in order.
+        rows: (B, L) int64: the numbers of the chunks that make up each prompt.
     """
 
     chunks: tuple[torch.Tensor, ...]
@@ -38,14 +38,14 @@ def token_chunks(text: str, tokenizer, pad: int) -> torch.Tensor:
     """The tokens of a text.
 
     Args:
-        text: plain, as ``caption_text`` gives it; an empty one is a chunk without text.
-        tokenizer: transformers' CLIPTokenizer.  Its special tokens have no meaning in the text.  (The tokenizers of
-            SDXL's second encoder and of SD 2.x pad with "!", and so would take every "!" for padding, unlike ComfyUI.)
-        pad: the token that fills the last chunk behind its end: for SD 1.x and SDXL's first encoder
-            ``tokenizer.eos_token_id``, for SD 2.x and SDXL's second encoder 0.
+        text: plain text, as ``caption_text`` returns it; an empty one gives one chunk without text.
+        tokenizer: transformers' CLIPTokenizer.  Special tokens in the text are read as plain text.  (The tokenizers of
+            SDXL's second encoder and of SD 2.x pad with "!", and would take every "!" for padding, unlike ComfyUI.)
+        pad: token that fills the last chunk after its end token: ``tokenizer.eos_token_id`` for SD 1.x and SDXL's first
+            encoder, 0 for SD 2.x and SDXL's second encoder.
 
     Returns:
-        (chunks, 77) int64; to train with fewer take the first of them.
+        (chunks, 77) int64; to train on shorter prompts, keep the first chunks.
     """
     tokens = tokenizer(unescape(text), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
     chunks = torch.full((max(1, math.ceil(len(tokens) / TEXT)), CHUNK), pad)
@@ -58,25 +58,25 @@ def token_chunks(text: str, tokenizer, pad: int) -> torch.Tensor:
 def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:
     """Prompts of any lengths as one batch.
 
-    Shorter prompts are repeated up to the least common multiple of all lengths, as ComfyUI does (comfy/conds.py):
-    attention over keys and values that are all there twice is attention over them once, so that each prompt means
-    exactly what it means alone.  Empty chunks as padding would not do, since attention sees them.  The repetition is in
-    ``rows`` only; no chunk is encoded twice.  Prompts of up to 3 chunks make a batch of at most 6, up to 4 of at most
-    12, up to 5 of 60: cut longer ones before.
+    Shorter prompts are repeated up to the least common multiple of all lengths, as ComfyUI does (comfy/conds.py).
+    Attention does not change if all its keys and values are repeated, so each prompt means exactly what it means alone.
+    Empty chunks would not work as padding, because attention sees them.  Only ``rows`` repeats; no chunk is encoded
+    twice.  Prompts of up to 3 chunks give at most 6 chunks each, those of up to 4 at most 12, those of up to 5 at most
+    60, so shorten longer ones first.
 
     Args:
-        prompts: for each prompt, for each text encoder, its (chunks, 77) tokens.
+        prompts: for each prompt and each text encoder, its (chunks, 77) tokens.
 
     Raises:
-        UserError: no prompts, or encoders that have different numbers of chunks of the same prompt.
+        UserError: there are no prompts, or the encoders have different numbers of chunks for one prompt.
     """
     if not prompts:
-        raise UserError("there are no prompts to make a batch of")
+        raise UserError("there are no prompts to make a batch of: give at least one")
     for prompt in prompts:
         if len({len(chunks) for chunks in prompt}) != 1:
             raise UserError(
-                f"the text encoders' tokenizers make {[len(chunks) for chunks in prompt]} chunks of one prompt; they "
-                "must have one vocabulary"
+                f"the text encoders' tokenizers split one prompt into {[len(chunks) for chunks in prompt]} chunks: give "
+                "tokenizers with the same vocabulary"
             )
     lengths = [len(prompt[0]) for prompt in prompts]
     places = torch.arange(math.lcm(*lengths))
@@ -88,16 +88,17 @@ def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:
 def encode_prompts(
     tokens: TokenBatch, text_encoders: Sequence[torch.nn.Module]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the U-Net is given of the prompts.
+    """Encode prompts as the U-Net expects them.
 
-    SDXL's two encoders give their penultimate hidden states, without a norm, side by side; the second one also its
-    pooled and projected output for the first chunk.  The one encoder of SD 1.x and 2.x gives its last hidden state
-    behind the final norm.  (That is the penultimate one of SD 2.x, for diffusers leaves its last layer away.)
+    For SDXL, the penultimate hidden states of the two encoders are concatenated, without a norm, and the second
+    encoder's pooled and projected output for the first chunk is returned too.  For SD 1.x and 2.x it is the last hidden
+    state of the one encoder, after the final norm.  (In SD 2.x that is the penultimate one, because diffusers drops the
+    last layer.)
 
     Args:
-        tokens: with chunks for each of the encoders.
-        text_encoders: transformers' CLIPTextModel, and for SDXL a CLIPTextModelWithProjection.  Gradients flow into
-            those that are trained.
+        tokens: tokens with chunks for each encoder.
+        text_encoders: transformers' CLIPTextModel, followed by a CLIPTextModelWithProjection for SDXL.  Gradients flow
+            into encoders that are trained.
 
     Returns:
         (B, L * 77, width) hidden states, and (B, projection) for SDXL, else None.

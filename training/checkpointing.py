@@ -1,21 +1,22 @@
-"""Gradient checkpointing: what the backward pass finds in memory, and what it computes again.
+"""Gradient checkpointing: which activations are kept for the backward pass, and which it recomputes.
 
-Its pieces are those that diffusers checkpoints, the residual blocks and the transformer blocks of a U-Net, so the input
-of each piece is kept in any case (Chen et al., arXiv 1604.06174).
+The checkpointed blocks are those of diffusers, the residual and transformer blocks of a U-Net.  The input of each block
+is always kept (Chen et al., arXiv 1604.06174).
 
-    off         everything that the backward pass needs is kept.
-    selective   of the inside of a piece, the outputs of attention, convolutions and square linear layers are kept
-                (Korthikanti et al., arXiv 2205.05198): norms and activations cost next to nothing to compute again, and
-                the wide layer of the feed-forward, whose output is eight times as large as its input, has the most
-                memory for its FLOPs.
-    full        nothing of the inside of a piece is kept.
+    off         Keep everything that the backward pass needs.
+    selective   Inside a block, keep the outputs of attention, convolutions and square linear layers (Korthikanti et
+                al., arXiv 2205.05198).  Norms and activations cost almost nothing to recompute.  The wide linear layer
+                of the feed-forward, whose output is eight times as large as its input, takes the most memory for its
+                FLOPs.
+    full        Keep nothing inside a block.
 
-For one picture of 1024 x 1024 and SDXL in bfloat16, by training/memory_plan.py and training/flops.py: off keeps
-6.41 GiB; selective 2.36 GiB for 1.9 TFLOP more, which are 9 % of a training step's 20.2; full 0.55 GiB for 5.2 TFLOP
-more, 26 %.  So selective saves 2.2 GiB a TFLOP, and going on to full 0.5.  To keep the outputs of all matrix products
-takes 4.14 GiB, and only those of attention and convolutions 1.18 GiB for 3.3 TFLOP.
+For SDXL in bfloat16 and one picture of 1024 x 1024, training/memory_plan.py and training/flops.py give: off keeps
+6.41 GiB.  Selective keeps 2.36 GiB and adds 1.9 TFLOP, 9 % of the 20.2 of a training step.  Full keeps 0.55 GiB and
+adds 5.2 TFLOP, 26 %.  So selective saves 2.2 GiB per additional TFLOP, and full another 0.5 GiB per TFLOP beyond it.
+Keeping the outputs of all matrix products would take 4.14 GiB; keeping only those of attention and convolutions 1.18
+GiB and 3.3 TFLOP.
 
-In the eager mode, selective has Python look at every operation, which takes as long with small batches as with large.
+Without compilation, selective inspects every operation in Python, which takes the same time for every batch size.
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..errors import UserError
 
-MODES = ("off", "selective", "full")  # the fastest first
+MODES = ("off", "selective", "full")  # fastest first
 
 _aten = torch.ops.aten
 _KEPT = {
@@ -37,21 +38,21 @@ _KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_WEIGHT = {_aten.mm.default: 1, _aten.addmm.default: 2}  # where a linear layer has its transposed weight
+_WEIGHT = {_aten.mm.default: 1, _aten.addmm.default: 2}  # position of a linear layer's transposed weight
 
 
 def apply_checkpointing(unet: UNet2DConditionModel, mode: str) -> None:
-    """Set how a U-Net is checkpointed, whatever it was before.  Gradients are the same in every mode.
+    """Set the checkpointing of a U-Net, replacing any earlier mode.  Gradients are the same in every mode.
 
     Raises:
-        UserError: a mode that is not in MODES.
+        UserError: the mode is not in MODES.
     """
     if mode not in MODES:
-        raise UserError(f"gradient checkpointing {mode!r} is none of {', '.join(MODES)}")
+        raise UserError(f"unknown gradient checkpointing {mode!r}: choose one of {', '.join(MODES)}")
     if mode == "off":
         unet.disable_gradient_checkpointing()
         return
-    # the piece itself and no bound method of it, so that one compiled function serves those of one kind
+    # not a bound method of the block, so that one compiled function serves all blocks of a kind
     run = partial(checkpoint, use_reentrant=False)
     if mode == "selective":
         run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy))

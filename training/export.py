@@ -1,4 +1,4 @@
-"""Exporting a trained model, as files that every program loads correctly."""
+"""Export a trained model to files that every program loads correctly."""
 
 import json
 import shutil

@@ -1,9 +1,8 @@
 """A training step without data: real networks and real operations on tensors that have a shape and no memory.
 
-What a step allocates and computes follows from shapes alone, so it can be found out before the first one, on any
-machine and in seconds, on torch's meta device.  Attention is given the operation that it is on a GPU: one of which
-autograd keeps the queries, keys, values, the output and its log-sum-exp (Dao et al., FlashAttention, arXiv 2205.14135),
-and not the matrix of the weights.
+What a step allocates and computes follows from shapes alone, so torch's meta device can determine it before the first
+step, in seconds and on any machine.  Attention uses the fused operation, as on a GPU: autograd keeps its queries, keys,
+values, output and log-sum-exp, but not the matrix of weights (Dao et al., FlashAttention, arXiv 2205.14135).
 """
 
 import copy
@@ -20,21 +19,21 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 class FakeStep:
-    """Forward and backward pass of a U-Net as it is trained.
+    """Forward and backward pass of a U-Net in training.
 
     Args:
-        unet: with weights or on the meta device; not changed.
-        batch: pictures B.
+        unet: U-Net with weights or on the meta device; not changed.
+        batch: number of pictures, B.
         latent: (h, w) of the latents.
-        text_length: tokens of a prompt.
-        dtype: that the network computes in; its parameters are in it already.
-        checkpointing: of training/checkpointing.py.
+        text_length: number of tokens in a prompt.
+        dtype: dtype of the computation; the parameters have it too, as in the copy that is trained.
+        checkpointing: a mode of training/checkpointing.py.
         trained: names of the trained parameters; by default those that require gradients.
 
     Attributes:
-        parameters: the copies of the U-Net's.
-        inputs: noisy latents (B, C, h, w), timesteps (B,), text (B, text_length, width), target (B, C, h, w) and what
-            else the U-Net is told.
+        parameters: copies of the U-Net's parameters.
+        inputs: noisy latents (B, C, h, w), timesteps (B,), text (B, text_length, width), target (B, C, h, w), and the
+            U-Net's other conditions.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class FakeStep:
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Gives the meta device the fused operation, in place of the products and the softmax that it has otherwise."""
+    """Within the block attention is the fused operation, also on the meta device."""
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _attention
@@ -93,7 +92,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kw
 
 
 def without_data(network: Network, dtype: torch.dtype | None = None, trained: Collection[str] | None = None) -> Network:
-    """A copy of a network in which only the tensors are others: on the meta device, and in a dtype if one is given."""
+    """A copy of a network whose tensors are on the meta device, converted to a dtype if one is given."""
     copies = {}
     for name, parameter in network.named_parameters():
         is_trained = parameter.requires_grad if trained is None else name in trained

@@ -1,12 +1,12 @@
-"""How much a training step computes, and how much of what the device could (model FLOPs utilisation).
+"""The FLOPs of a training step, and the model FLOPs utilisation (MFU).
 
     MFU = pictures a second x FLOPs of a picture / peak FLOP/s of the device
 
-(Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.)  The FLOPs are those that the model asks for: matrix products,
-convolutions and attention, forward and backward, a multiplication and an addition being two.  What checkpointing
-computes again, and what fused attention does in its backward pass, is not among them.  Norms and activations are not
-counted, being of no size: for SDXL it is 6.76 TFLOP forward and 20.23 with the backward pass for a picture of
-1024 x 1024, so 100 % of an H100 are 48.9 pictures a second.
+(Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.)  The FLOPs are those of the model itself: matrix products,
+convolutions and attention, forward and backward; a multiplication and an addition count as two.  Recomputation by
+checkpointing and in the backward pass of fused attention does not count.  Norms and activations are negligible and not
+counted.  For a picture of 1024 x 1024, SDXL takes 6.76 TFLOP forward and 20.23 with the backward pass, so 100 % of an
+H100 is 48.9 pictures a second.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .fake_step import FakeStep
 
-# Dense bfloat16 with float32 sums in FLOP/s, from the vendors' data sheets and architecture papers, by the names that
-# torch.cuda.get_device_name gives.  Data sheets name twice as much where they assume that half of the weights are 0.
+# FLOP/s of dense bfloat16 products with float32 sums, from the vendors' data sheets and architecture papers, under the
+# names that torch.cuda.get_device_name returns.  Data sheets give twice as much for 2:4 sparse weights.
 PEAK_BF16 = {
     "NVIDIA GB200": 2500e12,
     "NVIDIA B200": 2250e12,
@@ -60,12 +60,12 @@ def unet_flops(
     """FLOPs of a U-Net for a batch, counted operation by operation without running it.
 
     Args:
-        unet: with weights or on the meta device.
-        batch: pictures.
+        unet: U-Net with weights or on the meta device.
+        batch: number of pictures.
         latent: (h, w) of the latents.
-        text_length: tokens of a prompt.
-        train: forward and backward; else forward.
-        checkpointing: any mode but "off" counts what is computed again, which MFU must not.
+        text_length: number of tokens in a prompt.
+        train: count forward and backward pass, not just forward.
+        checkpointing: mode of checkpointing.  Any but "off" also counts recomputation, which MFU must not.
         trained: names of the trained parameters; by default those that require gradients.
     """
     step = FakeStep(
@@ -85,34 +85,34 @@ def picture_flops(
     *,
     trained: Collection[str] | None = None,
 ) -> list[float]:
-    """Training FLOPs of a picture for each size (h, w) of latents, with no more than three counted.
+    """Training FLOPs of a picture for each size (h, w) of latents; at most three sizes are counted.
 
-    Convolutions and linear layers grow with the area, attention of pictures to themselves with its square, and what
-    the network does with times and texts not at all, so the FLOPs are a quadratic polynomial of the area.  For sizes
-    that the network can halve at each of its levels.
+    Convolutions and linear layers grow with the area, self-attention with its square, and the layers on times and texts
+    not at all, so the FLOPs are a quadratic polynomial in the area.  The network must be able to halve each size at
+    each of its levels.
     """
     by_area = {h * w: (h, w) for h, w in latents}
     areas = sorted(by_area)
     known = {areas[0], areas[len(areas) // 2], areas[-1]}
     flops = {area: unet_flops(unet, 1, by_area[area], text_length, trained=trained) for area in known}
-    return [  # Lagrange's polynomial
+    return [  # Lagrange interpolation in the area
         sum(flops[a] * math.prod((h * w - b) / (a - b) for b in known if b != a) for a in known) for h, w in latents
     ]
 
 
 def mfu(pictures_per_second: float, flops_per_picture: float, peak_flops: float | None) -> float | None:
-    """Model FLOPs utilisation, between 0 and 1; None where the peak is not known.
+    """Model FLOPs utilisation, between 0 and 1; None if the peak is unknown.
 
     Args:
-        pictures_per_second: of one device.
-        flops_per_picture: ``unet_flops`` of a batch / pictures in it, without checkpointing.
+        pictures_per_second: speed of one device.
+        flops_per_picture: ``unet_flops`` of a batch without checkpointing, divided by its number of pictures.
         peak_flops: ``peak_flops(name)``.
     """
     return None if peak_flops is None else pictures_per_second * flops_per_picture / peak_flops
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak of a device in dense bfloat16 by its name (``torch.cuda.get_device_name``), FLOP/s; None if not known."""
+    """Peak FLOP/s in dense bfloat16 of a device by its ``torch.cuda.get_device_name``; None if unknown."""
     return PEAK_BF16.get(device_name)
 
 
@@ -124,7 +124,7 @@ def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape
     return 2 * sdpa_flop_count(query, key, value)  # gradients of two matrix products
 
 
-_ATTENTION = {  # torch's counter does not know the CPU's
+_ATTENTION = {  # torch's counter lacks the CPU's operations
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }

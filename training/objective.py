@@ -1,9 +1,9 @@
-"""What training minimises: at which noise levels the network is asked, for what, and how much each answer counts.
+"""The training objective: which timesteps are drawn, what the network predicts, and how each error is weighted.
 
-All of it follows from one ``NoiseSchedule``.  Timesteps are whole numbers 0 ... T, so their distribution is a table,
-the loss weight is a table, and how much of the loss lies where can be read off before the first step.  The order is:
-rescale the betas to zero terminal SNR, then take the SNR, then the weights; the other way round t = T would have the
-weight of an SNR that it does not have.
+Everything follows from one ``NoiseSchedule``.  Timesteps are whole numbers 0 ... T, so their distribution and the loss
+weight are tables, and the share of the loss at each noise level is known before the first step.  The betas are first
+rescaled to zero terminal SNR; SNR and weights are computed after that.  In the other order t = T would get the weight
+of an SNR that it does not have.
 """
 
 import csv
@@ -30,31 +30,31 @@ SHOWN = (0, 100, 200, 300, 400, 500, 600, 700, 800, 850, 900, 950, 980, 990, 998
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What is trained.
+    """Settings of the objective.
 
     Attributes:
         prediction_type: v_prediction, epsilon or sample (x0).
         zero_terminal_snr: rescale the betas so that t = T is pure noise (Lin et al., arXiv 2305.08891).
-        schedule_shift: multiplies every sigma, for canvases so many times longer than the base model's: double the
-            length, double sigma (NovelAI V3, arXiv 2409.15997).  A checkpoint trained so is sampled so, with
-            canvas_shift in ComfyUI; a diffusers folder says it itself.
-        timesteps: distribution of t: uniform; logit_normal (SD3, arXiv 2403.03206), or laplace in log SNR (Hang et al.,
+        schedule_shift: factor on every sigma, for canvases longer than the base model's: double the length, double
+            sigma (NovelAI V3, arXiv 2409.15997).  The trained checkpoint must be sampled with the same shift: set
+            canvas_shift in ComfyUI; a diffusers folder records it.
+        timesteps: distribution of t: uniform, logit_normal (SD3, arXiv 2403.03206), or laplace in log SNR (Hang et al.,
             arXiv 2407.03297).
-        timesteps_mean, timesteps_scale: of logit_normal, or of laplace.
+        timesteps_mean, timesteps_scale: mean and scale of logit_normal or laplace.
         stratified: spread the timesteps of a step evenly over the distribution, which makes the loss less noisy.
-        terminal_probability: t = T is drawn with this probability beside.  Uniformly it would come once in 1000
-            pictures, and it is the step on which the brightness of a picture depends.
-        weighting: of the loss by noise level: min_snr (Hang et al., arXiv 2303.09556), debiased (Yu et al., arXiv
+        terminal_probability: additional probability of t = T.  A uniform distribution would draw it once in 1000
+            pictures, and the brightness of a picture depends on this step.
+        weighting: loss weight by noise level: min_snr (Hang et al., arXiv 2303.09556), debiased (Yu et al., arXiv
             2310.08442), constant, or learned (EDM2, arXiv 2312.02696).
-        min_snr_gamma: of min_snr.
-        high_noise_share: share of the loss at t >= 900 (0.9 T) at the least, taking the network's error for equal
-            everywhere.  The weights of min_snr and debiased fall to 0 at t = T; a floor under those of the noisy half
-            (SNR below 1) is chosen to keep this share.  0 is without a floor, which starves the step at t = T.
-        noise_offset: standard deviation of a constant added to each channel's noise.  The trick by which epsilon models
-            learn of brightness; v-prediction with zero terminal SNR does not need it.
+        min_snr_gamma: gamma of min_snr.
+        high_noise_share: least share of the loss at t >= 900 (0.9 T) if the network's error were equal everywhere.  The
+            weights of min_snr and debiased fall to 0 at t = T, so weights at SNR below 1 get a floor that ensures this
+            share.  0 sets no floor, and the network hardly learns the step at t = T.
+        noise_offset: standard deviation of a constant added to each channel's noise.  Epsilon models need this trick to
+            learn brightness; v-prediction with zero terminal SNR does not.
 
     Raises:
-        UserError: numbers out of range, epsilon with zero terminal SNR.
+        UserError: a number is out of range, or epsilon is combined with zero terminal SNR.
     """
 
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
@@ -84,8 +84,8 @@ class ObjectiveSettings:
             raise UserError(f"noise_offset must be at least 0, not {self.noise_offset}")
         if self.noise_offset and self.prediction_type == "v_prediction":
             warnings.warn(
-                "noise_offset with v-prediction teaches the network that the mean of the noise says something about "
-                "the picture, which is the leak that zero terminal SNR removes: leave it at 0",
+                "noise_offset with v-prediction teaches the network to read brightness from the mean of the noise, "
+                "which is the leak that zero terminal SNR removes: leave noise_offset at 0",
                 ZTSNRWarning,
                 stacklevel=2,
             )
@@ -95,18 +95,18 @@ class Objective:
     """The loss of a network under a noise schedule.
 
     Args:
-        settings: see there.
-        schedule: of the model to be trained, before any rescaling; by default Stable Diffusion's.
-        device: where the network runs.
+        settings: settings of the objective.
+        schedule: schedule of the base model, before any rescaling; by default Stable Diffusion's.
+        device: device of the network.
 
     Attributes:
-        schedule: rescaled and shifted as the settings say: what the trained model has to be sampled with.
-        probability: (T + 1,) float64, of drawing each timestep.
-        weight: (T + 1,) float64, of the mean square error of the network's output at each timestep.
-        floor: that keeps ``high_noise_share``; 0 if none is needed.
+        schedule: schedule rescaled and shifted by the settings; the trained model must be sampled with it.
+        probability: (T + 1,) float64, probability of each timestep.
+        weight: (T + 1,) float64, loss weight of the mean square error of the network's output at each timestep.
+        floor: least weight at SNR below 1, which ensures ``high_noise_share``; 0 if none is needed.
 
     Raises:
-        UserError: a share of the loss that cannot be reached.
+        UserError: ``high_noise_share`` cannot be reached.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ class Objective:
 
     @property
     def high_noise_share(self) -> float:
-        """The share of the loss at t >= 0.9 T, taking the network's error for equal everywhere."""
+        """The share of the loss at t >= 0.9 T if the network's error were equal everywhere."""
         return self.share[_high_noise(self.schedule)].sum().item()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Drawing
 
     def draw_timesteps(self, seed: int, epoch: int, step: int, batch_size: int) -> torch.Tensor:
-        """The timesteps of a step, of all ranks together: a pure function of what it is given.
+        """The timesteps of a step over all ranks: a pure function of the arguments.
 
         Returns:
             (batch_size,) int64 on the CPU; rank r of R takes [r::R].
@@ -153,12 +153,12 @@ class Objective:
         return self.timesteps_at(u)
 
     def timesteps_at(self, quantiles: np.ndarray) -> torch.Tensor:
-        """The timesteps at some quantiles in [0, 1) of the distribution, int64 on the CPU."""
+        """The timesteps at quantiles in [0, 1) of the distribution, int64 on the CPU."""
         found = np.searchsorted(self._cumulative, np.asarray(quantiles) * self._cumulative[-1], side="right")
         return torch.from_numpy(np.minimum(found, self.schedule.last_timestep))
 
     def draw_noise(self, shape: Sequence[int], slots: range, seed: int, epoch: int, step: int) -> torch.Tensor:
-        """The noise of this rank's pictures, (B, *shape) float32 on the device; for the rest see ``keyed_noise``."""
+        """The noise of this rank's pictures, (B, *shape) float32 on the device; see ``keyed_noise``."""
         noise = keyed_noise(shape, slots, seed, epoch, step, NOISE, self.device)
         if self.settings.noise_offset:
             offset = keyed_noise((shape[0], 1, 1), slots, seed, epoch, step, NOISE_OFFSET, self.device)
@@ -174,7 +174,7 @@ class Objective:
         return alpha * x0 + s * noise
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should answer; at a zero-terminal t = T the v is exactly -x0."""
+        """The network's target; at a zero-terminal t = T, v is exactly -x0."""
         if self.settings.prediction_type == "epsilon":
             return noise
         if self.settings.prediction_type == "sample":
@@ -188,12 +188,12 @@ class Objective:
         """The loss of each picture.
 
         Args:
-            output: (B, C, H, W) of the network, in any floating dtype; it is compared in float32.
+            output: (B, C, H, W) output of the network in any floating dtype; compared in float32.
             x0, noise: (B, C, H, W) float32.
             t: (B,) int64.
 
         Returns:
-            (B,) weighted, whose mean is to be minimised, and (B,) the mean square error itself, without gradient.
+            (B,) weighted losses, whose mean is minimised, and (B,) mean square errors without gradient.
         """
         errors = (output.float() - self.target(x0, noise, t)).square().flatten(1).mean(1)
         losses = self._device_weight[t] * errors
@@ -209,13 +209,13 @@ class Objective:
     # The table
 
     def rows(self) -> list[tuple[int, float, float, float, float]]:
-        """For each timestep: t, sigma, probability, weight, share of the loss if the error is equal everywhere."""
+        """For each timestep: t, sigma, probability, weight, and share of the loss if errors were equal."""
         t = torch.arange(self.schedule.last_timestep + 1)
         columns = (t, self.schedule.sigma(t), self.probability, self.weight, self.share)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def table(self) -> str:
-        """Some of the rows, to be printed, and the share of the loss at high noise."""
+        """A selection of the rows as text, and the share of the loss at high noise."""
         last = self.schedule.last_timestep
         shown = sorted({round(t / 999 * last) for t in SHOWN})
         names = ("t", "sigma", "probability", "weight", "share of the loss")
@@ -236,8 +236,8 @@ class Objective:
 class LearnedWeight(torch.nn.Module):
     """EDM2's uncertainty u(t): the loss becomes L / exp(u) + u, so exp(u) follows L (arXiv 2312.02696, eq. 21).
 
-    One linear layer on fixed random Fourier features of the noise level, as there; the level is told by the angle
-    atan(sigma), which is finite at infinity.  It begins at u = 0.
+    As in EDM2, u is one linear layer on fixed random Fourier features of the noise level.  Here the level is given by
+    the angle atan(sigma), which is finite at infinity.  Training starts at u = 0.
     """
 
     def __init__(self, schedule: NoiseSchedule, features: int = 128):
@@ -265,15 +265,15 @@ def _high_noise(schedule: NoiseSchedule) -> slice:
 
 
 def _probability(settings: ObjectiveSettings, schedule: NoiseSchedule) -> torch.Tensor:
-    """(T + 1,) of each timestep: the mass that a continuous distribution has around it, and t = T's own beside."""
+    """(T + 1,) probability of each timestep: the mass of a continuous distribution around it, and more at t = T."""
     last, mean, scale = schedule.last_timestep, settings.timesteps_mean, settings.timesteps_scale
-    edges = torch.arange(1, last + 1, dtype=torch.float64)  # between timesteps, the outer ones left away
+    edges = torch.arange(1, last + 1, dtype=torch.float64)  # between timesteps, without the outer two
     if settings.timesteps == "uniform":
         below = edges / (last + 1)
     elif settings.timesteps == "logit_normal":
         below = torch.from_numpy(np.exp(log_ndtr((torch.logit(edges / (last + 1)).numpy() - mean) / scale)))
     else:
-        z = (-2 * torch.log(schedule.sigma(edges - 0.5)) - mean) / scale  # of log SNR, which falls with t
+        z = (-2 * torch.log(schedule.sigma(edges - 0.5)) - mean) / scale  # standardized log SNR, which falls with t
         below = torch.where(z > 0, 0.5 * torch.exp(-z.abs()), 1 - 0.5 * torch.exp(-z.abs()))
     cumulative = torch.cat([below.new_zeros(1), below, below.new_ones(1)])
     probability = cumulative.diff() * (1 - settings.terminal_probability)
@@ -282,7 +282,7 @@ def _probability(settings: ObjectiveSettings, schedule: NoiseSchedule) -> torch.
 
 
 def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) -> torch.Tensor:
-    """(T + 1,) of the mean square error of the network's output."""
+    """(T + 1,) loss weight of the mean square error of the network's output."""
     abar = schedule.alphas_cumprod
     snr = abar / (1 - abar)
     if settings.weighting in ("constant", "learned"):
@@ -290,14 +290,14 @@ def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) 
     if settings.weighting == "min_snr":
         weight = min_snr_weight(snr, settings.min_snr_gamma, settings.prediction_type)
     else:
-        # Yu et al.: 1 / sqrt(SNR) on the error of epsilon, which is SNR times that of x0; that of v is SNR + 1
-        # times that of x0
+        # Yu et al. weight the error of epsilon by 1 / sqrt(SNR).  It is SNR times the error of x0, and the error of v
+        # is SNR + 1 times the error of x0.
         weight = snr.sqrt() / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[settings.prediction_type]
     return torch.where(snr < 1, weight.clamp(min=floor), weight)
 
 
 def _floor(settings: ObjectiveSettings, schedule: NoiseSchedule, probability: torch.Tensor) -> float:
-    """The least floor under the weights of the noisy half that gives high noise its share of the loss."""
+    """The smallest floor for weights at SNR below 1 that gives high noise its share of the loss."""
 
     def excess(floor: float) -> float:
         shares = probability * _weight(settings, schedule, floor)
@@ -309,7 +309,7 @@ def _floor(settings: ObjectiveSettings, schedule: NoiseSchedule, probability: to
     if excess(most) < 0:
         raise UserError(
             f"high_noise_share = {settings.high_noise_share} cannot be reached: with these timesteps t >= 0.9 T has at "
-            f"most {excess(most) + settings.high_noise_share:.3f} of the loss; raise terminal_probability, or ask for "
-            "less"
+            f"most {excess(most) + settings.high_noise_share:.3f} of the loss; raise terminal_probability, or lower "
+            "high_noise_share"
         )
     return brentq(excess, 0.0, most, xtol=1e-14)

@@ -1,4 +1,4 @@
-"""What a model in training makes of some prompts, always from the same noise, sampled from exact infinity."""
+"""Pictures of fixed prompts during training, always from the same noise, sampled from exact infinity."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +20,12 @@ LABEL = 14  # pixels
 
 
 class Previews:
-    """Pictures of the solid colours and of the user's prompts, and how far the network follows the mean of the noise.
+    """Previews of solid colours and of the user's prompts, and a measurement of the leak.
 
     Args:
-        networks: on the device; their pipeline gets a ZTSNRScheduler.
-        schedule, prediction_type: of what is trained.
+        networks: networks on the device; their pipeline gets a ZTSNRScheduler.
+        schedule, prediction_type: schedule and prediction type of the training.
+        settings: size, steps, guidance and prompts of the previews.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Previews:
 
     @torch.no_grad()
     def make(self) -> tuple[Image.Image, dict[str, float]]:
-        """A sheet of pictures, and numbers: by how many of 255 levels each solid colour is missed, and the leak."""
+        """A sheet of pictures, and metrics: the error of each solid colour in levels of 255, and the leak."""
         to_rgb = vae_to_rgb(self._pipe)
         pictures, metrics = [], {}
         for number, prompt in enumerate(self._prompts):
@@ -68,7 +69,7 @@ class Previews:
         ).images
 
     def _leak(self) -> dict[str, float]:
-        """Without a prompt, which leaves the brightness open."""
+        """Measure the leak with the empty prompt, which leaves the brightness open."""
         denoise = network(self._pipe, encode(self._pipe, ""), self._schedule, self._prediction_type)
         report = mean_leak(
             denoise, None, self._shape, schedule=self._schedule, seeds=range(LEAK_SEEDS), device=self._pipe.device
@@ -77,7 +78,7 @@ class Previews:
 
 
 def scheduler(pipe: DiffusionPipeline, schedule: NoiseSchedule, prediction_type: str, **config: Any) -> None:
-    """Give a pipeline the scheduler of this package, with the very schedule that is trained."""
+    """Give a pipeline the scheduler of this package, with exactly the schedule of the training."""
     pipe.register_modules(
         scheduler=ZTSNRScheduler(
             trained_betas=schedule.betas.tolist(),
@@ -89,7 +90,7 @@ def scheduler(pipe: DiffusionPipeline, schedule: NoiseSchedule, prediction_type:
 
 
 def _sheet(pictures: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
-    """Up to four in a row, each below its label, as far as that fits."""
+    """Pictures up to four in a row, each below its label; long labels are cut off."""
     height, width = pictures[0].shape[:2]
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)

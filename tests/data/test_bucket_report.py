@@ -82,9 +82,9 @@ def test_command(pictures, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["buckets.json", "buckets.png", "left_out.csv"]
     for sentence in (
         "1 other buckets have no pictures",
-        "15 of 18 pictures have a bucket: 3 steps of 4 in the first epoch, and 3 pictures that wait",
+        "15 of 18 pictures have a bucket: 3 steps of 4 in the first epoch; 3 pictures wait",
         "NovelAI reported 0.033",
-        "Moved: 1 to another bucket than the nearest",
+        "Moved: 1 to another bucket, because their nearest",
         "Left out: 2 cannot be read as pictures.",
         "Left out: 1 of an aspect ratio too far from every bucket's.",
     ):
@@ -140,7 +140,7 @@ def test_the_plot_is_not_put_among_the_pictures(pictures, monkeypatch):
         done = run(pictures, "--buckets", BUCKETS, "--out", out)
         assert done.exit_code == 2
         assert done.output == (
-            f"Error: {out} is in {pictures}, where its plot would be one of the pictures: choose another --out\n"
+            f"Error: {out} is in {pictures}, so its plot would become one of the pictures: choose another --out\n"
         )
     monkeypatch.chdir(pictures)
     assert run(".", "--buckets", BUCKETS).exit_code == 2
@@ -213,7 +213,7 @@ def test_names_of_buckets():
     assert parse_buckets("1024x768, 512x512") == [(1024, 768), (512, 512)]
     assert parse_size("1024x768") == (1024, 768)
     for text in ("", "sd15", "1024", "64x", "64x64x64", "-64x64", "6.4x64", "64x64,"):
-        with pytest.raises(ValueError, match=r"no buckets called|is no size"):
+        with pytest.raises(ValueError, match=r"no buckets called|is not a size"):
             parse_buckets(text)
 
 
@@ -221,15 +221,15 @@ def test_names_of_buckets():
     ("arguments", "sentence"),
     [
         (["--buckets", "sd15"], "there are no buckets called 'sd15'"),
-        (["--buckets", "64x"], "'64x' is no size"),
+        (["--buckets", "64x"], "'64x' is not a size"),
         (["--buckets", "64x64,64x64"], "64 x 64 is listed twice"),
         (["--buckets", "64x0"], "at least 1 x 1"),
         (["--buckets", "64x100"], "bucket 64 x 100 must be a multiple of step = 64"),
         (["--buckets", "novelai", "--step", "128"], "bucket 320 x 1024 must be a multiple of step = 128"),
         (["--area", "1000x1000"], "must be a multiple of step = 64 on both sides, not 1000 x 1000"),
-        (["--area", "1024"], "'1024' is no size"),
+        (["--area", "1024"], "'1024' is not a size"),
         (["--area", "4096x4096"], "limit must be"),
-        (["--min-size", "5000"], "none of the 16 pictures in .* has a bucket: the first is smaller than the minimum"),
+        (["--min-size", "5000"], "none of the 16 pictures in .* has a bucket; the first is smaller than the minimum"),
         (["--batch", "100"], "the first is of a shape with too few pictures for a step"),
     ],
 )

@@ -258,7 +258,7 @@ def test_no_pictures():
         ([(512, 512)], {"max_aspect_error": math.nan}, "max_aspect_error must be"),
         ([(512, 512), (0, 5)], {}, "positive numbers, not 0 x 5"),
         ([(512, 512, 3)], {}, r"shape \(N, 2\)"),
-        ([(512, 512)], {"repeats": [1, 2]}, "repeats must be one number for each of the 1 pictures"),
+        ([(512, 512)], {"repeats": [1, 2]}, "repeats must have one number for each of the 1 pictures"),
     ],
 )
 def test_mistakes_end_in_a_sentence(sizes, changes, sentence):

@@ -242,7 +242,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
     assert keys(index) == ["set/good.png"]
     assert index.sizes.tolist() == [[5, 7]]
     reasons = {row["key"]: row["reason"] for row in refused.to_pylist()}
-    no_picture = "it is no picture, or damaged, or of a format other than"
+    no_picture = "it is damaged, or is not a picture in one of the formats"
     assert reasons.pop("set/bad.png").startswith(no_picture)
     assert reasons.pop("set/old.psd").startswith(no_picture)
     assert reasons.pop("set/new.heic").startswith(no_picture)

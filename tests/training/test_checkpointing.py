@@ -67,7 +67,7 @@ def test_modes_compute_again(unet):
 
 
 def test_unknown_mode_is_refused(unet):
-    with pytest.raises(ValueError, match="'some' is none of off, selective, full"):
+    with pytest.raises(ValueError, match="'some': choose one of off, selective, full"):
         apply_checkpointing(unet, "some")
 
 

@@ -1,9 +1,9 @@
-"""Losses that tell a picture from its reconstruction: LPIPS, and a learned discriminator.
+"""Losses that compare a picture with its reconstruction: LPIPS, and a learned discriminator.
 
-L1 alone is minimal if an unsure decoder paints the average, which is blurred.  LPIPS (Zhang et al., arXiv
-1801.03924) compares features of a recognition network, and a patch discriminator (Isola et al., arXiv
-1611.07004) learns what gives a reconstruction away; VQGAN (Esser et al., arXiv 2012.09841) joined the three, and so
-were the VAEs of Stable Diffusion trained (Rombach et al., arXiv 2112.10752).
+Under L1 alone, an uncertain decoder does best with the average of all possibilities, which is blurred.  LPIPS (Zhang et
+al., arXiv 1801.03924) compares features of a recognition network.  A patch discriminator (Isola et al., arXiv
+1611.07004) learns to tell reconstructions from pictures.  VQGAN (Esser et al., arXiv 2012.09841) combined the three,
+and the VAEs of Stable Diffusion were trained this way (Rombach et al., arXiv 2112.10752).
 """
 
 import warnings
@@ -21,8 +21,8 @@ from ...checkpoints.hub import HUB_ERRORS, HUB_TIMEOUT
 from ...errors import UserError
 from ...extras import needs
 
-VGG16 = "timm/vgg16.tv_in1k"  # on the Hugging Face hub: torchvision's weights, as safetensors
-MOST_ADAPTIVE = 1e4  # as VQGAN limits it
+VGG16 = "timm/vgg16.tv_in1k"  # on the Hugging Face Hub: torchvision's weights as safetensors
+MOST_ADAPTIVE = 1e4  # VQGAN's limit
 EPSILON = 1e-6  # in the denominator of the adaptive weight, as in VQGAN's paper
 
 
@@ -33,12 +33,12 @@ EPSILON = 1e-6  # in the denominator of the adaptive weight, as in VQGAN's paper
 def load_lpips(backbone: str | Path | None = None) -> nn.Module:
     """LPIPS 0.1 on VGG16, frozen.
 
-    Called with two pictures (B, 3, H, W) in [-1, 1] it gives a map (B, 1, H, W).  The mean of the map is the published
-    number where H and W are multiples of 16: the maps of the layers are enlarged bilinearly, which keeps their means.
+    Called with two pictures (B, 3, H, W) in [-1, 1], it returns a map (B, 1, H, W).  If H and W are multiples of 16,
+    the mean of the map is the published LPIPS: the layers' maps are enlarged bilinearly, which keeps their means.
 
     Args:
-        backbone: a .safetensors file of torchvision's VGG16 (names ``features.0.weight``, ...); by default it is taken
-            from the hub or its cache.  The heads on it, six kilobytes, are a part of the package ``lpips``.
+        backbone: .safetensors file of torchvision's VGG16 (names ``features.0.weight``, ...); by default downloaded
+            from the Hub or read from its cache.  The package ``lpips`` contains the heads (six kilobytes).
 
     Raises:
         UserError: the package is not installed, or the weights cannot be downloaded or do not match.
@@ -51,16 +51,16 @@ def load_lpips(backbone: str | Path | None = None) -> nn.Module:
     path = _vgg16() if backbone is None else Path(backbone)
     header = read_header(path)  # refuses pickles
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")  # of how the package calls it
+        warnings.filterwarnings("ignore", module="torchvision")  # deprecated arguments in the package's calls
         network = lpips.LPIPS(net="vgg", spatial=True, pnet_rand=True, verbose=False)
     wanted = network.net.state_dict()
-    # slice3.10.weight is torchvision's features.10.weight
+    # slice3.10.weight is features.10.weight in torchvision
     names = {name: f"features.{name.split('.', 1)[1]}" for name in wanted}
     for name, source in names.items():
         if source not in header.tensors or header.tensors[source].shape != tuple(wanted[name].shape):
             raise UserError(f"{path} is not torchvision's VGG16: {source} is missing or has another shape")
     try:
-        with safe_open(path, "pt") as file:  # of which the classifier, nine tenths, is not needed
+        with safe_open(path, "pt") as file:  # without the classifier, nine tenths of the file
             network.net.load_state_dict({name: file.get_tensor(source).float() for name, source in names.items()})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -72,7 +72,7 @@ def _vgg16() -> Path:
         model_info(VGG16, timeout=HUB_TIMEOUT)
         offline = False
     except HUB_ERRORS:
-        offline = True  # asked without need, the client would try again for minutes
+        offline = True  # otherwise the client would retry for minutes
     try:
         return Path(hf_hub_download(VGG16, "model.safetensors", local_files_only=offline))
     except HUB_ERRORS as error:
@@ -87,16 +87,15 @@ def _vgg16() -> Path:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """PatchGAN: says of each of many overlapping patches how real it looks (arXiv 1611.07004, appendix 6.1.2).
+    """PatchGAN: scores how real each of many overlapping patches looks (arXiv 1611.07004, appendix 6.1.2).
 
-    Its normalisation takes the statistics of the batch at hand, always, and so keeps none.
+    Called with (B, 3, H, W) in [-1, 1], it returns (B, 1, h, w), about H / 2**layers high.  Its normalisation always uses
+    the statistics of the current batch, so it keeps no running ones.
 
     Args:
         width: channels of the first layer.
-        layers: convolutions that halve the picture; with 3 a patch is 70 pixels wide, with 2 it is 34.
-        generator: of the weights, drawn from N(0, 0.02).
-
-    Called with (B, 3, H, W) in [-1, 1] it gives (B, 1, h, w), about H / 2**layers high.
+        layers: number of convolutions that halve the picture; a patch is 70 pixels wide with 3, and 34 with 2.
+        generator: random generator for the weights, drawn from N(0, 0.02).
     """
 
     def __init__(self, width: int = 64, layers: int = 3, *, generator: torch.Generator | None = None):
@@ -105,7 +104,7 @@ class PatchDiscriminator(nn.Sequential):
         for i, (before, after) in enumerate(pairwise(channels)):
             stride = 2 if i < layers - 1 else 1
             blocks += [
-                nn.Conv2d(before, after, 4, stride, 1, bias=False),  # the normalisation has one
+                nn.Conv2d(before, after, 4, stride, 1, bias=False),  # the normalisation has a bias
                 nn.BatchNorm2d(after, track_running_stats=False),
                 nn.LeakyReLU(0.2),
             ]
@@ -135,11 +134,11 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
     (arXiv 2012.09841, equation 7); at most 10**4.
 
     Args:
-        reconstruction, adversarial: losses of one graph, which is kept.
-        last: weight of the last layer.
+        reconstruction, adversarial: losses of one graph, which is retained.
+        last: weight of the decoder's last layer.
 
     Returns:
-        (), on the device and without a gradient.
+        A scalar tensor on the device, without gradient.
     """
     pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
     return (pulls[0] / (pulls[1] + EPSILON)).clamp(max=MOST_ADAPTIVE).detach()

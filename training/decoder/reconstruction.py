@@ -1,4 +1,4 @@
-"""How near the reconstructions of a VAE are to the pictures."""
+"""The quality of a VAE's reconstructions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """How near the reconstructions of held-out pictures are, each a mean over pictures.
+    """The errors of reconstructions of held-out pictures, each a mean over pictures.
 
     Attributes:
-        pictures: how many.
-        l1: |x - y|, pixels in [-1, 1].
-        psnr: dB, of pixels as they are shown: 8 bits deep at most 255, not rounded.
-        lpips: None without the package.
-        psnr_in_boxes: dB, of the pixels in boxes; None without boxes.
+        pictures: number of pictures.
+        l1: |x - y| of pixels in [-1, 1].
+        psnr: PSNR in dB, relative to the range from black to white; pixels are clipped to it and not rounded.
+        lpips: LPIPS, or None without the package.
+        psnr_in_boxes: PSNR in dB of the pixels in boxes, or None without boxes.
     """
 
     pictures: int
@@ -44,13 +44,16 @@ class Scores:
 def evaluate(
     vae: AutoencoderKL, examples: torch.Tensor, perceptual: Perceptual | None, batch_size: int
 ) -> tuple[Scores, torch.Tensor]:
-    """Encode pictures, decode the means, and compare; all in float32.
+    """Encode pictures, decode the means of their posteriors, and compare; all in float32.
 
     Args:
+        vae: VAE in float32, on its device.
         examples: (N, 4, H, W) pixels in [-1, 1] and marks of boxes.
+        perceptual: LPIPS, or None to leave it out.
+        batch_size: pictures per batch.
 
     Returns:
-        the scores, and the first reconstructions, (at most MOST_SHOWN, 3, H, W) float32 on the CPU.
+        The scores, and the first reconstructions, (at most MOST_SHOWN, 3, H, W) float32 on the CPU.
     """
     l1, psnr, lpips, in_boxes, shown = [], [], [], [], []
     for data in examples.split(batch_size):
@@ -78,10 +81,10 @@ def evaluate(
 
 
 def picture_sheet(columns: Mapping[str, torch.Tensor]) -> Image.Image:
-    """Pictures side by side.
+    """A sheet with one row per picture and one titled column per version of it.
 
     Args:
-        columns: title -> (N, 3, H, W) in [-1, 1], one row a picture.
+        columns: title -> (N, 3, H, W) pictures in [-1, 1].
     """
     titles, (count, _, height, width) = list(columns), next(iter(columns.values())).shape
     line = 16
