@@ -33,7 +33,7 @@ SUFFIX = ".unfinished"
 RANDOM = "[0-9a-f]{8}" + re.escape(SUFFIX)  # the end of a neighbour's name
 LONGEST_STEM = 50  # characters: with 4 bytes each and what is added, a name that every file system takes
 LOCK = ".lock"  # in a folder that is in use: process and host of its user
-LOCKED_BYTE = 1 << 30  # Windows' locks forbid reading, so lock a byte behind the text
+LOCKED_BYTE = 1 << 30  # Windows' locks forbid reading, so lock a byte after the text
 PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds; only where there are no locks
 ABANDONED = 3600  # seconds without a change; only where there are no locks
 
@@ -296,12 +296,12 @@ def _lock(descriptor: int, temporary: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed programs left behind in a folder, of files that may never be written again."""
+    """Remove the leftovers of killed programs in a folder, even of files that are never written again."""
     _remove_abandoned(path for path in folder.iterdir() if re.fullmatch(rf"\..+\.{RANDOM}", path.name))
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed programs left behind of one target."""
+    """Remove the leftovers of killed programs for one target."""
     with suppress(OSError):
         _remove_abandoned(path for path in target.parent.iterdir() if _is_neighbour(path.name, target))
 

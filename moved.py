@@ -49,7 +49,7 @@ class OldNames(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Undo the one change that the import system makes to a module that is there already."""
+        """Undo the one change that the import system makes to a module that was imported before."""
         module.__spec__ = module.__spec__.loader_state
 
 

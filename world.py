@@ -160,7 +160,7 @@ def find_device(
 
 
 def is_there(kind: str) -> bool:
-    """Whether this machine and this build of torch have this kind of device."""
+    """True if this machine and this build of torch have this kind of device."""
     if kind == "mps":
         return torch.backends.mps.is_available()
     return kind not in GPUS or getattr(torch, kind).is_available()

@@ -39,7 +39,7 @@ class Way(NamedTuple):
 
 
 def simple(schedule: NoiseSchedule) -> list[float]:
-    """ComfyUI's scheduler ``simple``: every so many entries of its table, whose last one is never infinite."""
+    """ComfyUI's scheduler ``simple``: evenly spaced entries of its table, whose last one is never infinite."""
     table = [min(float(schedule.sigma(float(t))), STOCK_SIGMA_MAX) for t in range(schedule.last_timestep + 1)]
     return [*(table[-1 - int(i * len(table) / STEPS)] for i in range(STEPS)), 0.0]
 

@@ -110,7 +110,7 @@ def mark_one(place: Path, nbytes: int, runs: int) -> str:
 
 
 def write_random_checkpoint(path: Path, nbytes: int, metadata: dict[str, str]) -> None:
-    """A U-Net's file of about so many bytes, of random numbers that no file system makes smaller."""
+    """Write a U-Net's file of about this size, of random numbers, which no file system can compress."""
     count = math.ceil(nbytes / (2 * TENSOR))
     header = {"__metadata__": metadata} | {
         f"model.diffusion_model.{i}.weight": {

@@ -30,7 +30,7 @@ def machine(comfyui: Path | None) -> str:
 
 
 def write_section(path: Path, heading: str, text: str) -> None:
-    """Put a section of level 2 into a Markdown file in place of the one of that heading, or at its end."""
+    """Replace the section of level 2 with this heading in a Markdown file, or append it."""
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n\nWritten by the scripts of this folder.\n"
     section = f"## {heading}\n\n{text.strip()}\n"
     pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)

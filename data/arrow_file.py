@@ -15,7 +15,7 @@ def open_arrow(path: str | Path) -> pa.Table:
     writes its index anew.
 
     Raises:
-        OSError, pa.ArrowException: it cannot be read, or is no such file.
+        OSError, pa.ArrowException: the file cannot be read, or is not an Arrow file.
     """
     if WINDOWS:
         return pa.ipc.open_file(pa.py_buffer(Path(path).read_bytes())).read_all()

@@ -74,9 +74,9 @@ def bucket_pictures(
 ) -> Bucketing:
     """Choose the bucket of each picture.
 
-    Within a set of buckets, a picture goes to the nearest aspect ratio (``assign_buckets``).  With several sets, it goes
-    to the largest bucket that it covers without being enlarged, or to the smallest if it covers none.  Buckets with too
-    few pictures for a step are closed, the emptiest first, and their pictures move to the nearest remaining bucket.
+    Within a set of buckets, a picture goes to the nearest aspect ratio (``assign_buckets``).  With several sets, it
+    goes to the largest bucket that it covers without being enlarged, or to the smallest if it covers none.  Buckets
+    with too few pictures for a step are closed, the emptiest first, and their pictures move to the nearest that remain.
 
     Args:
         sizes: (N, 2) width and height of the pictures.

@@ -162,7 +162,7 @@ class EpochPlan:
         }
 
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The queues of an epoch, one bucket behind the other; and where each bucket begins."""
+        """The queues of an epoch, concatenated bucket by bucket; and where each bucket begins."""
         pictures, begins = self._order(epoch)
         line = [
             part
@@ -229,7 +229,7 @@ class EpochPlan:
         return times.astype(np.int64)
 
     def _times(self, epochs: int) -> np.ndarray:
-        """How often the first ``epochs`` epochs have each picture: floor(epochs * repeats + phase).
+        """Number of times that the first ``epochs`` epochs have each picture: floor(epochs * repeats + phase).
 
         The phase, random in [0, 1), spreads the extra times of fractional repeats evenly over the epochs.
         """

@@ -33,7 +33,7 @@ PICTURES = pa.schema(
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that latents depend on beside the picture itself.
+    """Everything that latents depend on besides the picture itself.
 
     Attributes:
         dtype: dtype that the VAE ran in.
@@ -59,7 +59,7 @@ class Recipe:
         return cls(**content | {"background": tuple(content["background"])})
 
     def to_json(self) -> dict:
-        """The recipe as JSON can hold it."""
+        """The recipe as plain values for JSON."""
         return asdict(self)
 
     def latent_size(self, scaled: Size) -> Size:

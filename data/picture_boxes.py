@@ -56,10 +56,10 @@ def read_boxes(path: str | Path, index: PictureIndex) -> dict[int, np.ndarray]:
         if key in numbers and len(boxes):
             inside = boxes.clip(0, np.tile(index.sizes[numbers[key]], 2))
             if not (inside[:, :2] < inside[:, 2:]).all():  # also false for NaN
-                raise UserError(f"line {place} of {path} has a box that is empty or outside of {key}: correct or remove it")
+                raise UserError(f"line {place} of {path} has a box that is empty or outside of {key}: correct it")
             found[numbers[key]] = np.concatenate([found.get(numbers[key], np.empty((0, 4))), inside])
     if not found:
-        raise UserError(f"{path} names none of the {len(index)} pictures: write their keys as {index.key(0)!r}, the first one's")
+        raise UserError(f"{path} names none of the {len(index)} pictures: use their keys, such as {index.key(0)!r}")
     return found
 
 

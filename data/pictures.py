@@ -332,7 +332,7 @@ def resize_picture(image: Image.Image, size: Size, original_size: Size) -> Image
         raise PictureError(f"it would be resized to {size[0]} x {size[1]} pixels, more than the {MAX_PIXELS} allowed")
     shrunk = round(original_size[0] / image.width)
     if shrunk not in (1, 2, 4, 8) or image.size != tuple(math.ceil(side / shrunk) for side in original_size):
-        raise PictureError(f"it has changed since it was indexed, and is not {original_size[0]} x {original_size[1]} pixels any more")
+        raise PictureError(f"it has changed: it was {original_size[0]} x {original_size[1]} pixels when it was indexed")
     # in a picture opened at a reduced size, the last row and column may be only partly covered
     box = (0, 0, original_size[0] / shrunk, original_size[1] / shrunk)
     return image.resize(size, Image.Resampling.LANCZOS, box)

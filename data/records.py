@@ -125,7 +125,7 @@ def weight_of(record: dict, where: str) -> float:
 
 
 def is_weight(weight: object) -> bool:
-    """Whether this is a finite number of at least 0."""
+    """True for a finite number of at least 0."""
     return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight <= sys.float_info.max
 
 

@@ -226,7 +226,7 @@ def _scale_to_mean_one(weights: np.ndarray, shares: np.ndarray, low: float, high
         most = math.log(2.0 * high / positive.min())  # all weights lowered to high, except those of 0
     if not len(positive) or excess(most) < 0:
         raise UserError(
-            f"{len(weights) - len(positive)} of {len(weights)} pictures have weight 0, so the others would need more than "
+            f"{len(weights) - len(positive)} of {len(weights)} pictures have weight 0, so the others need more than "
             f"high = {high:g} for a mean of 1: raise high, or give fewer tags the weight 0"
         )
     return math.exp(brentq(excess, least, most, xtol=1e-15, rtol=1e-15, maxiter=1000))

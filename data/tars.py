@@ -12,7 +12,7 @@ from .records import Found, Source, captions_of, decode, distinct, parse_json, r
 
 
 def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
-    """The pictures in a tar.  Captions may come behind their picture, so the whole tar is listed first."""
+    """The pictures in a tar.  Captions may come after their picture, so the whole tar is listed first."""
     pictures: list[tuple[str, tarfile.TarInfo]] = []
     captions: dict[str, list[str]] = {}
     weights: dict[str, float] = {}

@@ -75,7 +75,7 @@ def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:
     for prompt in prompts:
         if len({len(chunks) for chunks in prompt}) != 1:
             raise UserError(
-                f"the text encoders' tokenizers split one prompt into {[len(chunks) for chunks in prompt]} chunks: give "
+                f"the text encoders' tokenizers make {[len(chunks) for chunks in prompt]} chunks of one prompt: give "
                 "tokenizers with the same vocabulary"
             )
     lengths = [len(prompt[0]) for prompt in prompts]

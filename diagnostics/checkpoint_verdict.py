@@ -14,7 +14,7 @@ from .leak_probes import NetworkProbe
 
 TABLE_UP_TO = 0.8  # share of T up to which every network learns how much noise there is, whatever the loss weights
 LEAK_SHARE = 0.2  # of the peak slope: a network that follows the noise this much at t = T leaks
-LEAST_PEAK = 1.5  # slope below which a prompt leaves too little open: V of 9, of which sigma 14.6 would show little
+LEAST_PEAK = 1.5  # slope below which a prompt leaves too little open: V = 9, where sigma 14.6 would leak little
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _nonnegative(name: str, value: Sequence[float] | torch.Tensor | float) -> No
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Gaussians: every mode of the picture for itself.
+# Gaussians: every mode of the picture separately.
 
 
 class GaussianModes:

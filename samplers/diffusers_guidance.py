@@ -4,8 +4,8 @@ diffusers guides by uncond + w (cond - uncond).  With T of ``exposure_true``, an
 
     uncond' = cond - T(cond - uncond)
 
-in place of uncond, the same formula gives cond + (w - 1) T(cond - uncond) for every w.  So the pipeline itself stays
-as it is: ``attach`` changes what its U-Net answers, and the pipeline's own guidance scale, guidance rescale and
+instead of uncond, the same formula gives cond + (w - 1) T(cond - uncond) for every w.  So the pipeline itself does not
+change: ``attach`` changes the output of its U-Net, and the pipeline's own guidance scale, guidance rescale and
 callbacks work as before.  Modular pipelines leave guidance to a guider; theirs is ``ExposureTrueGuidance``.
 """
 
@@ -244,7 +244,7 @@ class ExposureTrueGuidance(BaseGuidance):
             return False
         if self._num_inference_steps is None:
             return True
-        # pipelines count evaluations, of which some solvers take two a step
+        # pipelines count evaluations, and some solvers take two a step
         evaluations = self._num_inference_steps * getattr(self.scheduler, "order", 1)
         return int(self._start * evaluations) <= self._step < int(self._stop * evaluations)
 

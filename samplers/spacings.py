@@ -37,7 +37,7 @@ class SpacingEntry:
         function: see ``spacing``.
         of: what the function chooses.
         rho: default of its exponent; None if it has none.
-        start: first finite sigma behind infinity, over the canvas length, from the number of steps.
+        start: number of steps -> first finite sigma after infinity, over the canvas length.
     """
 
     name: str

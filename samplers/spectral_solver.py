@@ -82,7 +82,7 @@ class _Seen:
         fallen: (k, B) <x0_0 - x0_j, d_0> / <d_0, d_0> for j = 1, ..., k.
         power: (B,) 1 - J, if x0 = J X + const along d_0; None before it can be measured.
         distance: (B,) <X - x0, d_0> / <d_0, d_0>.
-        turn: (B,) 0 while x0 goes on, 1 where it turns back by 120 degrees or more, -2 cos(d_0, d_1) in between.
+        turn: (B,) 0 while x0 keeps its direction, 1 if it turns by 120 degrees or more, -2 cos(d_0, d_1) in between.
         trust: (B,) 1 while x0 has not bent by more than 53 degrees early on, 0 once it bent by 84.
         predicted: (KEPT, B) weights of the last prediction, the x0 first that was the newest then.
         share_of_turn: (2, 1, 1) SHARE_OF_TURN on the device.
@@ -211,7 +211,7 @@ class _Step(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _tables(sigmas: Sigmas) -> tuple[list[tuple[Any, ...]], list[np.ndarray]]:
-    """Of each step the floats of ``_Step``, and its weights: (N, ...) of each kind."""
+    """The floats of ``_Step`` for each step, and arrays (N, ...) of the weights."""
     u, ratios = inverse_sigmas(sigmas), noise_ratios(sigmas)
     modes_only, correct_bold = spectral_table(sigmas)
     cautious, correct_cautious = decision_table(sigmas)

@@ -151,7 +151,7 @@ def _sigmas_of_range(
 
 
 def range_start(spacing: str, steps: int) -> float:
-    """First finite sigma over the canvas length, for a spacing of a finite range behind infinity."""
+    """First finite sigma over the canvas length, for a spacing of a finite range that follows infinity."""
     return find_spacing(spacing).start(steps)
 
 

@@ -188,7 +188,7 @@ class AverageSettings:
 
     Attributes:
         sigma_rel: Widths of power-function averages (EDM2, arXiv 2312.02696).
-        decay: Decay of an exponential average beside them.
+        decay: Decay of an additional exponential average.
         on_cpu: Keep the averages in main memory.
         every: Steps between updates.
         snapshots: Steps between snapshots, from which ``post_hoc`` makes averages of other widths.  0 saves none.
@@ -227,7 +227,7 @@ class WatchSettings:
         validate_every: Steps between validations.  0 turns them off.
         validation_pictures: Largest number of held-out pictures to validate on.
         preview_every: Steps between previews.  0 turns them off.
-        prompts: Prompts to preview, beside the solid colours.
+        prompts: Prompts to preview, besides the solid colours.
         preview_size: Width and height of previews, in pixels.  Default: the size that the base was trained at.
         preview_steps: Sampling steps of previews.
         guidance: Classifier-free guidance of previews.
@@ -257,7 +257,7 @@ class ExportSettings:
         single_file: Write a .safetensors file.  If the base is one, everything that was not trained is copied from it.
         folder: Write a diffusers folder.
         dtype: Dtype of the exported weights.
-        raw: Export the final weights too, beside their average.
+        raw: Export the final weights too, besides their average.
     """
 
     single_file: bool = True

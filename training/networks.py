@@ -28,11 +28,11 @@ BLOCK_GROUPS = {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """A low-rank adapter that is trained in place of the U-Net's own weights.
+    """A low-rank adapter that is trained instead of the U-Net's own weights.
 
     Attributes:
         kind: lora (Hu et al., arXiv 2106.09685), or lokr, of Kronecker products (Yeh et al., arXiv 2309.14859).
-        rank: of the change of each weight.
+        rank: rank of the change of each weight.
         alpha: the change is multiplied by alpha / rank.
         target_modules: endings of the names of the layers that are adapted; by default those of the attention.
     """
@@ -63,7 +63,7 @@ class Networks:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether this is SDXL, whose U-Net is conditioned on picture sizes."""
+        """True for SDXL, whose U-Net is conditioned on picture sizes."""
         return len(self.text_encoders) == 2
 
     @property

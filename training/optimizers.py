@@ -160,7 +160,7 @@ def _adafactor_state(optimizer: Optimizer, parameter: Tensor) -> State:
 
 
 def _factored_bytes(shape: torch.Size) -> int:
-    """Means of the rows and of the columns in place of a matrix."""
+    """Bytes of the means over rows and columns that replace a matrix."""
     count = shape.numel()
     return FLOAT32 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
 
@@ -262,7 +262,7 @@ def _check_parameters(name: str, entry: Entry, groups: Groups, bf16_stochastic_r
 
 
 def _is_uneven(parameter: Tensor) -> bool:
-    """Whether ranks have parts of different sizes."""
+    """True if ranks hold parts of different sizes."""
     if not isinstance(parameter, DTensor):
         return False
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -271,7 +271,7 @@ def _is_uneven(parameter: Tensor) -> bool:
 
 
 def _is_quantised(value: Tensor) -> bool:
-    """Whether this is a tensor of torchao that consists of several."""
+    """True for a tensor of torchao that consists of several."""
     local = value.to_local() if isinstance(value, DTensor) else value
     return hasattr(local, "__tensor_flatten__")
 
@@ -288,12 +288,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """Scale all gradients together so that their norm is at most ``max_norm``.
 
     Args:
-        parameters: of all groups, either all of them sharded over one mesh or none.
+        parameters: parameters of all groups, either all of them sharded over one mesh or none.
         max_norm: None leaves the gradients as they are.
 
     Returns:
-        () float32 on the device, the global L2 norm before.  It is not read here; if it is not finite, neither are
-        the gradients behind a clipping.
+        The global L2 norm before clipping, a scalar float32 tensor on the device.  It is not read here; if it is not
+        finite, the clipped gradients are not finite either.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -334,7 +334,7 @@ def optimizer_tensors(optimizer: Optimizer, named_parameters: Mapping[str, Tenso
 def load_optimizer_tensors(
     optimizer: Optimizer, named_parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give an optimizer the state that ``optimizer_tensors`` of another one was; parameters stay as they are.
+    """Load the state that ``optimizer_tensors`` returned for another optimizer; parameters do not change.
 
     Low-bit optimizers quantise the larger parameters only, which for sharded ones depends on the number of ranks.
 

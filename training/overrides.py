@@ -71,14 +71,14 @@ def _hint_of(kind: type, hint: Any, place: list[str], key: str, option: str) -> 
 
 
 def _default(kind: Any, name: str) -> list:
-    """What a list of a dataclass holds by default."""
+    """The default entries of a list in a dataclass."""
     (field,) = (one for one in dataclasses.fields(bare(kind)) if one.name == name)
     found = () if field.default is dataclasses.MISSING else field.default or ()
     return [dataclasses.asdict(one) if dataclasses.is_dataclass(one) else one for one in found]
 
 
 def _index(table: dict | list, key: str, place: list[str], option: str) -> str | int:
-    """What ``key`` is in a table or in a list."""
+    """``key`` as a key of a table or as an index of a list."""
     if isinstance(table, dict):
         return key
     if int(key) >= len(table):
@@ -89,7 +89,7 @@ def _index(table: dict | list, key: str, place: list[str], option: str) -> str |
 
 
 def _value(hint: Any, values: list[str], option: str) -> Any:
-    """What TOML would have made of the values."""
+    """The values as TOML would parse them."""
     if is_optional(hint) and [text.lower() for text in values] == ["none"]:
         return None
     if is_list(hint):

@@ -76,8 +76,8 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
         index_path: file in which the first process gives the index to the others and to the workers.
 
     Raises:
-        UserError: there are no pictures, none has a bucket, the batch is no multiple of the processes, the cache is
-            one of other pictures, ...
+        UserError: there are no pictures, none has a bucket, the batch size is not a multiple of the processes, the
+            cache is one of other pictures, ...
     """
     if settings.batch_size % world.size:
         raise UserError(

@@ -108,7 +108,7 @@ class RunStates:
         """Write the state at a step; if that fails, report it and let the training continue.
 
         Raises:
-            UserError: the state of the last step cannot be written, behind which there is nothing to continue.
+            UserError: the state of the last step cannot be written, so the training would be lost.
         """
         try:
             self.write(step, tensors, state)

@@ -47,7 +47,7 @@ def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the con
     for place, name, known in unknown_names(kind, content):
         raise unknown_setting(kind, place, name, known, f"{where} has {'.'.join((*place, name))}")
     try:
-        # strictly, so that "2" and true are no numbers; as JSON, where strictness allows lists for tuples and text for
+        # strictly, so that "2" and true do not pass as numbers; as JSON, where strictness allows lists for tuples and text for
         # paths, and dates, which only TOML has, are text
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except pydantic.ValidationError as error:

@@ -140,13 +140,13 @@ class TrainingStep:
         run.model.train_only(names)
         for name, parameter in run.model.parameters.items():
             if name not in names:
-                parameter.grad = None  # else the optimizer would go on with it
+                parameter.grad = None  # otherwise the optimizer would keep updating it
         if len(run.settings.stages) > 1:
             run.say(f"stage {index + 1}: {', '.join(stage.groups)}, {len(names)} tensors")
         self.stage = index
 
     def _try_bucket(self, size: tuple[int, int], batch: int) -> None:
-        """A forward and a backward pass of a bucket (width, height), which leave no trace."""
+        """Run a forward and a backward pass of a bucket (width, height) without any lasting effect."""
         run = self.run
         device, factor = run.world.device, run.networks.factor
         channels = run.networks.unet.config.in_channels

@@ -100,7 +100,7 @@ def train(run: Run, states: RunStates) -> bool:
             if due(settings.average.snapshots):
                 with run.speed.paused():
                     save_snapshots(run)
-            stopping = world.any(bool(stopped))  # a signal may reach one process alone; all stop behind the same step
+            stopping = world.any(bool(stopped))  # a signal may reach one process alone; all stop after the same step
             if stopping or due(settings.save_every):
                 run.guard.read()  # raises before a broken state is saved
                 with run.speed.paused():
@@ -116,7 +116,7 @@ def train(run: Run, states: RunStates) -> bool:
 
 
 def _is_due(step: int, last: int, every: int) -> bool:
-    """Whether something is done behind a step that is done every ``every`` steps, and behind the last; 0 is never."""
+    """True after a step if something is due every ``every`` steps and after the last one; 0 means never."""
     return every > 0 and (step % every == 0 or step == last)
 
 

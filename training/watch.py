@@ -45,7 +45,7 @@ def check_installed(settings: WatchSettings) -> None:
 
 @contextmanager
 def written_if_possible(what: str, step: int, say: Callable[[str], None]) -> Iterator[None]:
-    """Report what the block could not write, and go on: the training is worth more than a line of metrics."""
+    """Report what the block could not write, and continue: the training is worth more than a line of metrics."""
     try:
         yield
     except (OSError, UserError) as error:

@@ -111,7 +111,7 @@ def test_boxes_are_cut_to_their_picture(index, tmp_path):
         ({"picture": "pictures/a.png", "boxes": [[3, 2, 1, 4]]}, "empty or outside of pictures/a.png"),
         ({"picture": "pictures/a.png", "boxes": [[400, 2, 410, 4]]}, "empty or outside of pictures/a.png"),
         ('{"picture": "pictures/a.png", "boxes": [[NaN, 2, 3, 4]]}', "empty or outside of pictures/a.png"),
-        ({"picture": "a.png", "boxes": [[1, 2, 3, 4]]}, "names none of the 2 pictures: write their keys as 'pictures/a"),
+        ({"picture": "a.png", "boxes": [[1, 2, 3, 4]]}, "none of the 2 pictures: use their keys, such as 'pictures/a"),
     ],
 )
 def test_what_is_wrong_with_boxes(index, tmp_path, record, message):

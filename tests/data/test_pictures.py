@@ -589,7 +589,7 @@ def test_a_picture_opened_smaller_is_told_of_as_it_was():
 def test_a_picture_that_is_not_the_one_of_the_index():
     image = Image.new("RGB", (40, 30))
     for size in ((30, 40), (41, 30), (40, 29), (20, 15), (120, 90), (121, 80), (1, 1)):
-        with pytest.raises(PictureError, match=f"it has changed since it was indexed, and is not {size[0]} x {size[1]} pixels"):
+        with pytest.raises(PictureError, match=f"it has changed: it was {size[0]} x {size[1]} pixels"):
             fit_picture(image, (8, 8), np.random.default_rng(0), original_size=size)
 
 

@@ -19,12 +19,12 @@ from ...files import atomic_folder, atomic_write, check_new
 
 TRAINED = ("decoder.", "post_quant_conv.")
 _OF_FILE = re.compile(re.escape(VAE) + r"(decoder|post_quant_conv)\.")
-_OF_FOLDER = re.compile(r"vae(\.|/[^/]*: )(decoder|post_quant_conv)\.")  # of which several versions may be there
+_OF_FOLDER = re.compile(r"vae(\.|/[^/]*: )(decoder|post_quant_conv)\.")  # all variants, such as fp16, included
 _OTHER_HASHES = ("sshs_model_hash", "sshs_legacy_hash")  # of kohya's scripts; wrong once a tensor has changed
 
 
 def is_whole(base: Path) -> bool:
-    """Whether a checkpoint has more in it than its VAE, so that the VAE can be merged into it."""
+    """True if a checkpoint contains more than a VAE, so that a VAE can be merged into it."""
     return (base / "vae").is_dir() if base.is_dir() else any(name.startswith(VAE) for name in read_header(base).tensors)
 
 

@@ -89,8 +89,8 @@ def _vgg16() -> Path:
 class PatchDiscriminator(nn.Sequential):
     """PatchGAN: scores how real each of many overlapping patches looks (arXiv 1611.07004, appendix 6.1.2).
 
-    Called with (B, 3, H, W) in [-1, 1], it returns (B, 1, h, w), about H / 2**layers high.  Its normalisation always uses
-    the statistics of the current batch, so it keeps no running ones.
+    Called with (B, 3, H, W) in [-1, 1], it returns (B, 1, h, w), about H / 2**layers high.  Its normalisation always
+    uses the statistics of the current batch, so it keeps no running ones.
 
     Args:
         width: channels of the first layer.

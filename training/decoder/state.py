@@ -25,7 +25,7 @@ FREE = {
 
 
 def recorded(settings: VaeDecoderSettings, index: PictureIndex, encoder: str) -> dict[str, Any]:
-    """What must be the same in a resumed run, as JSON gives it back."""
+    """The values that must be equal in a resumed run, as read back from JSON."""
     keys = hashlib.sha256("\n".join(index.table["key"].to_pylist()).encode()).hexdigest()
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     return json.loads(json.dumps(fixed | {"set of pictures": keys, "encoder": encoder}))
@@ -45,7 +45,7 @@ def restore_state(training: DecoderTraining, states: RunStates, step: int, path:
 
 
 def has_old_state(out: Path) -> bool:
-    """Whether version 0.1.0 has left a state in this folder."""
+    """True if version 0.1.0 has left a state in this folder."""
     return (out / OLD_STATE).exists()
 
 

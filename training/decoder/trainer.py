@@ -1,4 +1,4 @@
-"""Fine-tuning the decoder of a VAE, so that eyes and other small things come out right and latents stay what they are.
+"""Fine-tuning the decoder of a VAE, so that eyes and other small things come out right, without changing latents.
 
 NovelAI did this to SDXL's VAE for V3 (arXiv 2409.15997).  The encoder and ``quant_conv`` are frozen, so the U-Net,
 latent caches, and other models for the same latents need not change: only ``decoder`` and ``post_quant_conv`` do.  The
@@ -47,7 +47,7 @@ KEEP = 2  # states, as many as ``ztsnr finetune`` keeps by default
 
 @dataclass(frozen=True)
 class VaeDecoderReport:
-    """What ``run_finetune_vae`` made.
+    """The results of ``run_finetune_vae``.
 
     Attributes:
         before, after: scores on the held-out pictures.
