@@ -133,7 +133,7 @@ def check_new(path: Path) -> None:
     """Refuse a path that already exists, or whose folder does not.
 
     Raises:
-        UserError: which of the two.
+        UserError: either is so; the message says which.
     """
     if os.path.lexists(path):
         raise UserError(f"{path} already exists: choose another name, or remove it first")

@@ -3,7 +3,7 @@
     python benchmarks/buckets.py [--pictures N] [--loop-pictures N] [--runs N]
 
 Both choose the bucket of each picture and all steps of an epoch, on one core, and their answers are compared.  Then the
-public code's own answer: how many of its steps have one shape on all ranks, and how many pictures it makes square.
+public code's own answer: the share of its steps that have one shape on all ranks, and the pictures it makes square.
 Prints the tables and puts them into benchmarks/RESULTS.md.
 """
 

@@ -30,13 +30,13 @@ class Case:
 
     Attributes:
         pack: name of its folder.
-        node: of the pack, as the user reads it.
+        node: name of the node, as the user reads it.
         graph: what stands around it.
         run: makes samples (B, 4, H, W), in the scale of a LATENT, of a ``Desk``.
         guided: two prompts at CFG 5 instead of one.
         spread: the steps depend on where the table ends, so the limit has others: the picture is held against the
             closed form.
-        side, batch: of the latent.
+        side, batch: size of the latent and of the batch.
         note: what there is to say of the pack's own part in the numbers.
     """
 

@@ -144,7 +144,7 @@ class Found:
         return self.difference((scheduler, torch.bfloat16), (scheduler, torch.float32))
 
     def runs(self, scheduler: str) -> bool:
-        """Whether it runs in both precisions and all values are finite."""
+        """True if it runs in both precisions and all values are finite."""
         return all((scheduler, dtype) in self.pictures and (scheduler, dtype) not in self.failures for dtype in DTYPES)
 
 

@@ -107,7 +107,7 @@ def is_sdxl(names: Collection[str]) -> bool:
     """True if a U-Net takes picture sizes as input, as SDXL's does.
 
     Args:
-        names: of diffusers' tensors.
+        names: names of diffusers' tensors.
     """
     return "add_embedding.linear_1.weight" in names
 

@@ -75,7 +75,7 @@ def compare_with_published(
 
     Args:
         architecture: one of ``architecture.SUPPORTED``.
-        shapes: of all tensors.
+        shapes: shapes of all tensors.
         broken: prefixes of networks that are present and are not to be judged.
     """
     shapes = {_OLD_CLIP.sub(CLIP, name): shapes[name] for name in shapes}

@@ -46,7 +46,7 @@ def check_classes(folder: Path, index: dict[str, Any], left_out: Collection[str]
         left_out: parts that are never loaded, whose names do not matter.
 
     Raises:
-        UserError: which part has which class, and what is allowed there.
+        UserError: the class of a part is not allowed; the message says which classes are.
     """
     for part, named in index.items():
         # the index also holds switches, and those of the pipeline itself begin with an underscore

@@ -32,7 +32,7 @@ def from_hub(fetch: Callable[..., str | PathLike], name: str, way_out: str, **op
 
     Args:
         fetch: one of the client's functions, which returns a path and takes ``local_files_only``.
-        way_out: what the user can do instead, the end of the error.
+        way_out: end of the error message, which says what the user can do instead.
 
     Raises:
         UserError: neither the Hub nor the cache has it.

@@ -65,7 +65,7 @@ def unet_layout(names: Collection[str]) -> Layout:
     """The tensors of a U-Net of SD 1.x, 2.x or SDXL, of any number of levels and layers.
 
     Args:
-        names: of diffusers' tensors.
+        names: names of diffusers' tensors.
 
     Raises:
         UserError: a tensor that a single file has no place for, or a missing tensor.

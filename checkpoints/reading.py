@@ -16,10 +16,10 @@ class Marked:
 
     Attributes:
         form: one of architecture.py's formats.
-        names: of the tensors, including "v_pred" and "ztsnr".
+        names: names of the tensors, including "v_pred" and "ztsnr".
         scheduler_config: of a diffusers folder, else empty.
         has_yaml: True if a .yaml file of the same name lies beside the file.
-        latent_scaling: of its latents, where it is not the published one.
+        latent_scaling: scaling of its latents, if it differs from the published one.
     """
 
     file_name: str

@@ -59,7 +59,7 @@ def check_sizes(path: Path, config: dict[str, Any], names: Collection[str] | Non
             all of them.
 
     Raises:
-        UserError: which setting is too large, and what the limit is.
+        UserError: a setting is too large; the message names it and the limit.
     """
     read = config if names is None else {name: value for name, value in config.items() if name in names}
     for name, value in read.items():

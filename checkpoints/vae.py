@@ -29,7 +29,7 @@ def load_vae(
         model: a diffusers folder, of a whole model or of its VAE alone, or a .safetensors file of the same.
         config: only for a file, the diffusers folder, or its name on the Hub, whose settings complete it; by default
             those of the first model of its kind, from the Hub or its cache.
-        device, dtype: of the VAE.
+        device, dtype: device and dtype of the VAE.
 
     Raises:
         UserError: no such file or folder, or it has no VAE of the class AutoencoderKL.

@@ -78,7 +78,7 @@ class LatentCache:
         folder: folder that ``cache_latents`` has written.
 
     Attributes:
-        recipe: what the latents were made with.
+        recipe: settings that the latents were made with.
         statistics: mean and std of each channel, over all pictures in the cache.
         pictures: table of PICTURES and PLACES, one row per picture of the index.
 
@@ -179,7 +179,7 @@ class LatentCache:
         """Refuse a cache that another VAE made than the one of the model in training.
 
         Args:
-            vae: in the dtype of its file, or in float32; it is compared in the dtype that the cache was made in.
+            vae: VAE in the dtype of its file or in float32; it is compared in the dtype of the cache.
 
         Raises:
             UserError: it is another VAE.

@@ -38,7 +38,7 @@ class Quarantine:
         """List a picture.
 
         Args:
-            key: of the picture in its index.
+            key: key of the picture in its index.
             reason: why it cannot be used.
         """
         line = json.dumps({"picture": key, "reason": reason}, ensure_ascii=False) + "\n"

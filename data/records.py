@@ -25,9 +25,9 @@ class Source:
     Attributes:
         path: path of the folder or file.
         name: first part of its pictures' keys; by default the last part of the path.
-        weight: how often an epoch sees each of its pictures.
+        weight: number of times that an epoch has each of its pictures.
         caption_fields: members of a JSON object, or columns of a table, that hold captions.
-        outside: whether a list may name pictures outside of its own folder.
+        outside: True if a list may name pictures outside of its own folder.
     """
 
     path: str | Path

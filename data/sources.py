@@ -58,7 +58,7 @@ def build_index(sources: Sequence[Source], *, allow_missing_captions: bool = Fal
     """Gather the pictures of all sources, in their order, and read the size of each from its header.
 
     Args:
-        sources: where the pictures are.
+        sources: sources of the pictures.
         allow_missing_captions: give pictures without a caption an empty one, instead of refusing them.
 
     Returns:

@@ -28,8 +28,8 @@ class CheckpointAnswer:
         timesteps, sigmas: (T,) where the network was probed; sigmas as the file states them.
         slopes: (T, C) of x0's channel means on the noise's.
         share: slope at t = T, as a share of the peak.
-        slope: of the channel that follows most at t = T.
-        marked: whether the schedule that the file states has zero terminal SNR.
+        slope: slope of the channel that follows most at t = T.
+        marked: True if the schedule that the file states has zero terminal SNR.
         table: name of the table of noise levels that the network's responses fit, or None.
         believed_sigma: noise level that the network assumes for its input at t = T; None if it cannot be measured.
         seeds_needed: number of seeds for a verdict, if these are too few; None if more do not help.

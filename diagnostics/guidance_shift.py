@@ -29,8 +29,8 @@ class BrightnessShift:
     Attributes:
         guidance: its name.
         changes: (K, 2) each picture's brightness minus that of its twin without guidance; in the answer's unit.
-        mean, rms: of the changes, over seeds.
-        brightness: of the pictures, over seeds; None without RGB.
+        mean, rms: mean and rms of the changes, over seeds.
+        brightness: brightness of the pictures, over seeds; None without RGB.
         spread: standard deviation of the brightness over all pictures.
         clipped: share of clipped pixels; None without RGB.
     """

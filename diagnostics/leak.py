@@ -76,11 +76,11 @@ def mean_leak(
         guidance_name: name of the reference's guidance, such as "CFG 5".
         start_sigma: noise level that the sampler starts at.
         seeds: K different seeds, at least 2.
-        offset: of the noise means, in standard deviations of such a mean.
+        offset: offset of the noise means, in standard deviations of such a mean.
         to_rgb: latents (B, C, ...) to pictures (B, 3, H, W), 0 to 1 and beyond; brightness is then in levels.
         brightness_through: how, in words, such as "through the VAE".
         target: the colour that the prompt asks for, 0 to 255.
-        device: of the noise.
+        device: device of the noise.
         progress: called after each of the up to five probes of a seed.
 
     Raises:

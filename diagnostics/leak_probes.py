@@ -29,7 +29,7 @@ class NetworkProbe:
     """A network's predictions for one seed's pair of noises, at several noise levels.
 
     Attributes:
-        seed: of the noise.
+        seed: seed of the noise.
         sigmas: (T,) noise levels, increasing; the last is that of t = T, inf if the file says zero SNR.
         noise_mean: (2, C) channel means of the noise, plus and minus the offset.
         denoised_mean: (T, 2, C) channel means of x0.
@@ -89,7 +89,7 @@ def noise_pair(seed: int, index: int, shape: Sequence[int], offset: float = 1.0)
     follows its neighbour's offset does not seem to follow its own.
 
     Args:
-        index: of the seed in the test, 0, 1, ...: which row.
+        index: index of the seed in the test, 0, 1, ..., which chooses the row.
         shape: (C, H, W), or (C, F, H, W) of a video.
         offset: in standard deviations of such a mean, 1 / sqrt(N).  At 1 the means of all noises together vary as they
             do by themselves.

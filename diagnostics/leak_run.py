@@ -140,8 +140,8 @@ def run_leak(
         size: width and height of the pictures.
         scheduler, spacing: as in ``pipelines.use_scheduler``.
         guidance_scale: at least 1.  Above 1, the test also measures how far guidance moves brightness.
-        reference_steps: of the exact flow.
-        offset: of the noise means, in their standard deviations.
+        reference_steps: steps of the exact flow.
+        offset: offset of the noise means, in their standard deviations.
         gate: the largest pull toward grey that passes, in levels of 255.
 
     Returns:

@@ -49,7 +49,7 @@ class SamplerAnswer:
         slope_ratio: slope as a share of the reference's; None if the prompt leaves no brightness open.
         spread, reference_spread: standard deviation of the brightness over all pictures, in ``unit``.
         clipped, reference_clipped: share of clipped pixels; None without RGB.
-        brightness, colour_error: of the pictures, over seeds; None without RGB, colour_error also without a target.
+        brightness, colour_error: means of the pictures, over seeds; None without RGB, colour_error also if no target.
         unit: "levels of 255" or "latent units".
     """
 

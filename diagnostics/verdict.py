@@ -17,7 +17,7 @@ class LeakReport:
 
     Attributes:
         checkpoint, sampler, guidance: the verdicts; None for what was not tested.
-        offset: of the noise means, in their standard deviations.
+        offset: offset of the noise means, in their standard deviations.
         brightness_through: how latents became pictures, in words; None without RGB.
         network_probes, sampler_probes, reference_probes: the measurements, one per seed.
     """

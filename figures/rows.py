@@ -26,7 +26,7 @@ class Row:
     """A row of one or two panels.
 
     Attributes:
-        height: in inches, labels included.
+        height: height in inches, labels included.
         draw: called with the axes of the panels.
         columns: number of panels, 1 or 2.
     """

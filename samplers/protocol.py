@@ -34,11 +34,11 @@ class Run:
     Attributes:
         solver: name of a registered solver, or a function that follows the protocol.
         sigmas: (steps + 1,) decreasing noise levels; the first may be inf, the last may be 0.
-        eta: how much of the removed noise a stochastic solver replaces by fresh noise; 0 is the deterministic flow.
+        eta: share of the removed noise that a stochastic solver replaces by fresh noise; 0 is the deterministic flow.
         levels: noise level of every evaluation of the network.
         looks: evaluations a step, 1 or 2.
         index: number of evaluations that are answered.
-        history: what the solver remembers of past evaluations, newest first.
+        history: values that the solver keeps from past evaluations, newest first.
         kept: anything else that the solver carries along.
     """
 
@@ -95,7 +95,7 @@ class SolverEntry:
     """A solver, and what its drivers need to know about it.
 
     Attributes:
-        name: what users choose it by.
+        name: name by which users choose it.
         function: the solver itself.
         evaluations: network evaluations a step, 1 or 2; a step to sigma = 0 always takes 1.
         stochastic: True if it draws noise, in amounts that ``eta`` scales.
@@ -124,7 +124,7 @@ def solver(
     """Decorator: register a solver under a name, by default that of the function.
 
     Args:
-        name: what users choose it by.
+        name: name by which users choose it.
         evaluations: network evaluations a step, 1 or 2.
         stochastic: True if it draws noise.
         second_look: ``second_look(start, end, eta) -> sigma``: noise level of a step's second evaluation; by default

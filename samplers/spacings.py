@@ -33,7 +33,7 @@ class SpacingEntry:
     """A spacing, and what ``step_schedule`` needs to know about it.
 
     Attributes:
-        name: what users choose it by.
+        name: name by which users choose it.
         function: see ``spacing``.
         of: what the function chooses.
         rho: default of its exponent; None if it has none.
@@ -70,7 +70,7 @@ def spacing(
                     that choose their ends themselves
 
     Args:
-        name: what users choose it by.
+        name: name by which users choose it.
         of: "timesteps", "sigmas" or "canvas".
         rho: default exponent of a spacing of sigmas.
         start: ``start(steps)``: first finite sigma of a spacing of sigmas under a zero-terminal schedule, over the

@@ -158,7 +158,7 @@ def mode_errors(sigmas: np.ndarray, weights: Weights, modes: np.ndarray) -> np.n
 
     Args:
         sigmas: (..., N + 1) from infinity to 0.
-        weights: of the solver, see ``Weights``.
+        weights: weights of the solver, see ``Weights``.
         modes: (M,) standard deviations.
 
     Returns:

@@ -43,7 +43,7 @@ def export_model(
         out: folder for the files.
         name: name of the model: NAME.safetensors and the folder NAME.
         settings: settings of the run.
-        objective: what the model predicts, and its schedule.
+        objective: objective of the training, with its prediction type and schedule.
         latent_scaling: scaling of the model's latents.
         say: called with each line for the user.
 

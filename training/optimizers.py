@@ -41,8 +41,8 @@ class Entry:
             is wrong, for sharded parameters and those in bfloat16.
         state_bytes: bytes of a parameter's state by its shape, without the step count.
         library: package that has to be installed for it; None if torch or transformers have it.
-        rounds: whether it can round parameters in bfloat16 stochastically.
-        shards: whether it works with sharded parameters.
+        rounds: True if it can round parameters in bfloat16 stochastically.
+        shards: True if it works with sharded parameters.
     """
 
     make: Callable[..., Optimizer]
@@ -220,7 +220,7 @@ def make_optimizer(
         groups: as torch takes them, {"params": [...]}; "lr" in a group is the absolute learning rate that it has
             instead of ``lr``, and "weight_decay" likewise.
         lr: learning rate that ``set_lr`` multiplies.
-        betas, eps: of Adam.
+        betas, eps: Adam's constants.
         weight_decay: decoupled, for all parameters of a group, norms and biases included.
         bf16_stochastic_round: round parameters in bfloat16 up or down with the probability that makes the mean exact.
             It draws from torch's global generator of the device, which must be in the same state on all ranks that

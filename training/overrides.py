@@ -22,9 +22,9 @@ def override(kind: type, content: dict[str, Any], arguments: Sequence[str]) -> N
     ``none`` removes an optional setting.  A missing table is added with its defaults.
 
     Args:
-        kind: of settings, a dataclass.
-        content: of the settings file; it is changed.
-        arguments: of the command line.
+        kind: dataclass of the settings.
+        content: content of the settings file; changed in place.
+        arguments: arguments of the command line.
 
     Raises:
         UserError: An unknown setting, a setting without a value, or an entry that a list does not have.

@@ -43,12 +43,12 @@ def unknown_setting(
     """The error for a name that does not exist, with the nearest one that does.
 
     Args:
-        kind: of settings, a dataclass.
-        place: of the table that has the name.
-        name: as it is written there.
+        kind: dataclass of the settings.
+        place: place of the table that has the name.
+        name: name as it is written there.
         known: the settings of that table.
         found: the first words, such as "settings.toml has stepz".
-        prefix: of names in the suggestion, such as "--".
+        prefix: prefix of names in the suggestion, such as "--".
     """
     if near := difflib.get_close_matches(name, known, 1):
         return UserError(f"{found}, which does not exist: did you mean {prefix}{_written((*place, near[0]), prefix)}?")

@@ -29,8 +29,8 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     Paths stay as written: relative to the folder in which the command runs.
 
     Args:
-        kind: of settings, a dataclass.
-        path: of the file.
+        kind: dataclass of the settings.
+        path: path of the file.
         overrides: arguments of the command line, see ``override``.
 
     Raises:
@@ -47,8 +47,8 @@ def parse_settings(kind: type[T], content: dict[str, Any], where: str = "the con
     for place, name, known in unknown_names(kind, content):
         raise unknown_setting(kind, place, name, known, f"{where} has {'.'.join((*place, name))}")
     try:
-        # strictly, so that "2" and true do not pass as numbers; as JSON, where strictness allows lists for tuples and text for
-        # paths, and dates, which only TOML has, are text
+        # Strict, so that "2" and true do not pass as numbers.  Through JSON, where strict validation accepts lists for
+        # tuples and text for paths; dates, which only TOML has, become text.
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise _sentence(kind, content, error.errors()[0], where) from None

@@ -31,8 +31,8 @@ def list_settings(kind: type, settings: Any = None, *, place: str = "") -> Itera
     """The lines of ``--list-settings``.
 
     Args:
-        kind: of settings, a dataclass.
-        settings: of a run, to print too.
+        kind: dataclass of the settings.
+        settings: settings of a run, whose values are printed too.
         place: prefix of the names.
     """
     heading = cleandoc(kind.__doc__).splitlines()[0]

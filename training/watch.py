@@ -58,7 +58,7 @@ class Watch:
 
     Args:
         folder: folder of the run.
-        settings: which of TensorBoard and W&B to write for.
+        settings: watch settings of the run.
         world: the processes of the run.
         step: the step that the run resumes at; lines of later steps, which an earlier run wrote, are dropped.
         config: all settings of the run, for W&B.
