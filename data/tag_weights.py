@@ -93,7 +93,7 @@ def read_tags(path: str | Path) -> dict[str, float]:
     for name, number in pairs:
         tag = _same_tag(name)
         if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= number < math.inf:
-            raise UserError(f"{path} must give each tag a number of at least 0, but gives {name!r} {number!r}")
+            raise UserError(f"{path} must have a number of at least 0 for each tag, not {number!r} for {name!r}")
         if tag in table:
             raise UserError(f"{path} has the tag {tag!r} twice: remove one")
         table[tag] = number

@@ -178,11 +178,11 @@ def test_the_report_says_what_happened():
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"low": 1.1}, "low and high"),
-        ({"high": 0.9}, "low and high"),
-        ({"low": -1}, "low and high"),
-        ({"high": math.inf}, "low and high"),
-        ({"high": math.nan}, "low and high"),
+        ({"low": 1.1}, "low must be from 0 to 1 and high at least 1"),
+        ({"high": 0.9}, "low must be from 0 to 1 and high at least 1"),
+        ({"low": -1}, "low must be from 0 to 1 and high at least 1"),
+        ({"high": math.inf}, "low must be from 0 to 1 and high at least 1"),
+        ({"high": math.nan}, "low must be from 0 to 1 and high at least 1"),
         ({"pictures": []}, "no pictures"),
         ({"tag_weights": {"1girl": -5}}, "at least 0"),
         ({"tag_weights": {"1girl": -0.5, "solo": 2}}, "at least 0"),  # though the mean of both is above 0

@@ -146,7 +146,7 @@ def test_timesteps_and_noise_depend_on_seed_epoch_and_step_alone():
 
 
 def test_offset_noise_has_a_mean_of_its_own_in_each_channel():
-    with pytest.warns(ZTSNRWarning, match="leave it at 0"):
+    with pytest.warns(ZTSNRWarning, match="leave noise_offset at 0"):
         settings = ObjectiveSettings(noise_offset=0.5)
     without, made = objective(), Objective(settings)
     shape = (4, 16, 16)
