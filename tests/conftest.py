@@ -19,6 +19,42 @@ tqdm.set_lock(threading.RLock())
 
 LONG = ("slow", "comfyui", "gpu")
 
+# Files that train, render, run pipelines or start programs; the tests of all others are the inner loop, `pytest -m fast`.
+NOT_FAST = {
+    "tests": {
+        "benchmarks",
+        "cli",
+        "cli_stderr",
+        "completely_black",
+        "docs",
+        "examples",
+        "extras",
+        "float32_device",
+        "guided_benchmark",
+    }
+    | {"leak_command", "locks", "pipelines_benchmark", "publishing", "windows"},
+    "checkpoints": {
+        "complete",
+        "diffusers_folder",
+        "forward",
+        "fuzz_corpus",
+        "header",
+        "latent_scaling",
+        "lora",
+        "mark",
+    }
+    | {"pipeline", "published", "schedule_shift", "single_file", "strangers", "verify"},
+    "data": {"bucket_report", "buckets_benchmark", "latent_cache", "windows_files"},
+    "decoder": {"export", "trainer"},
+    "demo": {"evaluation", "example", "ideal_solids", "networks", "networks_sheet", "reproduction_benchmark", "shipped"}
+    | {"small_model", "trainings", "workers"},
+    "diagnostics": {"guidance_shift", "leak", "leak_plots", "leak_trained"},
+    "mutation": set(),
+    "samplers": {"diffusers_guidance", "diffusers_guider", "diffusers_pipelines", "diffusers_run"},
+    "training": {"export", "flops", "main_job", "memory_plan", "networks", "optimizers", "parallel", "previews"}
+    | {"speed", "torchrun", "train_throughput", "trainer"},
+}
+
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 
@@ -26,6 +62,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(map(item.get_closest_marker, LONG)):
             item.add_marker(pytest.mark.timeout(3600))
+        elif item.path.stem.removeprefix("test_") not in NOT_FAST.get(item.path.parent.name, ()):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")

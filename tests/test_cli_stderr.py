@@ -44,6 +44,7 @@ def test_a_bug_shows_its_traceback(tmp_path):
 def test_other_messages_of_the_libraries_come_through(name, caplog):
     silence_libraries()
     logger = logging.getLogger(name)
+    caplog.set_level(logging.WARNING, logger=name)  # whatever a test before has set
     logger.addHandler(caplog.handler)
     try:
         logger.warning(NOISE[name].replace("%s", "a thing") + "x")

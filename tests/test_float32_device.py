@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("float32 device")
 OWN_PROCESS = "ZTSNR_TEST_OF_ITS_OWN"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a worker that does other tests in between would run it again
 def passed_together(request):
     """Runs all tests that want a process of their own in one; torch looks for devices once, before a backward pass."""
     names = [f"{item.path}::{item.name}" for item in request.session.items if "own_process" in item.fixturenames]
