@@ -10,8 +10,8 @@ does the caption ``a \(b\)``: a parenthesis that is escaped loses its backslash,
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,9 +85,7 @@ def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:
     return TokenBatch(tuple(torch.cat(chunks) for chunks in zip(*prompts, strict=True)), rows)
 
 
-def encode_prompts(
-    tokens: TokenBatch, text_encoders: Sequence[torch.nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode_prompts(tokens: TokenBatch, text_encoders: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the U-Net is given of the prompts.
 
     SDXL's two encoders give their penultimate hidden states, without a norm, side by side; the second one also its

@@ -6,7 +6,7 @@ Nothing is checked here but names: the values are checked where those of the fil
 import dataclasses
 import tomllib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UserError
 from .ranges import allowed, bare, entry_of, expanded, fields_of, is_list, is_optional
@@ -74,11 +74,11 @@ def _default(kind: Any, name: str) -> list:
     """What a list of a dataclass holds by default."""
     (field,) = (one for one in dataclasses.fields(bare(kind)) if one.name == name)
     found = () if field.default is dataclasses.MISSING else field.default or ()
-    return [dataclasses.asdict(one) if dataclasses.is_dataclass(one) else one for one in found]
+    return [dataclasses.asdict(cast(Any, one)) if dataclasses.is_dataclass(one) else one for one in found]
 
 
-def _index(table: dict | list, key: str, place: list[str], option: str) -> str | int:
-    """What ``key`` is in a table or in a list."""
+def _index(table: dict | list, key: str, place: list[str], option: str) -> Any:
+    """What ``key`` is in a table, a name, or in a list, a number."""
     if isinstance(table, dict):
         return key
     if int(key) >= len(table):
