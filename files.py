@@ -213,7 +213,7 @@ def _try_lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt is not None:
             os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]  of Windows
             os.lseek(descriptor, 0, os.SEEK_SET)
     except OSError as error:
         # Windows says EACCES or EDEADLOCK; whatever else flock says, the file system has no locks.

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
     try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # this process is in it
         yield World(rank, size, local_size, place, group)
     except UserError as error:
         with suppress(RuntimeError):  # the store may be gone with the first process

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import torch
 
@@ -42,6 +42,10 @@ class TensorStream:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
+@overload
+def dtype_name(dtype: torch.dtype) -> str: ...
+@overload
+def dtype_name(dtype: None) -> None: ...
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """The name that safetensors gives to a type that checkpoints are written in.
 

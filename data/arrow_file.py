@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 
 WINDOWS = os.name == "nt"
+pc: Any = pyarrow.compute  # Any: it makes most of its functions when it is imported, so type checkers do not know them
 
 
 def open_arrow(path: str | Path) -> pa.Table:

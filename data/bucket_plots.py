@@ -79,7 +79,9 @@ def draw_plane(axes: Axes, bucketing: Bucketing, colors: Sequence[str]) -> None:
     box = (low[0], high[0], low[1], high[1])
     hexagons = axes.hexbin(*logs[bucketing.assignment >= 0].T, gridsize=tuple(cells), extent=box, mincnt=1,
                            norm=LogNorm(), cmap=PICTURES, linewidths=0.1)  # fmt: skip
-    hexagons.set_clim(1, max(10, hexagons.get_array().max()))
+    counts = hexagons.get_array()
+    assert counts is not None  # hexbin has set them
+    hexagons.set_clim(1, max(10, counts.max()))
     scale = axes.figure.colorbar(hexagons, ax=axes, label="pictures with a bucket", shrink=0.5, pad=0.01)
     scale.ax.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
     for reason, color in LEFT_OUT.items():

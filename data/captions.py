@@ -98,12 +98,11 @@ def _chosen(captions: Sequence[str], weights: Sequence[float] | None, number: fl
     """Choose one of the captions by a random number in [0, 1)."""
     if not captions:
         return ""
-    if weights is None:
-        weights = np.ones(len(captions))
-    if len(captions) > len(weights):
-        raise UserError(f"a picture has {len(captions)} captions, but caption_weights has only {len(weights)}")
-    ends = np.cumsum(weights[: len(captions)])
-    return captions[np.searchsorted(ends[:-1], number * ends[-1], side="right")]
+    shares = np.ones(len(captions)) if weights is None else weights
+    if len(captions) > len(shares):
+        raise UserError(f"a picture has {len(captions)} captions, but caption_weights has only {len(shares)}")
+    ends = np.cumsum(shares[: len(captions)])
+    return captions[int(np.searchsorted(ends[:-1], number * ends[-1], side="right"))]
 
 
 def _vary(tags: list[str], settings: CaptionSettings, rng: np.random.Generator) -> list[str]:

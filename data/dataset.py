@@ -11,16 +11,16 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..canvas import Size
 from ..errors import UserError
+from .arrow_file import pc
 from .captions import CaptionSettings, caption_text
 from .epoch_plan import EpochPlan
 from .keyed_random import CAPTION, CROP, FLIP, REPLACEMENT, keyed_generator
@@ -211,7 +211,8 @@ def _numbers(plan: EpochPlan, item: Item, purpose: int) -> np.random.Generator:
     """Random numbers of a picture, different each time that an epoch has it."""
     generator = keyed_generator(plan.seed, item.epoch, item.picture, purpose)
     place = item.step * plan.batch_size + item.slot
-    generator.bit_generator.advance(place << 64)  # advances the second of the four words of the Philox counter
+    philox = cast(np.random.Philox, generator.bit_generator)
+    philox.advance(place << 64)  # advances the second of the four words of the Philox counter
     return generator
 
 
@@ -313,10 +314,11 @@ def _watched(batches: DataLoader, quarantine: Quarantine, share: UnusableShare) 
 def collate(samples: Sequence[Sample]) -> Batch:
     """The batch of the samples of a step."""
     item = samples[0].item
+    tokens = [sample.tokens for sample in samples if sample.tokens is not None]  # of all samples or of none
     return Batch(
         data=default_collate([sample.data for sample in samples]),  # in a worker, directly into shared memory
         captions=[sample.caption for sample in samples],
-        tokens=None if samples[0].tokens is None else batch_prompts([sample.tokens for sample in samples]),
+        tokens=batch_prompts(tokens) if tokens else None,
         time_ids=torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
         weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
         pictures=torch.tensor([sample.picture for sample in samples]),

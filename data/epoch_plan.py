@@ -233,6 +233,7 @@ class EpochPlan:
 
         The phase, random in [0, 1), spreads the extra times of fractional repeats evenly over the epochs.
         """
+        assert self.repeats is not None
         phase = self._random(0, PHASE, len(self.assignment))[self._pictures] / 2.0**64
         return np.floor(epochs * self.repeats[self._pictures] + phase).astype(np.int64)
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -28,12 +27,12 @@ from ..canvas import Size
 from ..checkpoints.header import HASH, hash_data, open_data, read_header
 from ..checkpoints.vae import hash_encoder
 from ..errors import UserError
-from .arrow_file import open_arrow
+from .arrow_file import open_arrow, pc
 from .keyed_random import CROP, POSTERIOR
 from .latent_recipe import PICTURES, Recipe, add_buckets, picture_rows, recipe_difference, row_difference, stale
 from .latent_stats import ChannelStatistics
 from .picture_index import PictureIndex
-from .pictures import MicroConditioning, PictureError
+from .pictures import MicroConditioning, PictureError, height_first
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -139,14 +138,15 @@ class LatentCache:
         shard, offset = int(self._columns["shard"][i]), int(self._columns["offset"][i])
         if offset < 0:
             raise PictureError(self.pictures["reason"][i].as_py() or "it had no bucket when the cache was made")
-        original, scaled = (
-            tuple(int(self._columns[name + side][i]) for side in ("width", "height")) for name in ("", "scaled_")
-        )
+        original, scaled = self._size(i), self._size(i, "scaled_")
         width, height = self.recipe.latent_size(scaled)
         shape = (2, self.recipe.channels, height, width)
         end = offset + DTYPE.itemsize * int(np.prod(shape))
         mean, std = self._map(shard)[offset:end].view(DTYPE).view(shape)
         return CachedPicture(mean, std, scaled, original)
+
+    def _size(self, i: int, prefix: str = "") -> Size:
+        return int(self._columns[f"{prefix}width"][i]), int(self._columns[f"{prefix}height"][i])
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -171,6 +171,7 @@ class LatentCache:
         """
         rows = picture_rows(index)
         if assignment is not None:
+            assert buckets is not None  # given together
             rows = add_buckets(rows, assignment, buckets)
         if difference := (recipe and recipe_difference(self.recipe, recipe)) or row_difference(self.pictures, rows):
             raise UserError(stale(self.folder, difference))
@@ -253,7 +254,8 @@ def load_latents(
         noise = numbers(POSTERIOR).standard_normal(tuple(latents.shape), dtype=np.float32)
         latents.addcmul_(std[window].float(), torch.from_numpy(noise))
     cut_left, cut_top = margins_cut(scaled, factor)
-    return latents, MicroConditioning(original[::-1], (cut_top + factor * top, cut_left + factor * left), bucket[::-1])
+    corner = cut_top + factor * top, cut_left + factor * left
+    return latents, MicroConditioning(height_first(original), corner, height_first(bucket))
 
 
 def margins_cut(scaled: Size, factor: int) -> tuple[int, int]:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..canvas import Size
 from ..errors import UserError
+from .arrow_file import pc
 from .picture_index import PictureIndex
 from .pictures import Color
 
@@ -54,9 +55,10 @@ class Recipe:
     method: int = 1
 
     @classmethod
-    def from_json(cls, content: dict) -> "Recipe":
+    def from_json(cls, content: dict[str, Any]) -> "Recipe":
         """The recipe that ``to_json`` wrote."""
-        return cls(**content | {"background": tuple(content["background"])})
+        values: dict[str, Any] = {**content, "background": tuple(content["background"])}
+        return cls(**values)
 
     def to_json(self) -> dict:
         """The recipe as plain values for JSON."""

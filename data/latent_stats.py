@@ -31,10 +31,10 @@ class ChannelStatistics:
         Args:
             mean, std: (C, h, w).
         """
-        mean, std = (to_float64(tensor.flatten(1)).numpy(force=True) for tensor in (mean, std))
-        center = mean.mean(axis=1)
-        squares = ((mean - center[:, None]) ** 2 + std**2).sum(axis=1)
-        return cls(mean.shape[1], center, squares)
+        means, stds = (to_float64(tensor.flatten(1)).numpy(force=True) for tensor in (mean, std))
+        center = means.mean(axis=1)
+        squares = ((means - center[:, None]) ** 2 + stds**2).sum(axis=1)
+        return cls(means.shape[1], center, squares)
 
     def merged(self, other: "ChannelStatistics") -> "ChannelStatistics":
         """Statistics of both sets of values together.

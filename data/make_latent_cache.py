@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ from .sources import PictureIndex, Source, build_index
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 MARGIN = 64  # pixels
 SHARD_BYTES = 10**9
@@ -137,8 +138,8 @@ def recipe_of(vae: "AutoencoderKL", margin: int = MARGIN, background: Color = WH
     return Recipe(
         dtype=str(vae.dtype).removeprefix("torch."),
         vae=hash_encoder(vae),
-        factor=2 ** (len(vae.config.block_out_channels) - 1),
-        channels=vae.config.latent_channels,
+        factor=2 ** (len(vae.config["block_out_channels"]) - 1),
+        channels=vae.config["latent_channels"],
         margin=margin,
         background=background,
     )
@@ -224,7 +225,7 @@ def encode(vae: "AutoencoderKL", pixels: torch.Tensor) -> torch.Tensor:
         (2, C, h / factor, w / factor) float16 on the CPU.
     """
     inputs = pixels.to(vae.device).to(vae.dtype).div_(127.5).sub_(1)
-    posterior = vae.encode(inputs[None]).latent_dist
+    posterior = cast("AutoencoderKLOutput", vae.encode(inputs[None])).latent_dist
     return torch.cat([posterior.mean, posterior.std]).to(DTYPE).cpu()
 
 

@@ -15,7 +15,7 @@ from ..errors import UserError
 from .dataset import Numbers
 from .keyed_random import CROP, FLIP
 from .picture_index import PictureIndex
-from .pictures import WHITE, Color, MicroConditioning, cover_size, open_picture, resize_picture
+from .pictures import WHITE, Color, MicroConditioning, cover_size, height_first, open_picture, resize_picture
 
 Boxes = Mapping[int, np.ndarray]  # picture -> (K, 4) float64: left, top, right, bottom
 
@@ -142,4 +142,4 @@ def load_crop(
     crop = pixels[top : top + bucket[1], left : left + bucket[0]].transpose(2, 0, 1)
     data = torch.from_numpy(np.ascontiguousarray(crop)).float().div_(127.5).sub_(1)
     marks = mark_boxes(here - np.tile((left, top), 2), bucket)
-    return torch.cat([data, marks]), MicroConditioning(original[::-1], (top, left), bucket[::-1])
+    return torch.cat([data, marks]), MicroConditioning(height_first(original), (top, left), height_first(bucket))

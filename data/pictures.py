@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 from PIL.ImageColor import getrgb
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..canvas import Size
 from ..errors import UserError
@@ -88,6 +89,11 @@ class MicroConditioning(NamedTuple):
     target_size: tuple[int, int]
 
 
+def height_first(size: Size) -> tuple[int, int]:
+    """(height, width) of (width, height), and the other way round."""
+    return size[1], size[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Opening
 
@@ -116,7 +122,7 @@ def open_picture(data: bytes, background: Color = WHITE, *, at_least: Size | Non
     with _refusing(), _opened(BytesIO(data)) as image:
         orientation = _orientation(image)
         if at_least is not None:
-            width, height = at_least[::-1] if orientation in LYING else at_least
+            width, height = height_first(at_least) if orientation in LYING else at_least
             image.draft(None, (DRAFT_MARGIN * width, DRAFT_MARGIN * height))
         image.load()
         picture = _over(background, _eight_bits(image))
@@ -136,9 +142,9 @@ def picture_size(file: str | Path | bytes) -> Size:
     """
     with _refusing(), _stream(file) as stream, _opened(stream) as image:
         size = image.size
-        if image.format == "TIFF":  # newer Pillows have turned the size already, older ones not
+        if isinstance(image, TiffImageFile):  # newer Pillows have turned the size already, older ones not
             size = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
-        return size[::-1] if _orientation(image) in LYING else size
+        return height_first(size) if _orientation(image) in LYING else size
 
 
 @contextmanager
@@ -206,7 +212,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Reduce 16-bit grey to 8 bits.  Pillow does this for other 16-bit pictures, but would clip the grey ones."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
-        if image.format == "TIFF" and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:  # white is 0
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:  # white is 0
             values = 65535 - values  # Pillow inverts only 8-bit pictures
         layers = [values >> 8]
         if "transparency" in image.info:
@@ -238,7 +244,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert a picture of mode L, RGB or CMYK to sRGB."""
     if profile:
         try:
-            return ImageCms.applyTransform(image, _srgb_transform(profile, image.mode))
+            changed = ImageCms.applyTransform(image, _srgb_transform(profile, image.mode))
+            return cast(Image.Image, changed)  # None only for a change in place
         except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another kind of picture
             pass
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -314,7 +321,7 @@ def fit_picture(
     left = int(generator.integers(width - bucket[0], endpoint=True))
     top = int(generator.integers(height - bucket[1], endpoint=True))
     crop = pixels[top : top + bucket[1], left : left + bucket[0]].transpose(2, 0, 1)
-    return np.ascontiguousarray(crop), MicroConditioning(original_size[::-1], (top, left), bucket[::-1])
+    return np.ascontiguousarray(crop), MicroConditioning(height_first(original_size), (top, left), height_first(bucket))
 
 
 def resize_picture(image: Image.Image, size: Size, original_size: Size) -> Image.Image:

@@ -24,10 +24,10 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from ..errors import UserError
+from .arrow_file import pc
 from .picture_index import SCHEMA, PictureIndex, split
 from .pictures import SUFFIXES, PictureError
 from .records import (

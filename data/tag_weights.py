@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from numbers import Real
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -55,7 +55,7 @@ def frequency_weights(counts: Mapping[str, int], power: float = 0.5) -> dict[str
     if not 0 <= power < math.inf:
         raise UserError(f"power must be at least 0, not {power!r}")
     if counts and min(counts.values()) < 1:
-        tag = min(counts, key=counts.get)
+        tag = min(counts, key=counts.__getitem__)
         raise UserError(f"the count of every tag must be at least 1, but that of {tag!r} is {counts[tag]}")
     frequencies = np.array(list(counts.values()), dtype=np.float64)
     weights = (np.median(frequencies) / frequencies) ** power if counts else frequencies
@@ -92,7 +92,7 @@ def read_tags(path: str | Path) -> dict[str, float]:
         raise UserError(f'{path} must be one JSON object like {{"1girl": 0.5, "long hair": 1}}')
     for name, number in pairs:
         tag = _same_tag(name)
-        if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= number < math.inf:
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < math.inf:
             raise UserError(f"{path} must have a number of at least 0 for each tag, not {number!r} for {name!r}")
         if tag in table:
             raise UserError(f"{path} has the tag {tag!r} twice: remove one")
@@ -229,4 +229,5 @@ def _scale_to_mean_one(weights: np.ndarray, shares: np.ndarray, low: float, high
             f"{len(weights) - len(positive)} of {len(weights)} pictures have weight 0, so the others need more than "
             f"high = {high:g} for a mean of 1: raise high, or give fewer tags the weight 0"
         )
-    return math.exp(brentq(excess, least, most, xtol=1e-15, rtol=1e-15, maxiter=1000))
+    root = brentq(excess, least, most, xtol=1e-15, rtol=np.float64(1e-15), maxiter=1000)
+    return math.exp(cast(float, root))

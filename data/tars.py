@@ -18,7 +18,9 @@ def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
     weights: dict[str, float] = {}
     with reading(path), open(path, "rb") as file, _tar(file, path) as tar:
         for member in tar:
-            sample, suffix = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)|.*", member.name, re.DOTALL).groups()
+            parts = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)|.*", member.name, re.DOTALL)
+            assert parts is not None  # it matches every name
+            sample, suffix = parts.groups()
             suffix = (suffix or "").lower()
             if suffix in SUFFIXES:
                 if not member.isreg() or member.issparse():
@@ -26,7 +28,9 @@ def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
                 pictures.append((sample, member))
             elif suffix in (".txt", ".json") and member.isreg():
                 where = f"{member.name} in {path}"
-                text = decode(tar.extractfile(member).read(), where)
+                content = tar.extractfile(member)
+                assert content is not None  # a regular file has one
+                text = decode(content.read(), where)
                 if suffix == ".txt":
                     captions.setdefault(sample, []).append(text)
                 else:

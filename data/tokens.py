@@ -10,8 +10,8 @@ of the prompt ``a \(b\)``: an escaped parenthesis loses its backslash in caption
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,9 +85,7 @@ def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:
     return TokenBatch(tuple(torch.cat(chunks) for chunks in zip(*prompts, strict=True)), rows)
 
 
-def encode_prompts(
-    tokens: TokenBatch, text_encoders: Sequence[torch.nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode_prompts(tokens: TokenBatch, text_encoders: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encode prompts as the U-Net expects them.
 
     For SDXL, the penultimate hidden states of the two encoders are concatenated, without a norm, and the second

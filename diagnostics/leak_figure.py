@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -125,7 +126,7 @@ def _stable_diffusion_tables(timesteps: Sequence[float], sigmas: Sequence[float]
 
 def _fitted_variance(timesteps: np.ndarray, slopes: np.ndarray, table: NoiseSchedule, most: float) -> float:
     """V of the Gaussian canvas that follows the noise like the network does where all tables are alike."""
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import OptimizeResult, minimize_scalar
 
     asked = timesteps <= TABLE_UP_TO * timesteps[-1]
     sigmas = [table.sigma(t) for t in timesteps[asked]]
@@ -134,7 +135,8 @@ def _fitted_variance(timesteps: np.ndarray, slopes: np.ndarray, table: NoiseSche
         expected = [expected_slope(sigma, math.exp(log_variance)) for sigma in sigmas]
         return float(((slopes[asked] - expected) ** 2).sum())
 
-    return math.exp(minimize_scalar(squares, bounds=(math.log(1e-2), math.log(most)), method="bounded").x)
+    best = minimize_scalar(squares, bounds=(math.log(1e-2), math.log(most)), method="bounded")
+    return math.exp(cast(OptimizeResult, best).x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ def _run_rows(statistics: LatentStatistics, picture_mean: np.ndarray | None, loo
     draw_std = partial(_draw_std, statistics=statistics, channels=shown_channels(sizes), look=look)
 
     def draw_both(axes: Axes, beside: Axes) -> None:
+        assert noise is not None  # the fits are of both
+        assert picture_mean is not None
         channel = int(np.argmax(np.abs(sizes)))
         fit = fits[channel]
         draw_scatter(

@@ -290,7 +290,7 @@ class ZTSNRScheduler(ForwardProcess, SchedulerMixin, ConfigMixin):
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
-        generator: Generators = None,
+        generator: Generators | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
         *,

@@ -151,7 +151,7 @@ class OptimizerSettings:
         max_skipped: Stop the run after this many steps in a row whose gradient is not finite.
     """
 
-    name: Literal[OPTIMIZERS] = "adamw"
+    name: Literal[OPTIMIZERS] = "adamw"  # pyright: ignore[reportInvalidTypeForm]  pydantic reads it when it runs
     learning_rate: Annotated[float, Range(0)] = 1e-5
     text_encoder_learning_rate: Annotated[float, Range(0)] | None = None
     betas: tuple[float, float] = (0.9, 0.999)
@@ -214,7 +214,7 @@ class SpeedSettings:
 
     device: str = "auto"
     compile: bool | None = None
-    checkpointing: Literal[("auto", *MODES)] = "auto"
+    checkpointing: Literal[("auto", *MODES)] = "auto"  # pyright: ignore[reportInvalidTypeForm]
     strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
 
 

@@ -217,14 +217,14 @@ class Ema:
         if self.step == 0:
             raise UserError("there is no average before the first update")
         averages = self.tensors(profile)
-        waiting = {name for name, average in averages.items() if isinstance(average, DTensor)}  # still to be gathered
+        # still to be gathered
+        waiting = {name: average for name, average in averages.items() if isinstance(average, DTensor)}
         is_sharded = bool(waiting)
 
         def gathered(name: str) -> Tensor:
             if name not in waiting:
                 return averages[name]
-            waiting.remove(name)
-            return averages[name].full_tensor()
+            return waiting.pop(name).full_tensor()
 
         streams = {name: _stream(average, partial(gathered, name), dtype) for name, average in averages.items()}
         metadata = {PROFILE: profile.name, STEP: str(self.step)}
@@ -295,7 +295,8 @@ class _Copies:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _stream(tensor: Tensor, whole: Callable[[], Tensor], dtype: torch.dtype) -> TensorStream:
@@ -376,7 +377,9 @@ def combine(profiles: Sequence[tuple[float, float]], target: tuple[float, float]
     return np.linalg.lstsq(system, wanted)[0][:count]  # lstsq, because equal snapshots make the system singular
 
 
-def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+def _inner_product(
+    t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray | float, gamma_b: np.ndarray | float
+) -> np.ndarray:
     """The integral of the product of two power-function profiles, up to the earlier end."""
     shorter = np.minimum(t_a, t_b)
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / np.maximum(t_a, t_b)

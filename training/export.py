@@ -126,7 +126,7 @@ def _describe(networks: Networks, objective: Objective, latent_scaling: LatentSc
         config = {**pipe.scheduler.config, "num_train_timesteps": len(schedule.betas), "_use_default_values": []}
         pipe.register_modules(scheduler=type(pipe.scheduler).from_config(config, trained_betas=schedule.betas.tolist()))
     vae = networks.vae
-    vae.register_to_config(**latent_scaling.vae_config(vae.config.scaling_factor))
+    vae.register_to_config(**latent_scaling.vae_config(vae.config["scaling_factor"]))
 
 
 def _merge_adapter(
@@ -135,6 +135,7 @@ def _merge_adapter(
     """Write the adapter alone, then merge it into the U-Net's weights."""
     unet = networks.unet
     plain = dict(unet.named_modules())
+    assert settings.model.adapter is not None
     add_adapter(unet, settings.model.adapter)
     _load(Denoiser(networks), weights)
     config = unet.peft_config["default"]

@@ -52,14 +52,14 @@ class FakeStep:
         self.parameters = list(self._unet.parameters())
         config = unet.config
         with torch.device("meta"):
-            noisy = torch.empty(batch, config.in_channels, *latent, dtype=dtype)
-            text = torch.empty(batch, text_length, config.cross_attention_dim, dtype=dtype)
-            target = torch.empty(batch, config.out_channels, *latent)
+            noisy = torch.empty(batch, config["in_channels"], *latent, dtype=dtype)
+            text = torch.empty(batch, text_length, config["cross_attention_dim"], dtype=dtype)
+            target = torch.empty(batch, config["out_channels"], *latent)
             self.inputs = [noisy, torch.empty(batch), text, target]
             self._conditions = None
-            if config.addition_embed_type == "text_time":
-                numbers = 6 * config.addition_time_embed_dim
-                pooled = torch.empty(batch, config.projection_class_embeddings_input_dim - numbers, dtype=dtype)
+            if config["addition_embed_type"] == "text_time":
+                numbers = 6 * config["addition_time_embed_dim"]
+                pooled = torch.empty(batch, config["projection_class_embeddings_input_dim"] - numbers, dtype=dtype)
                 self._conditions = {"text_embeds": pooled, "time_ids": torch.empty(batch, 6)}
                 self.inputs += self._conditions.values()
 

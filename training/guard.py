@@ -3,7 +3,7 @@
 import json
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import save
@@ -52,7 +52,8 @@ class StepGuard:
         bad = (~torch.isfinite(norm)).float()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # As for torch's GradScaler: the fused step reads found_inf on the device, and does nothing if it is 1.
-            optimizer.grad_scale, optimizer.found_inf = None, bad
+            fused = cast(Any, optimizer)
+            fused.grad_scale, fused.found_inf = None, bad
             with implicit_replication():  # ``bad`` is equal on all ranks, though their shards differ
                 optimizer.step()
         elif not bad:

@@ -232,7 +232,7 @@ class MemoryPlan:
     @property
     def advice(self) -> str:
         """A sentence with what to change if no mode fits."""
-        mode = min(self.totals, key=self.totals.get)
+        mode = min(self.totals, key=self.totals.__getitem__)
         begin = (
             f"training needs {_gib(self.totals[mode])} GiB with gradient checkpointing {mode!r}, but the device has "
             f"{_gib(self.memory)} GiB less a reserve of {_gib(self.reserve)} GiB: "

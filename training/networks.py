@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -102,7 +102,7 @@ class Tokenize:
     def __call__(self, caption: str) -> list[torch.Tensor]:
         return [
             # the padding is ComfyUI's: the end token for SD 1.x and SDXL's first encoder, "!" for the OpenCLIP encoders
-            token_chunks(caption, tokenizer, tokenizer.pad_token_id)[: self._max_chunks]
+            token_chunks(caption, tokenizer, cast(int, tokenizer.pad_token_id))[: self._max_chunks]
             for tokenizer in self._tokenizers
         ]
 
@@ -162,10 +162,11 @@ def add_adapter(unet: UNet2DConditionModel, settings: AdapterSettings) -> None:
     targets = list(settings.target_modules)
     if not any(name.endswith(tuple(targets)) for name, _ in unet.named_modules()):
         raise UserError(f"the U-Net has no layer named {' or '.join(targets)}: change model.adapter.target_modules")
+    alpha = cast(Any, settings.alpha)  # peft's hints say int, but it only divides it by the rank
     if settings.kind == "lora":
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
+        config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets)
     else:
-        config = LoKrConfig(r=settings.rank, alpha=settings.alpha, target_modules=targets)
+        config = LoKrConfig(r=settings.rank, alpha=alpha, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same on all ranks
         unet.add_adapter(config)
@@ -192,7 +193,7 @@ def trained_names(denoiser: Denoiser, *, adapter: bool, text_encoders: bool) -> 
     """
     unseen = ()
     if len(denoiser.text_encoders) == 2:
-        last = denoiser.text_encoders[0].config.num_hidden_layers - 1
+        last = cast(CLIPTextModel, denoiser.text_encoders[0]).config.num_hidden_layers - 1
         unseen = (f".encoder.layers.{last}.", ".final_layer_norm.")
     return [
         name

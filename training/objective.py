@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -240,6 +240,8 @@ class LearnedWeight(torch.nn.Module):
     the angle atan(sigma), which is finite at infinity.  Training starts at u = 0.
     """
 
+    features: torch.Tensor
+
     def __init__(self, schedule: NoiseSchedule, features: int = 128):
         super().__init__()
         random = torch.Generator().manual_seed(0)
@@ -312,4 +314,4 @@ def _floor(settings: ObjectiveSettings, schedule: NoiseSchedule, probability: to
             f"most {excess(most) + settings.high_noise_share:.3f} of the loss; raise terminal_probability, or lower "
             "high_noise_share"
         )
-    return brentq(excess, 0.0, most, xtol=1e-14)
+    return cast(float, brentq(excess, 0.0, most, xtol=1e-14))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _adamw(groups: Groups, *, bf16_stochastic_round: bool, **adam: Any) -> Optim
 # torchao's AdamW, which keeps the moments in 8 bits (arXiv 2110.02861) or 4 bits (arXiv 2309.01507)
 
 
-def _low_bit_state(optimizer: Optimizer, parameter: Tensor) -> State:
+def _low_bit_state(optimizer: Any, parameter: Tensor) -> State:
     def moment(signed: bool) -> Tensor:
         if not _is_uneven(parameter):  # otherwise some ranks might quantise it and others not
             buffer = optimizer._new_buffer(parameter, signed)
@@ -176,7 +176,7 @@ def _adafactor(groups: Groups, *, lr: float, weight_decay: float, **unused: Any)
 # bitsandbytes' AdamW in 8 bits
 
 
-def _bitsandbytes_state(optimizer: Optimizer, parameter: Tensor) -> State:
+def _bitsandbytes_state(optimizer: Any, parameter: Tensor) -> State:
     optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # what it reads of a group is equal in all groups
     state = optimizer.state[parameter]
     shared = {entry: state[entry].clone() for entry in ("qmap1", "qmap2") if entry in state}
@@ -191,7 +191,7 @@ def _bitsandbytes_state(optimizer: Optimizer, parameter: Tensor) -> State:
     shards=False,
 )
 def _bnb_adamw8bit(groups: Groups, *, bf16_stochastic_round: bool, **adam: Any) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
     return AdamW8bit(groups, **adam)
 
@@ -296,7 +296,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
         finite, the clipped gradients are not finite either.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if max_norm is not None:
@@ -370,7 +370,7 @@ def _plain(value: Tensor | float) -> dict[str, Tensor]:
         return {"": torch.tensor(value)}
     if not _is_quantised(value):
         return {"": value}
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = cast(Any, value.to_local() if isinstance(value, DTensor) else value)
     parts = {name: getattr(local, name) for name in local.__tensor_flatten__()[0]}
     if isinstance(value, DTensor):  # each rank has as many codes and scales, and the same qmap
         for name in parts.keys() - {"qmap"}:

@@ -6,7 +6,7 @@ Nothing is checked here but names: the values are checked where those of the fil
 import dataclasses
 import tomllib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UserError
 from .ranges import allowed, bare, entry_of, expanded, fields_of, is_list, is_optional
@@ -74,10 +74,10 @@ def _default(kind: Any, name: str) -> list:
     """The default entries of a list in a dataclass."""
     (field,) = (one for one in dataclasses.fields(bare(kind)) if one.name == name)
     found = () if field.default is dataclasses.MISSING else field.default or ()
-    return [dataclasses.asdict(one) if dataclasses.is_dataclass(one) else one for one in found]
+    return [dataclasses.asdict(cast(Any, one)) if dataclasses.is_dataclass(one) else one for one in found]
 
 
-def _index(table: dict | list, key: str, place: list[str], option: str) -> str | int:
+def _index(table: dict | list, key: str, place: list[str], option: str) -> Any:
     """``key`` as a key of a table or as an index of a list."""
     if isinstance(table, dict):
         return key

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,7 +54,8 @@ class Replicated:
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Within the block gradients stay local; the next backward pass outside of it exchanges their sum."""
-        with self._module.no_sync() if self._world.size > 1 else nullcontext():
+        module = self._module
+        with module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext():
             yield
 
     def refresh(self) -> None:
@@ -80,7 +81,7 @@ class Sharded:
         hsdp: bool,
     ):
         # FSDP shards only contiguous weights; convolutions still follow the memory format of their input
-        self._denoiser = denoiser.to(kept_in, memory_format=torch.contiguous_format)
+        self._denoiser = cast(Any, denoiser).to(kept_in, memory_format=torch.contiguous_format)  # as torch takes it
         if hsdp:
             shape, names = (world.size // world.local_size, world.local_size), ("replicate", "shard")
         else:

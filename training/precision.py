@@ -45,11 +45,13 @@ class MixedPrecision(torch.nn.Module):
         self._places: list[tuple[dict, str]] = []
         for prefix, module in network.named_modules():
             for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
                 name = f"{prefix}.{key}" if prefix else key
                 if name in trained:
                     self.masters[name] = torch.nn.Parameter(parameter.detach().to(kept_in))
                     self._places.append((module._parameters, key))
-                elif parameter is not None and parameter.is_floating_point():
+                elif parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():

@@ -1,7 +1,7 @@
 """Pictures of fixed prompts during training, always from the same noise, sampled from exact infinity."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ class Previews:
         self._schedule, self._prediction_type = schedule, prediction_type
         self._prompts = [prompt for prompt in PROMPTS if prompt.target is not None]
         self._prompts += [parse_prompt(text) for text in settings.prompts]
-        own = networks.unet.config.sample_size * networks.factor
+        own = networks.unet.config["sample_size"] * networks.factor
         width, height = settings.preview_size or (own, own)
-        self._shape = (networks.unet.config.in_channels, height // networks.factor, width // networks.factor)
+        self._shape = (networks.unet.config["in_channels"], height // networks.factor, width // networks.factor)
         scheduler(self._pipe, schedule, prediction_type, latent_size=self._shape[1:])
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class Previews:
     def _sample(self, prompt: str, number: int) -> torch.Tensor:
         noise = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(number))
         height, width = (side * self._pipe.vae_scale_factor for side in self._shape[1:])
-        return self._pipe(
+        sampled = self._pipe(
             prompt,
             latents=noise.to(self._pipe.device, self._pipe.unet.dtype),
             height=height,
@@ -66,7 +66,8 @@ class Previews:
             num_inference_steps=self._settings.preview_steps,
             guidance_scale=self._settings.guidance,
             output_type="latent",
-        ).images
+        )
+        return cast(Any, sampled).images
 
     def _leak(self) -> dict[str, float]:
         """Measure the leak with the empty prompt, which leaves the brightness open."""
@@ -74,6 +75,7 @@ class Previews:
         report = mean_leak(
             denoise, None, self._shape, schedule=self._schedule, seeds=range(LEAK_SEEDS), device=self._pipe.device
         )
+        assert report.checkpoint is not None  # there is a network
         return {"leak/slope": report.checkpoint.slope.value, "leak/share of peak": report.checkpoint.share.value}
 
 

@@ -67,7 +67,7 @@ class Range:
 # Type hints
 
 
-def fields_of(kind: type) -> dict[str, Any]:
+def fields_of(kind: Any) -> dict[str, Any]:
     """The settings of a dataclass and their type hints, with the ranges."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -98,7 +98,7 @@ class Run:
         """Every parameter that the optimizer has, by the name that it has in a state."""
         learned = self.objective.learned
         more = {} if learned is None else {f"learned_weight.{n}": p for n, p in learned.named_parameters()}
-        return self.model.parameters | more
+        return {**self.model.parameters, **more}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -143,12 +143,12 @@ class Run:
         found = LatentCache(folder).statistics
         scaling = LatentScaling(tuple(found.mean.tolist()), tuple(found.std.tolist()))
         vae = self.networks.vae
-        if len(scaling.mean) != vae.config.latent_channels:
+        if len(scaling.mean) != vae.config["latent_channels"]:
             raise UserError(
                 f"model.latent_statistics = {folder} has {len(scaling.mean)} latent channels, but the model's VAE has "
-                f"{vae.config.latent_channels}: give a cache of this VAE"
+                f"{vae.config['latent_channels']}: give a cache of this VAE"
             )
-        vae.register_to_config(**scaling.vae_config(vae.config.scaling_factor))  # for the previews
+        vae.register_to_config(**scaling.vae_config(vae.config["scaling_factor"]))  # for the previews
         return scaling
 
     def _place_networks(self) -> None:
@@ -159,10 +159,10 @@ class Run:
         self.denoiser = Denoiser(networks).train()
         # stored, because a compiled U-Net is compiled for one layout of its input
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        networks.unet.to(memory_format=self.layout)
+        cast(Any, networks.unet).to(memory_format=self.layout)
         self.dtype = getattr(torch, settings.model.dtype)
         self.denoiser.to(device)
-        networks.vae.to(device)
+        cast(torch.nn.Module, networks.vae).to(device)
         names = trained_names(
             self.denoiser, adapter=settings.model.adapter is not None, text_encoders=settings.model.text_encoders
         )

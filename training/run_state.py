@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
@@ -154,7 +155,8 @@ class RunStates:
             saved = reader.read_metadata().state_dict_metadata
         except DAMAGED as error:
             raise UserError(f"{path} cannot be read: {_reason(error)}; {BEFORE}") from None
-        _compare(path, {name: (tuple(s.size), s.properties.dtype) for name, s in saved.items()}, tensors)
+        found = {name: cast(TensorStorageMetadata, entry) for name, entry in saved.items()}
+        _compare(path, {name: (tuple(entry.size), entry.properties.dtype) for name, entry in found.items()}, tensors)
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -20,8 +20,9 @@ def explanations(kind: type) -> dict[str, str]:
     found = {}
     for one in reversed(kind.__mro__):
         _, _, attributes = cleandoc(one.__doc__ or "").partition("Attributes:\n")
-        section = re.match(r"(?:    .*\n?|\n)*", attributes)[0]  # up to the next heading
-        for names, text in re.findall(r"^    ([\w, ]+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
+        section = re.match(r"(?:    .*\n?|\n)*", attributes)  # up to the next heading
+        assert section is not None  # it matches nothing, too
+        for names, text in re.findall(r"^    ([\w, ]+): (.+(?:\n {5,}.+)*)", section[0], re.MULTILINE):
             words = " ".join(text.replace("``", "").split())
             found |= dict.fromkeys(names.split(", "), words[:1].upper() + words[1:])
     return {name: found[name] for name in fields_of(kind) if name in found}
@@ -35,7 +36,7 @@ def list_settings(kind: type, settings: Any = None, *, place: str = "") -> Itera
         settings: settings of a run, whose values are printed too.
         place: prefix of the names.
     """
-    heading = cleandoc(kind.__doc__).splitlines()[0]
+    heading = cleandoc(kind.__doc__ or "").splitlines()[0]
     yield f"[{place.removesuffix('.')}]  {heading}" if place else heading
     yield ""
     tables = []

@@ -19,7 +19,7 @@ from ..data.epoch_plan import BucketCount, EpochPlan
 from ..data.tokens import TokenBatch
 from ..errors import UserError
 from ..world import World
-from .checkpointing import apply_checkpointing
+from .checkpointing import MODES, apply_checkpointing
 from .config import FinetuneSettings
 from .flops import mfu, peak_flops, picture_flops
 from .memory_plan import MemoryPlan, device_memory, measure_encoding, plan
@@ -98,7 +98,7 @@ class Speed:
             gradients_kept=settings.optimizer.accumulation > 1 or self._world.size > 1,
             compiled=self._compiles,
             encoding=measure_encoding(networks.vae, self.micro_batch, largest) if latents_are_made else 0,
-            **({} if chosen == "auto" else {"modes": (chosen,)}),
+            modes=MODES if chosen == "auto" else (chosen,),
         )
         self._say(str(planned))
         return planned
@@ -160,7 +160,7 @@ class Speed:
             return tokens
         return tokens._replace(rows=tokens.rows.repeat(1, self._longest // tokens.rows.shape[1]))
 
-    def _counted(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    def _counted(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         """A torch.compile backend that counts the U-Net's graphs; torchao's optimizers compile with another one."""
         self._graphs += 1
         return compile_fx(graph, inputs)
@@ -241,14 +241,14 @@ def choose_attention(
         torch by itself tries cuDNN's after all others, or on some devices before them.
     """
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with_attention = (index for index, kind in enumerate(unet.config.down_block_types) if "CrossAttn" in kind)
+    with_attention = (index for index, kind in enumerate(unet.config["down_block_types"]) if "CrossAttn" in kind)
     block = next(with_attention, None)
     if block is None:
         return [*BACKENDS, SDPBackend.MATH]
-    heads = unet.config.num_attention_heads or unet.config.attention_head_dim
+    heads = unet.config["num_attention_heads"] or unet.config["attention_head_dim"]
     heads = heads[block] if isinstance(heads, list | tuple) else heads
     tokens = (latents[0] >> block) * (latents[1] >> block)
-    shape = (batch, tokens, heads, unet.config.block_out_channels[block] // heads)
+    shape = (batch, tokens, heads, unet.config["block_out_channels"][block] // heads)
     q, k, v, gradient = (
         torch.randn(shape, device=unet.device, dtype=dtype, requires_grad=True).transpose(1, 2) for _ in range(4)
     )
@@ -269,7 +269,7 @@ def choose_attention(
         times[backend] = begin.elapsed_time(end) / runs
     if not times:
         return rest
-    fastest = min(times, key=times.get)
+    fastest = min(times, key=times.__getitem__)
     measured = ", ".join(f"{backend.name.lower()} {ms:.3f} ms" for backend, ms in times.items())
     say(f"attention of {tokens} tokens, forward and backward: {measured}; using {fastest.name.lower()}")
     return list(dict.fromkeys([fastest, *rest]))

@@ -1,6 +1,7 @@
 """One step of the optimizer: timesteps, noise, forward, backward, clip, guard, update, average."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -12,6 +13,9 @@ from .learning_rate import lr_factor, set_lr
 from .networks import in_groups
 from .optimizers import clip_grad_norm
 from .run import Place, Run
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 
 class TrainingStep:
@@ -73,7 +77,7 @@ class TrainingStep:
         run = self.run
         if run.data.cache is None:
             with torch.no_grad():
-                posterior = run.networks.vae.encode(data).latent_dist
+                posterior = cast("AutoencoderKLOutput", run.networks.vae.encode(data)).latent_dist
             shape = posterior.mean.shape[1:]
             noise = keyed_noise(shape, slots, run.settings.seed, epoch, step, POSTERIOR, run.world.device)
             data = posterior.mean + posterior.std * noise
@@ -83,6 +87,7 @@ class TrainingStep:
         """Gradients of this rank's share of a step, in ``optimizer.accumulation`` parts; errors and losses (B,)."""
         run = self.run
         size = -(-len(slots) // run.settings.optimizer.accumulation)
+        assert batch.tokens is not None
         errors, losses = [], []
         for begin in range(0, len(slots), size):
             part = slice(begin, begin + size)
@@ -149,7 +154,7 @@ class TrainingStep:
         """Run a forward and a backward pass of a bucket (width, height) without any lasting effect."""
         run = self.run
         device, factor = run.world.device, run.networks.factor
-        channels = run.networks.unet.config.in_channels
+        channels = run.networks.unet.config["in_channels"]
         noisy = torch.zeros(batch, channels, size[1] // factor, size[0] // factor, device=device, dtype=run.dtype)
         noisy = noisy.contiguous(memory_format=run.layout)
         tokens = run.speed.of_one_length(batch_prompts([run.tokenize("")] * batch))

@@ -5,7 +5,7 @@ files say.  Everything random follows from the seed and the place in the plan, s
 it had never stopped, on any number of processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..data.quarantine import Quarantine
 from ..files import atomic_write
 from ..world import describe_device, start_world
 from .config import FinetuneSettings
+from .previews import Previews
 from .progress import Progress
 from .run import Run
 from .run_folder import open_run_folder, say_changes
@@ -96,7 +97,7 @@ def train(run: Run, states: RunStates) -> bool:
                     _measure(run, validation, watch)
             if run.previews is not None and due(settings.watch.preview_every):
                 with run.speed.paused():
-                    _show(run, watch)
+                    _show(run, run.previews, watch)
             if due(settings.average.snapshots):
                 with run.speed.paused():
                     save_snapshots(run)
@@ -142,7 +143,7 @@ def _write_settings(run: Run) -> None:
             file.write(content)
 
 
-def _batches(run: Run) -> Iterator[Batch]:
+def _batches(run: Run) -> Generator[Batch, None, None]:
     settings = run.settings
     dataset = run.data.dataset(Quarantine(settings.out / "quarantine"), settings.data.captions, run.tokenize)
     batches = loader(
@@ -190,11 +191,11 @@ def _measure(run: Run, validation: Validation, watch: Watch) -> None:
         watch.write(run.place.step, metrics)
 
 
-def _show(run: Run, watch: Watch) -> None:
+def _show(run: Run, previews: Previews, watch: Watch) -> None:
     """Sample the previews with the average, or with the weights if there is none."""
     step = run.place.step
     with run.averaged(), run.speed.eager():
-        sheet, metrics = run.previews.make()
+        sheet, metrics = previews.make()
     with written_if_possible("the sheet of pictures", step, run.say):
         watch.write(step, metrics)
         watch.picture(step, "previews", sheet)

@@ -38,7 +38,7 @@ def check_installed(settings: WatchSettings) -> None:
             raise UserError(f"{needs('watch.tensorboard', 'tensorboard')}, or set watch.tensorboard = false") from None
     if settings.wandb:
         try:
-            import wandb  # noqa: F401
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(f"{needs('watch.wandb', 'wandb')}, or leave out watch.wandb") from None
 
@@ -91,7 +91,7 @@ class Watch:
             except OSError as error:
                 raise UserError(f"{folder / 'tensorboard'} cannot be written: {error.strerror or error}") from None
         if settings.wandb:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             try:
                 self._run = wandb.init(
@@ -115,8 +115,9 @@ class Watch:
                 file.truncate(before)
                 raise
         with self._tensorboard() as writer:
-            for name, value in metrics.items() if writer else ():
-                writer.add_scalar(name, value, step)
+            if writer:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
@@ -126,7 +127,7 @@ class Watch:
             if writer:
                 writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self._run is not None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._run.log({name: wandb.Image(picture)}, step=step)
 

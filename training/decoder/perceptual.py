@@ -44,7 +44,7 @@ def load_lpips(backbone: str | Path | None = None) -> nn.Module:
         UserError: the package is not installed, or the weights cannot be downloaded or do not match.
     """
     try:
-        import lpips
+        import lpips  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         missing = (error.name or "lpips").split(".")[0]
         raise UserError(f"{needs('LPIPS', missing)}, or set lpips_weight to 0") from None

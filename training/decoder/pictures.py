@@ -27,7 +27,7 @@ def read_pictures(
     Raises:
         UserError: ``size`` is off the latents' grid, or there are too few pictures.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if settings.size % factor:
         raise UserError(f"size must be a multiple of {factor}, the pixels per latent, not {settings.size}")
     index, refused = build_index([Source(path) for path in settings.sources], allow_missing_captions=True)
@@ -66,8 +66,8 @@ def read_pictures(
 
 def posterior_noise(vae: AutoencoderKL, settings: VaeDecoderSettings, epoch: int, pictures: list[int]) -> torch.Tensor:
     """(B, C, h, w) standard normal noise of the posterior's samples, which depends on seed, epoch and picture."""
-    side = settings.size // 2 ** (len(vae.config.block_out_channels) - 1)
-    shape = (vae.config.latent_channels, side, side)
+    side = settings.size // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (vae.config["latent_channels"], side, side)
     drawn = [
         keyed_generator(settings.seed, epoch, picture, POSTERIOR).standard_normal(shape, np.float32)
         for picture in pictures

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 from ...samplers.devices import to_float64
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 MOST_SHOWN = 8  # pictures in a sheet
 
@@ -58,7 +63,8 @@ def evaluate(
     l1, psnr, lpips, in_boxes, shown = [], [], [], [], []
     for data in examples.split(batch_size):
         pixels = data[:, :3].to(vae.device)
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        posterior = cast("AutoencoderKLOutput", vae.encode(pixels)).latent_dist
+        decoded = cast("DecoderOutput", vae.decode(posterior.mean)).sample.clamp(-1, 1)
         l1.append((decoded - pixels).abs().mean(dim=(1, 2, 3)))
         squares = to_float64((decoded - pixels) / 2).square().mean(dim=1, keepdim=True)
         psnr.append(-10 * squares.mean(dim=(1, 2, 3)).log10())

@@ -1,6 +1,7 @@
 """The step that trains a VAE's decoder, and the state that it resumes from."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,6 +13,10 @@ from .export import TRAINED
 from .perceptual import PatchDiscriminator, adaptive_weight, hinge_loss
 from .reconstruction import Perceptual
 from .settings import VaeDecoderSettings
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 BETAS = (0.5, 0.9)  # of Adam, as latent diffusion trains autoencoders: less momentum against an adversary
 
@@ -56,16 +61,16 @@ class DecoderTraining:
         settings, (pixels, marks) = self.settings, (data[:, :3], data[:, 3:])
         # A sample of the frozen encoder's posterior, decoded.
         with torch.no_grad():
-            posterior = self.vae.encode(pixels).latent_dist
+            posterior = cast("AutoencoderKLOutput", self.vae.encode(pixels)).latent_dist
             latents = posterior.mean + posterior.std * noise
         with self._computing():
-            decoded = self.vae.decode(latents).sample
+            decoded = cast("DecoderOutput", self.vae.decode(latents)).sample
         decoded = decoded.float()
         # The decoder's loss, with the adversary's part once that has begun.
         losses = self.reconstruction_losses(decoded, pixels, marks)
         loss = losses["reconstruction"]
-        is_adversarial = self.discriminator is not None and self.steps >= settings.discriminator_start
-        if is_adversarial:
+        discriminator = self.discriminator if self.steps >= settings.discriminator_start else None
+        if discriminator is not None:
             losses |= self.adversarial_losses(decoded, loss)
             loss = loss + settings.discriminator_weight * losses["adaptive_weight"] * losses["adversarial"]
         self.optimizer.zero_grad()
@@ -75,9 +80,9 @@ class DecoderTraining:
         self.ema.update(self.steps)
 
         # The discriminator learns from its own loss alone, on the reconstruction without its graph.
-        if is_adversarial:
+        if discriminator is not None:
             with self._computing():
-                real, fake = self.discriminator(pixels), self.discriminator(decoded.detach())
+                real, fake = discriminator(pixels), discriminator(decoded.detach())
             losses["discriminator"] = hinge_loss(real.float(), fake.float())
             self.discriminator_optimizer.zero_grad()  # removes what the decoder's loss left in it
             losses["discriminator"].backward()
@@ -105,6 +110,7 @@ class DecoderTraining:
 
     def adversarial_losses(self, decoded: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         """The adversarial loss of the decoder, and its adaptive weight."""
+        assert self.discriminator is not None
         with self._computing():
             scores = self.discriminator(decoded)
         adversarial = -scores.float().mean()
