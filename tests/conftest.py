@@ -19,7 +19,7 @@ tqdm.set_lock(threading.RLock())
 
 LONG = ("slow", "comfyui", "gpu")
 
-# Files that train, render, run pipelines or start programs; the tests of all others are the inner loop, `pytest -m fast`.
+# Files that train, render, run pipelines or start programs; the tests of all others are the inner loop, pytest -m fast.
 NOT_FAST = {
     "tests": {
         "benchmarks",
