@@ -55,18 +55,6 @@ class ChannelStatistics:
         """(C,) float64."""
         return np.sqrt(self.squares / self.count)
 
-    def standardize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Shift and scale latents (..., C, h, w) so that each channel of the data set has mean 0 and std 1."""
-        return (latents - self._column(self.mean, latents)) / self._column(self.std, latents)
-
-    def restore(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``standardize``."""
-        return latents * self._column(self.std, latents) + self._column(self.mean, latents)
-
-    @staticmethod
-    def _column(numbers: np.ndarray, latents: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(latents)[:, None, None]
-
     def to_json(self) -> dict[str, Any]:
         """The statistics as plain values for JSON, without rounding."""
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}

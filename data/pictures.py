@@ -262,15 +262,6 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 # Fitting into a bucket
 
 
-def cover_scale(size: Size, bucket: Size) -> float:
-    """The factor by which a picture is resized to just cover its bucket; above 1 it is enlarged.
-
-    Args:
-        size, bucket: (width, height) in pixels.
-    """
-    return max(bucket[0] / size[0], bucket[1] / size[1])
-
-
 def cover_size(size: Size, bucket: Size) -> Size:
     """The smallest size of the picture's aspect ratio that covers the bucket.
 

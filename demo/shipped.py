@@ -3,7 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-from ..checkpoints.pipeline import load_pipeline
 from .networks import DemoNetwork
 from .objectives import BASE, OURS, PLAIN, Start
 
@@ -21,8 +20,3 @@ def start_of(name: str = BASE) -> Start:
 def load_shipped(name: str) -> DemoNetwork:
     """Load a network by the name of its training: BASE, PLAIN or OURS."""
     return DemoNetwork(WEIGHTS / FILES[name], CONFIG)
-
-
-def pipeline_of(name: str):
-    """The same network as a diffusers pipeline, see ``checkpoints.pipeline.load_pipeline``."""
-    return load_pipeline(WEIGHTS / FILES[name], config=CONFIG)

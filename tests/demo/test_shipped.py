@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from ztsnr.checkpoints import inspect_checkpoint, verify_checkpoint
+from ztsnr.checkpoints import inspect_checkpoint, load_pipeline, verify_checkpoint
 from ztsnr.checkpoints.schedule_shift import shift_of, shift_of_metadata
 from ztsnr.cli import main as ztsnr
 from ztsnr.demo import networks_sheet
@@ -17,7 +17,7 @@ from ztsnr.demo.evaluation import START, STEPS, canvas_sigma
 from ztsnr.demo.measures import brightness
 from ztsnr.demo.networks_sheet import ASKED, show_networks
 from ztsnr.demo.objectives import BASE, OURS, PLAIN
-from ztsnr.demo.shipped import CONFIG, FILES, WEIGHTS, load_shipped, pipeline_of, start_of
+from ztsnr.demo.shipped import CONFIG, FILES, WEIGHTS, load_shipped, start_of
 from ztsnr.demo.small_model import SIZES
 from ztsnr.diagnostics import leak_run
 from ztsnr.diagnostics.leak_run import steps_from
@@ -59,7 +59,7 @@ def test_they_load_on_their_own_schedule(name):
 
 
 def test_as_diffusers_takes_them():
-    loaded = pipeline_of(OURS)
+    loaded = load_pipeline(WEIGHTS / FILES[OURS], config=CONFIG)
     assert (loaded.prediction_type, loaded.zero_terminal_snr) == WHAT[OURS]
     assert shift_of(NoiseSchedule.from_config(loaded.pipeline.scheduler.config)) == 0.25
     options = {"num_inference_steps": 4, "guidance_scale": GUIDANCE, "output_type": "np", "height": 32, "width": 32}
