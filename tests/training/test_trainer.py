@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -212,33 +211,9 @@ class SmallDisk:
         subprocess.run(["umount", "-l", self.folder], check=True)
 
 
-class Limit:
-    """The system's limit of the size of a file."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, self.before[1]))
-
-    def empty(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-    close = empty
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason", "lost"),
-    [
-        (SmallDisk, "No space left|os error 28", 0),  # lines of metrics: a page of their file has room still
-        pytest.param(Limit, "too large|os error 27", 5, marks=pytest.mark.slow),
-    ],
-)
-def test_full_disk(place, plain, tmp_path, kind, reason, lost):
+def test_full_disk(place, plain, tmp_path):
     """From step 6 to step 11 nothing can be written: the run says so, keeps what it has, and trains on."""
-    disk, said = kind(tmp_path / "disk"), []
+    disk, said = SmallDisk(tmp_path / "disk"), []
     try:
         there = []
 
@@ -255,8 +230,12 @@ def test_full_disk(place, plain, tmp_path, kind, reason, lost):
             train(make_content(place, disk.folder / "run", save_every=3), say=said.append)
         assert there == [3]
         (sentence,) = (line for line in said if line.startswith("the state at step 6"))
-        assert re.search(f"could not be written: .*({reason}).*; the state of step 3 is kept$", sentence)
-        assert sum("training continues" in line for line in said) == lost
+        assert re.search(
+            r"could not be written: .*(No space left|os error 28).*; the state of step 3 is kept$", sentence
+        )
+        assert (
+            sum("training continues" in line for line in said) == 0
+        )  # lines of metrics: a page of their file has room still
         ours, theirs = state(disk.folder / "run", 12), state(plain, 12)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     finally:
