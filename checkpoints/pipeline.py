@@ -104,8 +104,8 @@ def load_pipeline(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
 
-    path = _find(model)
-    report = inspect_whole_folder(path) if path.is_dir() else inspect_file(path)
+    report = inspect_model(model)
+    path = report.path
     said = settle(report, prediction_type, zero_terminal_snr)  # a contradiction is found before gigabytes are read
     pipeline = _load_folder(path, dtype) if report.format == DIFFUSERS_FOLDER else _load_file(report, config, dtype)
     # a weight that the files lack stays without data
@@ -124,6 +124,12 @@ def load_pipeline(
     snr = "zero terminal SNR" if said["zero_terminal_snr"] else "no zero terminal SNR"
     description = f"{Path(model).name}: {architecture_of(report)}, {report.format}, {said['prediction_type']}, {snr}"
     return LoadedPipeline(pipeline, description=description, **said)
+
+
+def inspect_model(model: str | Path) -> CheckpointReport:
+    """What a model's files say, before gigabytes are read; for ``model`` and what is raised see ``load_pipeline``."""
+    path = _find(model)
+    return inspect_whole_folder(path) if path.is_dir() else inspect_file(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +225,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
         return kind.from_pretrained(
             folder,
             torch_dtype=dtype,
-            variant=_variant(folder),
+            variant=weights_variant(folder),
             use_safetensors=True,
             local_files_only=True,
             **left_out(kind),
@@ -245,7 +251,7 @@ def _load_file(report: CheckpointReport, config: str | Path | None, dtype: torch
     return pipeline
 
 
-def _variant(folder: Path) -> str | None:
+def weights_variant(folder: Path) -> str | None:
     """The variant of the weights, as in diffusion_pytorch_model.fp16.safetensors, if there is no plain file."""
     names = sorted(file.name for file in (folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
     versions = [re.match(r"diffusion_pytorch_model\.([^.-]+).*\.safetensors", name) for name in names]

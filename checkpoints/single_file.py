@@ -42,6 +42,14 @@ Tensors = dict[str, TensorStream]
 
 # the largest that CLIP is trained with; diffusers does not keep it, and no sampler reads it
 _LOGIT_SCALE = math.log(100)
+# what trainers leave in single files beside the networks: a moving average of the U-Net, and tables of its schedule
+_AVERAGE = "model_ema."
+_TABLES = {
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("lvlb_weights", "logvar", "denoiser.sigmas", "denoiser.log_sigmas"),
+}
 _SAYING_WHAT_IT_PREDICTS = (
     *("modelspec.prediction_type", "modelspec.predict_key"),
     *("ss_v_parameterization", "ss_zero_terminal_snr"),
@@ -66,7 +74,8 @@ def to_single_file(
         dtype: float32, float16 or bfloat16; by default each tensor's own.
         base: a single file to copy everything but the U-Net from, byte by byte.  The U-Net is then cast to the types
             of the base's own, unless ``dtype`` says otherwise; nothing else is cast.  The base's latent scaling stays
-            unless the folder's VAE config names another.
+            unless the folder's VAE config names another.  What belongs to the base's own U-Net is left out
+            (``left_behind``).
 
     Raises:
         UserError: the folder is not such a model, or lacks a part, or has tensors that a single file has no place for;
@@ -87,6 +96,25 @@ def to_single_file(
     tensors, metadata = _mark(tensors, metadata, report, out.stem)
     with atomic_write(out) as file:
         write_tensors(file, tensors, metadata)
+
+
+def left_behind(base: str | Path) -> list[str]:
+    """Names of a single file's tensors that belong to its own U-Net, and so are wrong beside another one.
+
+    They are the moving average of its weights (``model_ema.``) and the tables of its noise schedule.
+    """
+    return sorted(name for name in read_header(base).tensors if name.startswith(_AVERAGE) or name in _TABLES)
+
+
+def say_left_behind(base: str | Path, say: Callable[[str], None]) -> None:
+    """Say in a line what of a base was left out, if anything was."""
+    names = left_behind(base)
+    averages = sum(name.startswith(_AVERAGE) for name in names)
+    parts = [f"{averages} tensors of its moving average ({_AVERAGE}*)"] if averages else []
+    if tables := len(names) - averages:
+        parts.append(f"{tables} {'table' if tables == 1 else 'tables'} of its noise schedule")
+    if parts:
+        say(f"Left out of {base}, because they belong to its own U-Net: {' and '.join(parts)}.")
 
 
 def single_file_tensors(folder: Path) -> Tensors:
@@ -135,8 +163,9 @@ def _make(recipe: Recipe, tensors: Tensors) -> TensorStream:
 
 def _merge(folder: Path, base: Path, dtype: str | None) -> tuple[Tensors, dict[str, str]]:
     """The base's tensors, in their order, with the folder's U-Net instead of its own; and its metadata."""
-    header = read_header(base)
-    order = sorted(header.tensors, key=lambda name: (header.tensors[name].begin, header.tensors[name].end, name))
+    header, dropped = read_header(base), set(left_behind(base))
+    names = header.tensors.keys() - dropped
+    order = sorted(names, key=lambda name: (header.tensors[name].begin, header.tensors[name].end, name))
     tensors = {name: stored(base, header, name) for name in order}
     unet = _lay_out(read_weights(folder / "unet"), unet_layout, UNET)
     own = {name for name in tensors if name.startswith(UNET)}

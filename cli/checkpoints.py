@@ -138,6 +138,7 @@ def convert(
         import torch
 
         from ..checkpoints import export_lora, inspect_checkpoint, to_folder, to_single_file
+        from ..checkpoints.single_file import say_left_behind
 
         number = None if dtype is None else getattr(torch, dtype)
         is_lora = (source / "adapter_config.json").is_file()
@@ -152,6 +153,8 @@ def convert(
             export_lora(source, target, model=model, dtype=number)
         elif source.is_dir():
             to_single_file(source, target, dtype=number, base=base)
+            if base is not None:
+                say_left_behind(base, click.echo)
         else:
             to_folder(
                 source, target, config=config, dtype=number, prediction_type=prediction, zero_terminal_snr=zero_snr

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from ..checkpoints import export_lora, inspect_checkpoint, to_single_file, verify_checkpoint
 from ..checkpoints.diffusers_folder import set_scheduler
 from ..checkpoints.latent_scaling import LatentScaling
+from ..checkpoints.schedule_shift import shift_of
+from ..checkpoints.single_file import say_left_behind
 from ..errors import UserError
 from ..files import atomic_folder
 from ..samplers import NoiseSchedule
@@ -82,6 +84,8 @@ def export_model(
     if settings.export.single_file:
         base = Path(settings.model.base)
         is_base = base.is_file() and not settings.model.text_encoders
+        if is_base:
+            say_left_behind(base, say)
         to_single_file(folder, file, base=base if is_base else None, dtype=dtype if is_base else None)
         _check(file, say)
         written.append(file)
@@ -95,6 +99,11 @@ def export_model(
             f"Every sigma is {shift:g} times the published one.  diffusers reads this from the folder, and Load "
             f"Checkpoint (ZTSNR) in ComfyUI from the file; after any other loader set canvas_shift of the node ZTSNR "
             f"Model to {shift:g}."
+        )
+    if settings.export.single_file and shift_of(objective.schedule) is None:
+        say(
+            f"{file} cannot hold the base's own noise schedule, and programs will sample it on the published one: use "
+            "the diffusers folder (export.folder)"
         )
     return written
 

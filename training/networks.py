@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..checkpoints.latent_scaling import LatentScaling
-from ..checkpoints.pipeline import load_pipeline
+from ..checkpoints.pipeline import inspect_model, load_pipeline
 from ..data.tokens import TokenBatch, encode_prompts, token_chunks
 from ..errors import UserError
 
@@ -50,7 +50,6 @@ class Networks:
     Attributes:
         text_encoders, tokenizers: one of each, or SDXL's two.
         latent_scaling: conversion between the VAE's latents and the U-Net's.
-        base_prediction_type: prediction type of the loaded model.
     """
 
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -59,7 +58,6 @@ class Networks:
     tokenizers: list[CLIPTokenizer]
     vae: AutoencoderKL
     latent_scaling: LatentScaling
-    base_prediction_type: str
 
     @property
     def is_sdxl(self) -> bool:
@@ -74,8 +72,10 @@ class Networks:
 
 def load_networks(model: str | Path, config: str | Path | None = None) -> Networks:
     """Load a model to be trained, in float32 on the CPU; for the arguments and what is raised see ``load_pipeline``."""
-    loaded = load_pipeline(model, config=config)
-    pipe = loaded.pipeline
+    report = inspect_model(model)
+    # what an unmarked base is trained as, the objective decides, so any answer will do here
+    guess = "v_prediction" if report.zero_terminal_snr else "epsilon"
+    pipe = load_pipeline(report.path, config=config, prediction_type=None if report.prediction_type else guess).pipeline
     both = isinstance(pipe, StableDiffusionXLPipeline)
     return Networks(
         pipeline=pipe,
@@ -84,7 +84,6 @@ def load_networks(model: str | Path, config: str | Path | None = None) -> Networ
         tokenizers=[pipe.tokenizer, pipe.tokenizer_2] if both else [pipe.tokenizer],
         vae=pipe.vae,
         latent_scaling=LatentScaling.of_vae_config(pipe.vae.config),
-        base_prediction_type=loaded.prediction_type,
     )
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -33,12 +33,14 @@ class ObjectiveSettings:
     """Settings of the objective.
 
     Attributes:
-        prediction_type: v_prediction, epsilon or sample (x0).
-        zero_terminal_snr: rescale the betas so that t = T is pure noise (Lin et al., arXiv 2305.08891).
-        schedule_shift: factor on every sigma, for canvases longer than the base model's: double the length, double
-            sigma (NovelAI V3, arXiv 2409.15997).  The trained checkpoint must be sampled with the same shift: set
-            canvas_shift in ComfyUI; a diffusers folder records it.
-        timesteps: distribution of t: uniform, logit_normal (SD3, arXiv 2403.03206), or laplace in log SNR (Hang et al.,
+        prediction_type: v_prediction, epsilon or sample (x0).  Default: for an adapter that of the base, which an
+            adapter cannot change; else v_prediction.
+        zero_terminal_snr: rescale the betas so that t = T is pure noise (Lin et al., arXiv 2305.08891).  Default: for
+            an adapter as the base; else true, except for epsilon.
+        schedule_shift: factor on every sigma of the published schedule, for canvases that are longer by this factor:
+            double the length, double sigma (NovelAI V3, arXiv 2409.15997).  The exported model must be sampled with
+            it: its files say so, and canvas_shift sets it in ComfyUI.  Default: that of the base, 1 for most.
+        timesteps: distribution of t: uniform; logit_normal (SD3, arXiv 2403.03206), or laplace in log SNR (Hang et al.,
             arXiv 2407.03297).
         timesteps_mean, timesteps_scale: mean and scale of logit_normal or laplace.
         stratified: spread the timesteps of a step evenly over the distribution, which makes the loss less noisy.
@@ -57,9 +59,9 @@ class ObjectiveSettings:
         UserError: a number is out of range, or epsilon is combined with zero terminal SNR.
     """
 
-    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    zero_terminal_snr: bool = True
-    schedule_shift: float = 1.0
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] | None = None
+    zero_terminal_snr: bool | None = None
+    schedule_shift: float | None = None
     timesteps: Literal["uniform", "logit_normal", "laplace"] = "uniform"
     timesteps_mean: float = 0.0
     timesteps_scale: float = 1.0
@@ -71,31 +73,35 @@ class ObjectiveSettings:
     noise_offset: float = 0.0
 
     def __post_init__(self):
-        check_prediction_type(self.prediction_type, self.zero_terminal_snr)
+        check_prediction_type(self.prediction_type or "v_prediction", bool(self.zero_terminal_snr))
         if not 0 <= self.terminal_probability < 1:
             raise UserError(f"terminal_probability must be at least 0 and less than 1, not {self.terminal_probability}")
         if not 0 <= self.high_noise_share < 1:
             raise UserError(f"high_noise_share must be at least 0 and less than 1, not {self.high_noise_share}")
         if not (self.timesteps_scale > 0 and self.min_snr_gamma >= 1):
             raise UserError("timesteps_scale must be above 0, and min_snr_gamma at least 1")
-        if not 0 < self.schedule_shift < math.inf:
+        if self.schedule_shift is not None and not 0 < self.schedule_shift < math.inf:
             raise UserError(f"schedule_shift must be above 0 and finite, not {self.schedule_shift}")
         if self.noise_offset < 0:
             raise UserError(f"noise_offset must be at least 0, not {self.noise_offset}")
-        if self.noise_offset and self.prediction_type == "v_prediction":
-            warnings.warn(
-                "noise_offset with v-prediction teaches the network to read brightness from the mean of the noise, "
-                "which is the leak that zero terminal SNR removes: leave noise_offset at 0",
-                ZTSNRWarning,
-                stacklevel=2,
-            )
+
+    def with_recipe(self) -> "ObjectiveSettings":
+        """The settings with v-prediction, zero terminal SNR and no shift where they say nothing."""
+        prediction_type = self.prediction_type or "v_prediction"
+        zero, shift = self.zero_terminal_snr, self.schedule_shift
+        return replace(
+            self,
+            prediction_type=prediction_type,
+            zero_terminal_snr=prediction_type != "epsilon" if zero is None else zero,
+            schedule_shift=1.0 if shift is None else shift,
+        )
 
 
 class Objective:
     """The loss of a network under a noise schedule.
 
     Args:
-        settings: settings of the objective.
+        settings: settings of the objective; what they leave open is filled by ``with_recipe``.
         schedule: schedule of the base model, before any rescaling; by default Stable Diffusion's.
         device: device of the network.
 
@@ -115,7 +121,14 @@ class Objective:
         schedule: NoiseSchedule | None = None,
         device: str | torch.device = "cpu",
     ):
-        self.settings = settings
+        self.settings = settings = settings.with_recipe()
+        if settings.noise_offset and settings.prediction_type == "v_prediction":
+            warnings.warn(
+                "noise_offset with v-prediction teaches the network to read brightness from the mean of the noise, "
+                "which is the leak that zero terminal SNR removes: leave noise_offset at 0",
+                ZTSNRWarning,
+                stacklevel=2,
+            )
         schedule = schedule or NoiseSchedule.sdxl(zero_terminal_snr=False)
         self.schedule = NoiseSchedule.from_betas(schedule.betas, settings.zero_terminal_snr)
         if settings.schedule_shift != 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,8 @@ from ..checkpoints.latent_scaling import LatentScaling
 from ..data.latent_cache import LatentCache
 from ..errors import UserError
 from ..world import World
+from .base import read_base, resolve_objective
+from .caption_lengths import cut_captions
 from .config import FinetuneSettings
 from .ema import ConstantDecay, Ema, PowerFunction, Profile
 from .guard import StepGuard
@@ -41,6 +43,9 @@ class Run:
 
     Attributes:
         place: how far the run has come.
+        settings: settings of the run; those of the objective are resolved against the base.
+        base: what the base model says of itself.
+        base_hashes: part of the base -> hash of its content; empty until it is known.
         objective: schedule, noise and loss.
         data: pictures and the plan of the epochs.
         networks: the base model; ``denoiser`` holds those of its networks that predict.
@@ -57,10 +62,15 @@ class Run:
     """
 
     def __init__(self, settings: FinetuneSettings, world: World, say: Callable[[str], None]):
-        self.settings, self.world, self.say = settings, world, say
+        self.world, self.say = world, say
         check_installed(settings.watch)  # before anything is loaded
         self.place = Place()
-        self.objective = Objective(settings.objective, device=world.device)
+        # By headers alone, so that a LoRA of the wrong prediction type is refused before gigabytes are read.
+        self.base, self.base_hashes = read_base(settings.model.base), {}
+        is_adapter = settings.model.adapter is not None
+        objective = resolve_objective(settings.objective, self.base, is_adapter=is_adapter, say=say)
+        self.settings = settings = replace(settings, objective=objective)
+        self.objective = Objective(objective, self.base.schedule, device=world.device)
         self.say(self.objective.table())
         self.data = open_data(settings.data, settings.seed, world, settings.out / "index.arrow")
         self._say_data()
@@ -70,6 +80,8 @@ class Run:
             self.data.cache.check_vae(self.networks.vae)
         self.latent_scaling = self._choose_scaling()
         self.tokenize = Tokenize(self.networks, settings.data.max_chunks)
+        if world.first and (line := cut_captions(self.data, settings.data, self.networks.tokenizers[0])):
+            self.say(line)
         self._place_networks()
 
         self.profiles: list[Profile] = [PowerFunction(width) for width in settings.average.sigma_rel]
@@ -209,5 +221,5 @@ class Run:
         if not self.settings.watch.preview_every:
             return None
         return Previews(
-            self.networks, self.objective.schedule, self.settings.objective.prediction_type, self.settings.watch
+            self.networks, self.objective.schedule, self.objective.settings.prediction_type, self.settings.watch
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from .base_hashes import HASHES, base_hashes, changed_parts
 from .ema import PowerFunction, Profile
 from .optimizers import load_optimizer_tensors, optimizer_tensors
 from .parallel import whole
@@ -32,6 +33,7 @@ def save_state(run: Run, states: RunStates) -> None:
         "epoch": run.place.epoch,
         "epoch_step": run.place.epoch_step,
         "fingerprint": run.data.fingerprint,
+        "base": run.base_hashes,
         "guard": run.guard.state(),
     }
     run.world.sum(run.bands.sums)
@@ -50,6 +52,13 @@ def restore_state(run: Run, states: RunStates, step: int, path: Path) -> None:
         raise UserError(
             f"{path} was written with other pictures, buckets, another batch_size or another seed: give the run "
             "those that it had, or choose another folder"
+        )
+    if "base" not in state:
+        run.say(f"{path} is a state of version 0.1.0 and does not say which base it was trained on: it is not checked")
+    elif changed := changed_parts(run.base.path, state["base"], run.base_hashes):
+        raise UserError(
+            f"{path} was trained on another base: {changed}.  Set model.base to the one that the run began with, or "
+            "choose another folder"
         )
     tensors = run_tensors(run)
     states.read_into(path, tensors)
@@ -95,6 +104,13 @@ def export_run(run: Run) -> list[Path]:
     """
     from .export import export_model  # here, because a dry run needs none of peft
 
+    # The trained weights go into the base's files, which may have been replaced in the meantime.
+    now = base_hashes(run.base.path, run.settings.out / HASHES, run.world)
+    if changed := changed_parts(run.base.path, run.base_hashes, now):
+        raise UserError(
+            f"the base has changed while the run was training: {changed}.  The last state is saved: put the old base "
+            "back, and export with --resume auto"
+        )
     kinds: dict[str, Profile | None] = {profile.name: profile for profile in run.profiles}
     if run.settings.export.raw:
         kinds["raw"] = None

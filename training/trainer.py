@@ -15,6 +15,7 @@ from ..data.prefetch import ahead
 from ..data.quarantine import Quarantine
 from ..files import atomic_write
 from ..world import describe_device, start_world
+from .base_hashes import HASHES, base_hashes
 from .config import FinetuneSettings
 from .previews import Previews
 from .progress import Progress
@@ -57,9 +58,12 @@ def run_finetune(
             if settings.speed.device == "auto":
                 say(f"Device: {describe_device(world.device)}")
             run = Run(settings, world, say)
-            if last := states.last():
+            last = states.last()
+            if last or not dry_run:
+                run.base_hashes = base_hashes(run.base.path, settings.out / HASHES, world)
+            if last:
                 restore_state(run, states, *last)
-                say_changes(settings.out / "config.toml", settings, say)
+                say_changes(settings.out / "config.toml", run.settings, say)
             if not (dry_run and last):  # a dry run leaves the settings that a run was trained with
                 _write_settings(run)
             if dry_run:

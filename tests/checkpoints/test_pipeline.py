@@ -609,7 +609,7 @@ def test_a_bug_of_this_package_is_not_told_as_a_mistake(folder, monkeypatch):
         broken.delattr(diffusers_scheduler, "check_prediction_type")
         with pytest.raises(NameError, match="check_prediction_type"):
             load_pipeline(folder)
-    monkeypatch.setattr(pipeline_module, "_variant", None)
+    monkeypatch.setattr(pipeline_module, "weights_variant", None)
     with pytest.raises(TypeError, match="not callable"):
         load_pipeline(folder)
 

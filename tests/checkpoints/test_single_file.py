@@ -313,7 +313,7 @@ def base(sdxl, tmp_path_factory):
     place = tmp_path_factory.mktemp("base")
     file = convert(sdxl, place, dtype=torch.float16)
     tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
-    tensors["model_ema.decay"] = torch.tensor(0.5)
+    tensors["scale_factor"] = torch.tensor(0.5)
     metadata = {"modelspec.title": "Base", "modelspec.predict_key": "epsilon", "author": "Ölaf"}
     save_file(tensors, place / "base.safetensors", metadata=metadata)
     return place / "base.safetensors"
@@ -350,6 +350,13 @@ def test_the_trained_network_is_merged_and_nothing_else_changes(sdxl, base, trai
     assert report.metadata["modelspec.title"] == "model"
     digest = hashlib.sha256(file.read_bytes()[ours.data_start :]).hexdigest()
     assert report.metadata["modelspec.hash_sha256"] == f"0x{digest}"
+
+
+def test_what_belongs_to_the_bases_own_network_is_not_merged(base, trained, tmp_path):
+    stale = {"model_ema.decay", "model_ema.diffusion_modelout2bias", "alphas_cumprod", "denoiser.sigmas"}
+    save_file(load_file(base) | {name: torch.ones(4) for name in stale}, tmp_path / "stale.safetensors")
+    names = read_header(convert(trained, tmp_path, base=tmp_path / "stale.safetensors")).tensors.keys()
+    assert names == read_header(base).tensors.keys() | {"v_pred", "ztsnr"}
 
 
 def convert_unet_alone(sdxl, trained, place):

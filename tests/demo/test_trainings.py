@@ -48,7 +48,7 @@ def test_fine_tunes_differ_in_the_objective_alone(trainings):
     assert all(one == same[0] for one in same)
     assert len({one.out for one in settings.values()}) == 4
     objectives = {name: Objective(one.objective) for name, one in settings.items()}
-    predicted = {name: one.objective.prediction_type for name, one in settings.items()}
+    predicted = {name: objective.settings.prediction_type for name, objective in objectives.items()}
     assert predicted == {EPSILON: "epsilon", PLAIN: "v_prediction", STARVED: "v_prediction", OURS: "v_prediction"}
     zero = {name: objective.schedule.zero_terminal_snr for name, objective in objectives.items()}
     assert zero == {EPSILON: False, PLAIN: False, STARVED: True, OURS: True}

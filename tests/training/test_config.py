@@ -140,7 +140,11 @@ def test_names_that_do_not_exist_and_those_that_are_missing(read, old, new, sent
             "[objective]\nterminal_probability = 2\n[data]",
             "objective: terminal_probability must be at least 0 and less than 1, not 2.0",
         ),
-        ("[data]", "[objective]\nprediction_type = 'epsilon'\n[data]", "objective: an epsilon model cannot start from"),
+        (
+            "[data]",
+            "[objective]\nprediction_type = 'epsilon'\nzero_terminal_snr = true\n[data]",
+            "objective: an epsilon model cannot start from",
+        ),
         ("batch_size = 2", "batch_size = 2\nlatents = 'l'\nflip = 0.5", "data.flip does not work with data.latents"),
         ("[model]", "stages = [{}, {}]\n[model]", "stages.0.steps is missing: only the last stage"),
         (
@@ -326,7 +330,10 @@ def test_overrides_of_a_table_that_the_file_does_not_have(read):
         (("--optimizer.name", "sgd"), 'optimizer.name must be "adamw",'),
         (("--optimizer.betas", "0.8"), "optimizer.betas must be a list of 2 numbers, not [0.8]"),
         (("--optimizer.betas", "1", "2", "3"), "optimizer.betas must be a list of 2 numbers, not [1, 2, 3]"),
-        (("--objective.prediction-type", "epsilon"), "objective: an epsilon model cannot start"),
+        (
+            ("--objective.prediction-type", "epsilon", "--objective.zero-terminal-snr", "true"),
+            "objective: an epsilon model cannot start",
+        ),
     ],
 )
 def test_mistakes_of_the_command_line(read, overrides, sentence):
@@ -477,9 +484,10 @@ def test_examples_state_the_share_of_high_noise_that_their_tables_have(path):
 
 def test_what_the_examples_are_for():
     settings = {path.stem: read_settings(FinetuneSettings, path) for path in EXAMPLES}
-    for one in settings.values():
-        assert one.objective.prediction_type == "v_prediction"
-        assert one.objective.zero_terminal_snr
+    for name, one in settings.items():
+        stated = one.objective.prediction_type, one.objective.zero_terminal_snr
+        # a LoRA takes them from its base
+        assert stated == ((None, None) if name == "lora_24gb" else ("v_prediction", True))
         assert one.data.captions.caption_dropout > 0
     assert settings["lora_24gb"].model.adapter is not None
     assert [stage.groups for stage in settings["full_80gb"].stages] == [("up",), ("all",)]

@@ -192,6 +192,27 @@ def test_text_encoders_that_are_trained_are_in_both(folders, base_file, tmp_path
     assert any(name.startswith("text_encoders.1.") for name in weights)
 
 
+def test_what_belongs_to_the_bases_own_network_is_left_out(folders, base_file, tmp_path):
+    """A moving average of its weights, and the tables of its schedule; what nobody knows stays."""
+    tensors, base = load_file(base_file), tmp_path / "base.safetensors"
+    stale = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout2bias": torch.ones(4)}
+    stale |= {name: torch.ones(1000) for name in ("betas", "alphas_cumprod", "posterior_mean_coef1")}
+    save_file(tensors | stale | {"scale_factor": torch.ones(())}, base)
+    said = []
+    file, _ = export(settings(base, config=folders["SDXL"]), tmp_path / "out", say=said.append)
+    written = read_header(file).tensors.keys()
+    assert not stale.keys() & written
+    assert tensors.keys() | {"scale_factor"} <= written
+    (line,) = [line for line in said if line.startswith("Left out")]
+    assert "2 tensors of its moving average (model_ema.*) and 3 tables of its noise schedule" in line
+
+
+def test_nothing_is_left_out_of_a_base_without_them(folders, base_file, tmp_path):
+    said = []
+    export(settings(base_file, config=folders["SDXL"]), tmp_path, say=said.append)
+    assert not any(line.startswith("Left out") for line in said)
+
+
 def test_epsilon_stays_epsilon(folders, tmp_path):
     objective = ObjectiveSettings(prediction_type="epsilon", zero_terminal_snr=False)
     written = export(settings(folders["SDXL"], objective=objective), tmp_path)

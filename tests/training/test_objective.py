@@ -147,8 +147,8 @@ def test_timesteps_and_noise_depend_on_seed_epoch_and_step_alone():
 
 def test_offset_noise_has_a_mean_of_its_own_in_each_channel():
     with pytest.warns(ZTSNRWarning, match="leave noise_offset at 0"):
-        settings = ObjectiveSettings(noise_offset=0.5)
-    without, made = objective(), Objective(settings)
+        made = objective(noise_offset=0.5)
+    without = objective()
     shape = (4, 16, 16)
     difference = made.draw_noise(shape, range(400), 0, 0, 0) - without.draw_noise(shape, range(400), 0, 0, 0)
     levels = difference.mean((2, 3))
@@ -159,7 +159,7 @@ def test_offset_noise_has_a_mean_of_its_own_in_each_channel():
 def test_offset_noise_with_epsilon_is_no_mistake():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ObjectiveSettings(prediction_type="epsilon", zero_terminal_snr=False, noise_offset=0.1)
+        objective(prediction_type="epsilon", zero_terminal_snr=False, noise_offset=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_the_share_of_the_last_timestep_said_in_the_table_is_right():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"prediction_type": "epsilon"}, "epsilon model cannot start from infinite sigma"),
+        ({"prediction_type": "epsilon", "zero_terminal_snr": True}, "epsilon model cannot start from infinite sigma"),
         ({"prediction_type": "flow"}, "unknown prediction_type"),
         ({"terminal_probability": 1.0}, "terminal_probability must be at least 0 and less than 1, not 1.0"),
         ({"terminal_probability": -0.1}, "terminal_probability must be"),

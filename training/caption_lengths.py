@@ -1,0 +1,44 @@
+"""How many captions are longer than ``data.max_chunks``, and so lose their end."""
+
+import numpy as np
+import pyarrow.compute as pc
+from transformers import CLIPTokenizer
+
+from ..data.captions import join_tags, unescape
+from ..data.tokens import TEXT
+from .config import DataSettings
+from .run_data import TrainingData
+
+MOST = 10_000  # captions to tokenize, about two seconds; of more, an even share is counted
+
+
+def cut_captions(data: TrainingData, settings: DataSettings, tokenizer: CLIPTokenizer, most: int = MOST) -> str:
+    """A line about the captions that are cut; "" if none is.
+
+    A token has at least one byte, so only captions with more bytes than there is room for tokens are tokenized.
+    """
+    captions, room = settings.captions, settings.max_chunks * TEXT
+    texts = pc.list_flatten(data.index.table["captions"].filter(data.plan.assignment >= 0))
+    around = len(join_tags((captions.prefix, "-", captions.suffix), captions.separator).encode())
+    lengths = pc.binary_length(texts.cast("large_binary")).to_numpy() + around
+    candidates = np.flatnonzero(lengths > room)
+    chosen = candidates
+    if len(candidates) > most:
+        chosen = candidates[np.linspace(0, len(candidates) - 1, most).round().astype(int)]
+    if not len(chosen):
+        return ""
+    whole = [
+        join_tags((captions.prefix, " ".join(text.split()), captions.suffix), captions.separator)
+        for text in texts.take(chosen).to_pylist()
+    ]
+    tokens = tokenizer([unescape(text) for text in whole], add_special_tokens=False, split_special_tokens=True,
+                       verbose=False).input_ids  # fmt: skip
+    counts = np.array([len(one) for one in tokens])
+    if not (counts > room).any():
+        return ""
+    found = round(int((counts > room).sum()) * len(candidates) / len(chosen))
+    about = "" if len(chosen) == len(candidates) else "about "
+    return (
+        f"{about}{found} of {len(texts)} captions are longer than data.max_chunks = {settings.max_chunks} ({room} "
+        f"tokens) and are cut there; the longest has {counts.max()} tokens: raise data.max_chunks to train all of it"
+    )
