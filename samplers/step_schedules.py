@@ -151,8 +151,11 @@ def _sigmas_of_range(
 
 
 def range_start(spacing: str, steps: int) -> float:
-    """First finite sigma over the canvas length, for a spacing of a finite range that follows infinity."""
-    return find_spacing(spacing).start(steps)
+    """First finite sigma over the canvas length, for a spacing of a finite range that follows infinity.
+
+    ComfyUI asks for its own schedulers too: those that have no name here start at the canvas length.
+    """
+    return find_spacing(spacing).start(steps) if spacing in spacing_names() else 1.0
 
 
 def _canvas_length(latent_size: tuple[int, int]) -> float:

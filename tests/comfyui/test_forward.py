@@ -60,7 +60,7 @@ def test_a_file_without_marks_is_found_out(koala, tmp_path):
     folder, file = koala
     bare = mark_checkpoint(file, v_pred=False, ztsnr=False, out=tmp_path / "bare.safetensors")
     report = verify_checkpoint(folder, bare, run=True)
-    assert any("takes it for epsilon, and it is v_prediction" in problem for problem in report.problems)
+    assert any("loads it as epsilon, but it is v_prediction" in problem for problem in report.problems)
     assert any("sigma table differs" in problem for problem in report.problems)
     bare.unlink()
 

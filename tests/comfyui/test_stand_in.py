@@ -50,7 +50,7 @@ def test_a_picture_is_unsampled_and_sampled_again(inside):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_latent_of_no_numbers_is_refused(inside, value):
-    assert "The latent holds NaN or infinity" in inside("stand_in_inside.broken_latent", value=value)
+    assert "The latent contains NaN or infinity" in inside("stand_in_inside.broken_latent", value=value)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde"])

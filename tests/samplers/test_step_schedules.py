@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ztsnr.diagnostics import GaussianMixture
 from ztsnr.samplers import SOLVERS, SPACINGS, NoiseSchedule, ZTSNRWarning, make_betas, sample, step_schedule
 from ztsnr.samplers.spectral import spectral_sigmas
+from ztsnr.samplers.step_schedules import range_start
 
 PLAIN, ZERO = NoiseSchedule.sdxl(zero_terminal_snr=False), NoiseSchedule.sdxl()
 COSINE = NoiseSchedule.from_betas(make_betas("squaredcos_cap_v2"), zero_terminal_snr=True)
@@ -210,7 +211,9 @@ def test_spectral_is_quick_deterministic_and_cached(steps):
     assert min(durations) < 0.05
 
 
-@pytest.mark.parametrize(("steps", "denoise", "whole"), [(20, 0.5, 40), (14, 0.7, 20), (20, 0.8, 25), (20, 0.999, 21)])
+@pytest.mark.parametrize(
+    ("steps", "denoise", "whole"), [(20, 0.5, 40), (14, 0.7, 20), (20, 0.8, 25), (20, 0.999, 21), (21, 0.7, 30)]
+)
 def test_denoise_drops_the_head(steps, denoise, whole):
     for spacing in REACHING:
         full = step_schedule(ZERO, whole, spacing, latent_size=(64, 64))
@@ -250,3 +253,10 @@ def test_denoise_drops_the_head(steps, denoise, whole):
 def test_bad_input_ends_in_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         step_schedule(ZERO, **{"steps": 20, **arguments})
+
+
+def test_schedulers_of_other_programs_start_at_the_canvas_length():
+    """ComfyUI's, of which some have a name here and some have none."""
+    assert range_start("linear_quadratic", 20) == 1
+    assert range_start("kl_optimal", 20) == 1
+    assert range_start("karras", 20) == 5

@@ -6,6 +6,7 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, sample
 from ztsnr.samplers.flow_solvers import _deis_table, angle_weights, multistep_table, unipc_weights
@@ -120,12 +121,53 @@ def test_unipc_solves_the_papers_moment_equations():
 
 
 def test_unipc_across_infinity_is_the_trapezoid_rule():
-    sigmas = (math.inf, 4.0, 2.0)
-    (_, first), (ratio, second) = multistep_table(unipc_weights, sigmas)
+    (_, first), (ratio, second) = multistep_table(unipc_weights, (math.inf, 4.0, 2.0))
     across, after = held(math.inf, 4.0), held(4.0, 2.0)
     np.testing.assert_allclose(first, [across, 0], rtol=1e-12)
     # corrected: x0 at infinity and at 4.0 by half each, where the predictor had the first one whole
     np.testing.assert_allclose(second, [after + ratio * across / 2, -ratio * across / 2, 0], rtol=1e-12)
+
+
+def test_unipc_after_infinity_corrects_with_two_points():
+    """A difference back to infinity has no length in log sigma: the corrector is the one-step one, B(h) = e^h - 1."""
+    _, (_, second), (ratio, third) = multistep_table(unipc_weights, (math.inf, 4.0, 2.0, 1.0))
+    h = math.log(2)
+    b = 1 - math.exp(-h)
+    new = (1 - b / h) / b
+    correct = held(4.0, 2.0) * np.array([new, 1 - new])
+    slope_free = held(4.0, 2.0)  # the predictor of that step is of first order
+    slope = h / (2 * h)
+    predict = held(2.0, 1.0) * np.array([1 + slope, -slope, 0])
+    expected = predict + ratio * np.array([correct[0], correct[1] - slope_free, 0])
+    np.testing.assert_allclose(third, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_ancestral_steps_are_ddpms():
+    """At eta = 1 the fresh noise has the standard deviation of the posterior q(x_t-1 | x_t, x0)."""
+    start, end = 3.0, 1.2
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    one = torch.ones_like(x)
+    for solver in ("euler_ancestral", "dpmpp_2m_sde"):
+        fresh = drive(start_run(solver, (start, end), 1.0), x, lambda x, sigma: torch.zeros_like(x), lambda: one)
+        posterior = end * math.sqrt(1 - (end / start) ** 2)  # of x / alpha
+        assert fresh.item() == pytest.approx(alpha_s(end)[0] * posterior, rel=1e-12), solver
+
+
+def test_heun_integrates_x0_linear_in_the_angle():
+    """x/s grows by x0 du, u = 1/sigma: the weights are integrals of the two hat functions of atan(sigma)."""
+    for start, end in ((5.0, 1.5), (math.inf, 2.0)):
+        from_angle, to_angle = math.atan(start), math.atan(end)
+
+        def hat(u, a=from_angle, b=to_angle):
+            return (a - math.atan2(1, u)) / (a - b)
+
+        s_end = alpha_s(end)[1]
+        weight_end = s_end * quad(hat, 1 / start, 1 / end, epsabs=1e-13)[0]
+        weight_start = s_end * (1 / end - 1 / start) - weight_end
+        answers = iter(torch.tensor([1.0, 10.0], dtype=torch.float64).view(2, 1, 1, 1, 1))
+        x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        found = drive(start_run("heun", (start, end), 0.0), x, lambda x, sigma, a=answers: next(a))
+        assert found.item() == pytest.approx(weight_start + 10 * weight_end, rel=1e-9)
 
 
 def test_a_slope_is_carried_no_further_than_it_was_measured():
