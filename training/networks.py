@@ -76,6 +76,7 @@ def load_networks(model: str | Path, config: str | Path | None = None) -> Networ
     """Load a model to be trained, in float32 on the CPU; for the arguments and what is raised see ``load_pipeline``."""
     loaded = load_pipeline(model, config=config)
     pipe = loaded.pipeline
+    check_finite(model, **{name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
     both = isinstance(pipe, StableDiffusionXLPipeline)
     return Networks(
         pipeline=pipe,
@@ -86,6 +87,22 @@ def load_networks(model: str | Path, config: str | Path | None = None) -> Networ
         latent_scaling=LatentScaling.of_vae_config(pipe.vae.config),
         base_prediction_type=loaded.prediction_type,
     )
+
+
+def check_finite(model: str | Path, **networks: torch.nn.Module) -> None:
+    """Refuse weights that are not finite: with them every step fails, and nothing else would say why.
+
+    Raises:
+        UserError: names the first such tensor, as NETWORK.TENSOR.
+    """
+    for part, network in networks.items():
+        for name, weight in network.named_parameters():
+            # the sum, which needs no memory, is finite only if each number is; large numbers may also overflow it
+            if not weight.detach().sum().isfinite() and not (finite := weight.isfinite()).all():
+                raise UserError(
+                    f"{int((~finite).sum())} of the {weight.numel()} numbers of {part}.{name} in {model} are not "
+                    "finite: the file is damaged, or was trained until it broke; use another copy of the model"
+                )
 
 
 class Tokenize:
