@@ -1,4 +1,4 @@
-"""What the user can mend, told apart from bugs."""
+"""What the user can mend, told apart from bugs; and what a signal stops."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,21 @@ class UserError(ValueError):
     The command line and the nodes show the sentence alone.  Every other exception is a bug of this package or of a
     library, and keeps its traceback.
     """
+
+
+class Stopped(SystemExit):
+    """A signal stopped a run, which can be continued.  Unless it is caught, the process ends with 128 + the signal.
+
+    A shell says the same of a process that a signal ended, so that no job queue takes a stopped run for a finished one.
+
+    Attributes:
+        signal: number of the signal.
+        told: whether the user has read why the run ends.
+    """
+
+    def __init__(self, number: int, *, told: bool = True):
+        super().__init__(128 + number)
+        self.signal, self.told = number, told
 
 
 def first_line(error: BaseException) -> str:

@@ -365,3 +365,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def special_kind(path: str | os.PathLike) -> str | None:
+    """ "FIFO", "socket" or "device" for a path that is one; None for files and folders.
+
+    Opening such a path can wait forever, so whatever opens files of the user's folders asks this first.
+
+    Raises:
+        OSError: nothing is there, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    kinds = {"FIFO": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    name = next((name for name, is_it in kinds.items() if is_it(mode)), None)
+    return name or ("device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None)

@@ -17,6 +17,8 @@ GPUS = {"cuda": "CUDA", "xpu": "Intel GPU", "mps": "Metal"}  # in the order in w
 # The other processes wait while the first one reads the headers of all pictures, or exports.
 PATIENCE = timedelta(days=1)
 _starts = count()
+# what gloo says of a process that has ended
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 TROUBLE = "trouble"  # key in the processes' store: the message of one that failed
 
 
@@ -56,12 +58,16 @@ class World:
         return said[0]
 
     def any(self, flag: bool) -> bool:
-        """True if any rank's flag is set; reduced on the CPU to avoid a device sync."""
+        """True if any rank's flag is set."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers; reduced on the CPU to avoid a device sync."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
-        return bool(flags)
+            return number
+        numbers = torch.tensor([number], dtype=torch.int32)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, self.group)
+        return int(numbers)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
@@ -116,6 +122,11 @@ def start_world(device: str = "auto") -> Iterator[World]:
         with suppress(RuntimeError):
             if store.check([TROUBLE]):
                 trouble = store.get(TROUBLE).decode()
+        if trouble is None and any(sign in str(error) for sign in LOST):
+            trouble = (
+                "another process of the run has ended without a message: its own output, or that of torchrun, says "
+                "more; continue with --resume auto"
+            )
         if trouble is None:
             raise
         raise UserError(trouble) from error

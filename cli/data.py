@@ -174,7 +174,7 @@ def cache(
     a mirrored picture.  A stopped run resumes when it is started again.  On several GPUs: torchrun --nproc-per-node 8
     --no-python ztsnr cache ...
     """
-    with mistakes_in_one_sentence():
+    with mistakes_in_one_sentence("the same command continues with the shards that are missing"):
         import torch
 
         from ..data.make_latent_cache import run_cache

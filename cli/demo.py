@@ -54,15 +54,14 @@ def demo(images: Path | None, out: Path, steps: int, size: int, seed: int, train
     or late, and shows how far each ends from the exact result.  Then samples networks that come with the package: one
     with epsilon prediction, as SDXL, one with v-prediction, and one with zero terminal SNR.
     """
-    with mistakes_in_one_sentence():
+    with mistakes_in_one_sentence("the same command resumes" if train else ""):
         if quick and train != "cpu":
             raise UserError("--quick needs --train cpu: add it, or leave --quick out")
         if train is not None:
             from ..demo.reproduction import reproduce
 
             out = Path("ztsnr_reproduction") if out == DEMO else out
-            if not reproduce(out, train, quick, [seed], say=click.echo):
-                raise SystemExit(1)
+            reproduce(out, train, quick, [seed], say=click.echo)
             return
 
         from ..demo.exact_models import run_demo

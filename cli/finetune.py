@@ -49,7 +49,7 @@ def finetune(arguments: tuple[str, ...], init: str | None, resume: str, dry_run:
     Every setting of the file can also be given here, as in --optimizer.learning-rate 1e-6.  On several GPUs: torchrun
     --nproc-per-node 8 --no-python ztsnr finetune SETTINGS.toml
     """
-    with mistakes_in_one_sentence():
+    with mistakes_in_one_sentence("continue with --resume auto"):
         if init is not None:
             _print_template(init)
             return
@@ -81,7 +81,7 @@ def finetune_vae(arguments: tuple[str, ...], init: bool, resume: str, list_setti
     --init > settings.toml, and fill in the paths of the model and of the pictures.  Every setting of the file can also
     be given here, as in --steps 1000.
     """
-    with mistakes_in_one_sentence():
+    with mistakes_in_one_sentence("continue with --resume auto"):
         if init:
             _print_template("decoder")
             return

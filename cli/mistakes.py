@@ -1,14 +1,15 @@
 """How a command ends on a mistake, and the device option that several commands share."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ..extras import IMPORT_ERRORS, explain
 
 if TYPE_CHECKING:
@@ -18,7 +19,38 @@ PATIENCE = 10  # seconds, in which torchrun ends the other processes once the fi
 
 
 @contextmanager
-def mistakes_in_one_sentence() -> Iterator[None]:
+def _signals_end_it(advice: str) -> Iterator[None]:
+    """End the command on SIGINT or SIGTERM with one sentence and status 128 + signal.
+
+    Within training's steps the trainer takes the signals, saves its state and raises ``Stopped`` itself; this holds for
+    the time before, behind and without such steps.
+    """
+    before = {}
+
+    def stop(number: int, frame: Any) -> None:
+        restore()  # the next one ends the process at once
+        raise Stopped(number, told=False)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    with suppress(ValueError):  # only the main thread gets signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        if not stopped.told:
+            name = signal.Signals(stopped.signal).name
+            click.echo(f"stopped by {name}{advice and '; '}{advice}", err=True)
+        raise
+    finally:
+        restore()
+
+
+@contextmanager
+def mistakes_in_one_sentence(after_signal: str = "") -> Iterator[None]:
     """End the command with one sentence and status 2 on a mistake that the user can mend, as click does.
 
     A missing library of an extra and a torchvision that does not fit torch are such mistakes too.  Every other error is
@@ -27,9 +59,15 @@ def mistakes_in_one_sentence() -> Iterator[None]:
     Under torchrun, a mistake that all processes make is reported by the first one, whose end makes torchrun stop the
     others.  A mistake of another process alone, such as too many broken pictures among its own, is reported by that
     process after a wait.
+
+    SIGINT and SIGTERM end the command with one sentence too, and with status 128 + signal.
+
+    Args:
+        after_signal: what to do then, as the end of that sentence.
     """
     try:
-        yield
+        with _signals_end_it(after_signal):
+            yield
     except (UserError, *IMPORT_ERRORS) as error:
         if isinstance(error, UserError):
             sentence = str(error)

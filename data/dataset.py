@@ -287,12 +287,12 @@ def loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
     )
     return _watched(batches, dataset.quarantine, UnusableShare(plan, dataset.quarantine, max_unusable))
 
 
-def _leave_signals(worker: int) -> None:
+def leave_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM, which reach all processes: the trainer stops after its step, and ends the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

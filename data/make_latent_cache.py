@@ -30,6 +30,7 @@ from ..checkpoints.vae import hash_encoder, load_vae
 from ..errors import UserError
 from ..files import atomic_write, lock_folder
 from .bucketing import REASONS, TAKEN, bucket_pictures
+from .dataset import leave_signals
 from .latent_cache import ABOUT, DTYPE, INDEX, PLACES, LatentCache, margins_cut
 from .latent_recipe import PICTURES, Recipe, add_buckets, picture_rows, recipe_difference, row_difference, stale
 from .latent_stats import ChannelStatistics, merge
@@ -123,6 +124,7 @@ def _write_cache(
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
+        worker_init_fn=leave_signals,
     )
     progress = iter(tqdm(opened, "encoding", unit=" pictures", disable=rank > 0 or None))
     for shard in todo:

@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..canvas import Size
 from ..errors import UserError
+from ..files import special_kind
 
 Color = tuple[int, int, int]
 
@@ -54,7 +55,10 @@ DAMAGED = (
     Image.DecompressionBombError,
 )
 # file endings of pictures, whether they can be opened here or not
-SUFFIXES = frozenset(Image.registered_extensions()) | {".avif", ".heic", ".heif", ".jxl"}
+SUFFIXES = (frozenset(Image.registered_extensions()) | {".avif", ".heic", ".heif", ".jxl"}) - {
+    *(".pdf", ".ps", ".mpg", ".mpeg"),  # documents and films, which Pillow writes or names
+    *(".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits"),  # tables of measurements
+}
 
 # EXIF orientation -> the operation that makes the picture upright
 TURNS = {
@@ -166,9 +170,21 @@ def _stream(file: str | Path | bytes) -> BinaryIO:
     if isinstance(file, bytes):
         return BytesIO(file)
     try:
+        check_plain(file)
         return open(file, "rb")
     except OSError as error:
         raise PictureError(f"it cannot be read: {error.strerror or error}") from None
+
+
+def check_plain(path: str | Path) -> None:
+    """Refuse what is not a file on a disk: opening a FIFO waits for a writer, and a device may have no end.
+
+    Raises:
+        PictureError: it is a FIFO, a socket or a device.
+        OSError: there is nothing of that name.
+    """
+    if kind := special_kind(path):
+        raise PictureError(f"it is a {kind} and not a file")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ..errors import UserError
 from .epoch_plan import EpochPlan
 
 FEW = 1000  # pictures; a share of fewer says little
+ALLOWED = 5  # pictures that any share above 0 allows: a few bad ones do not end a run of a small set
 
 
 class Quarantine:
@@ -81,7 +82,8 @@ class UnusableShare:
     """Stops the run when too many of the pictures of this rank's steps cannot be used.
 
     The share is relative to the pictures seen so far, each counted once over all epochs.  Until FEW pictures are seen,
-    or all if they are fewer, it is relative to that number, so that one early picture does not end the run.
+    or all if they are fewer, it is relative to that number, so that one early picture does not end the run.  ALLOWED
+    pictures may be unusable whatever the share, unless it is 0.
 
     Args:
         plan: plan of the steps.
@@ -94,7 +96,7 @@ class UnusableShare:
 
     def __init__(self, plan: EpochPlan, quarantine: Quarantine, limit: float = 0.01):
         if not 0 <= limit <= 1:
-            raise UserError(f"max_unusable must be from 0 to 1, not {limit!r}")
+            raise UserError(f"data.max_unusable must be from 0 to 1, not {limit!r}")
         self.quarantine, self.limit = quarantine, limit
         self._least = min(FEW, int((plan.assignment >= 0).sum()))
         self._is_seen = np.zeros(len(plan.assignment), bool)
@@ -114,9 +116,14 @@ class UnusableShare:
         self._is_seen[new] = True
         self._seen += len(new)
         self._unusable.update(planned[planned != shown].tolist())
-        if len(self._unusable) > self.limit * max(self._seen, self._least):
+        if len(self._unusable) > allowed_unusable(self.limit, max(self._seen, self._least)):
             raise UserError(
                 f"{len(self._unusable)} of the {self._seen} pictures seen so far "
-                f"({len(self._unusable) / self._seen:.2%}) cannot be used, more than max_unusable = {self.limit:.2%}: "
-                f"{self.quarantine.report()}"
+                f"({len(self._unusable) / self._seen:.2%}) cannot be used, more than data.max_unusable = "
+                f"{self.limit:g} allows: mend or remove them, or raise data.max_unusable; {self.quarantine.report()}"
             )
+
+
+def allowed_unusable(limit: float, pictures: int) -> float:
+    """How many of so many pictures may be unusable."""
+    return max(limit * pictures, ALLOWED) if limit > 0 else 0

@@ -1,5 +1,6 @@
 """What a data set says about one picture: where it is, its captions, and how often it is seen."""
 
+import codecs
 import json
 import os
 import sys
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from ..errors import UserError
+from ..files import special_kind
 
+CAPTION_SUFFIXES = (".txt", ".caption")  # of files that are a caption and nothing else
 CAPTION_FIELDS = ("caption", "captions", "text")
 PICTURE_FIELDS = ("path", "file_name", "image")
 CHUNK = 4096  # pictures that are Python objects at a time
@@ -45,6 +48,10 @@ def parse_source(text: str, *, outside: bool = False) -> Source:
     return Source(path, name, outside=outside)
 
 
+class TextError(UserError):
+    """A text cannot be read; if it is one picture's caption, this picture cannot be used."""
+
+
 class Found(NamedTuple):
     """A picture before its size is known."""
 
@@ -55,10 +62,13 @@ class Found(NamedTuple):
     offset: int = -1
     length: int = -1
     row: int = -1
+    trouble: str | None = None  # why it cannot be used, known from its captions
 
 
 def found_in_list(source: Source, path: str, name: str) -> Iterator[Found]:
     """The pictures that the lines of a .jsonl file name."""
+    with reading(path):
+        check_text_file(path)
     with reading(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             where = f"line {number} of {path}"
@@ -147,17 +157,30 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file."""
-    with reading(path), open(path, "rb") as file:
-        return decode(file.read(), path)
+    """The text of a file; see ``decode``."""
+    with reading(path):
+        check_text_file(path)
+        with open(path, "rb") as file:
+            return decode(file.read(), path)
+
+
+def check_text_file(path: str) -> None:
+    """Refuse a FIFO, socket or device, which may never end.  Raises TextError, or OSError if nothing is there."""
+    if kind := special_kind(path):
+        raise TextError(f"{path} is a {kind} and not a file: remove it")
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text, with or without a byte order mark."""
+    """UTF-8 text, with or without a byte order mark; or UTF-16 with one, as Windows programs write it.
+
+    Raises:
+        TextError: it is neither.
+    """
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError:
-        raise UserError(f"{where} is not UTF-8 text") from None
+        raise TextError(f"{where} is not UTF-8 text") from None
 
 
 def parse_json(text: str, where: str) -> dict:

@@ -7,8 +7,19 @@ from contextlib import contextmanager
 from typing import IO
 
 from ..errors import UserError
-from .pictures import SUFFIXES, PictureError
-from .records import Found, Source, captions_of, decode, distinct, parse_json, reading, weight_of
+from .pictures import SUFFIXES, PictureError, check_plain
+from .records import (
+    CAPTION_SUFFIXES,
+    Found,
+    Source,
+    TextError,
+    captions_of,
+    decode,
+    distinct,
+    parse_json,
+    reading,
+    weight_of,
+)
 
 
 def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
@@ -16,6 +27,7 @@ def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
     pictures: list[tuple[str, tarfile.TarInfo]] = []
     captions: dict[str, list[str]] = {}
     weights: dict[str, float] = {}
+    troubles: dict[str, str] = {}
     with reading(path), open(path, "rb") as file, _tar(file, path) as tar:
         for member in tar:
             parts = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)|.*", member.name, re.DOTALL)
@@ -26,12 +38,16 @@ def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
                 if not member.isreg() or member.issparse():
                     raise UserError(f"{member.name} in {path} is a link or a sparse file: store it as a plain file")
                 pictures.append((sample, member))
-            elif suffix in (".txt", ".json") and member.isreg():
+            elif suffix in (*CAPTION_SUFFIXES, ".json") and member.isreg():
                 where = f"{member.name} in {path}"
                 content = tar.extractfile(member)
                 assert content is not None  # a regular file has one
-                text = decode(content.read(), where)
-                if suffix == ".txt":
+                try:
+                    text = decode(content.read(), where)
+                except TextError as error:
+                    troubles[sample] = str(error)
+                    continue
+                if suffix in CAPTION_SUFFIXES:
                     captions.setdefault(sample, []).append(text)
                 else:
                     record = parse_json(text, where)
@@ -43,7 +59,8 @@ def found_in_tar(source: Source, path: str, name: str) -> Iterator[Found]:
     for sample, member in pictures:
         texts = distinct(captions.get(sample, []))
         key, weight = f"{name}/{member.name}", weights.get(sample, 1.0)
-        yield Found(key, path, texts, weight, offset=member.offset_data, length=member.size)
+        trouble = troubles.get(sample)
+        yield Found(key, path, texts, weight, offset=member.offset_data, length=member.size, trouble=trouble)
 
 
 @contextmanager
@@ -65,6 +82,7 @@ def read_bytes(path: str, offset: int, length: int) -> bytes:
         PictureError: it cannot be read.
     """
     try:
+        check_plain(path)
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(length)

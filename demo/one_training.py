@@ -8,11 +8,11 @@ import torch
 from .trainings import Trainings
 
 
-def main(out: str, name: str, seed: str, threads: str) -> int:
-    """Train to the end, or until a signal stops it.  Returns the exit status."""
+def main(out: str, name: str, seed: str, threads: str) -> None:
+    """Train to the end, or until a signal stops it."""
     torch.set_num_threads(int(threads))
-    return 0 if Trainings.open(Path(out)).train(name, int(seed)) else 1
+    Trainings.open(Path(out)).train(name, int(seed))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

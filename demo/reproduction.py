@@ -1,11 +1,13 @@
 """``ztsnr demo --train``: train, measure, judge and report."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..errors import Stopped
 from ..extras import no_matplotlib
 from ..figures.png import png
 from ..files import atomic_write
@@ -24,8 +26,8 @@ def reproduce(
     quick: bool = False,
     seeds: Sequence[int] = (0,),
     say: Callable[[str], None] = print,
-) -> bool:
-    """Train the networks of a size, or fine-tune the packaged base.  Returns False if a signal stopped it.
+) -> None:
+    """Train the networks of a size, or fine-tune the packaged base.
 
     Args:
         out: Folder of the trainings and of the report.
@@ -36,20 +38,22 @@ def reproduce(
 
     Raises:
         UserError: See ``Trainings``; or a training failed.
+        Stopped: A signal stopped it.
     """
     quiet_libraries()
     trainings = open_trainings(out, size, quick, say)
     runs = []
     for seed in seeds:
-        if not trainings.run(seed):
-            say(f"Stopped.  The same command resumes from {out}.")
-            return False
+        try:
+            trainings.run(seed)
+        except Stopped as stopped:
+            say(f"stopped by {signal.Signals(stopped.signal).name}; the same command resumes from {out}")
+            raise
         runs.append(measure(trainings, seed))
     claims = write_report(out, trainings.recipe, runs, seeds)
     say(f"\n{summary_table(runs)}\n\n{claims_text(claims)}\n")
     say(no_matplotlib() or f"Sheet:  {write_sheet(trainings, seeds[0], out / 'sheet.png')}")
     say(f"Report: {out / 'report.html'}")
-    return True
 
 
 def open_trainings(

@@ -125,17 +125,21 @@ class Trainings:
         """Composer of the pictures."""
         return Composer(FEW if self.recipe.few else Sprites().names, self.model_size.side // CANVAS)
 
-    def run(self, seed: int = 0) -> bool:
-        """Train everything with one seed.  Returns False if a signal stopped it.
+    def run(self, seed: int = 0) -> None:
+        """Train everything with one seed.
 
         The base trains on all cores.  Of the fine-tunes, as many run in parallel as there are cores, because so small a
         network keeps little more than one core busy.
+
+        Raises:
+            Stopped: A signal stopped it.
         """
         self.prepare()
         cores = 1 if torch.cuda.is_available() else _cores()
         first = [(BASE, seed)] if self.base is None else []
         rest = [(name, seed) for name in OBJECTIVES]
-        return run_trainings(self, first, 1, cores) and run_trainings(self, rest, min(cores, len(rest)), cores)
+        run_trainings(self, first, 1, cores)
+        run_trainings(self, rest, min(cores, len(rest)), cores)
 
     def prepare(self) -> None:
         """Write what all trainings share: pictures, the untrained network, and latents."""
@@ -217,9 +221,11 @@ class Trainings:
             },
         )
 
-    def train(self, name: str, seed: int) -> bool:
-        """Train to the end, from the last saved state.  Returns False if a signal stopped it."""
-        if self.exported(name, seed).exists():
-            return True
-        settings = self.settings(name, seed)
-        return bool(run_finetune(settings, resume=True, say=lambda line: None))
+    def train(self, name: str, seed: int) -> None:
+        """Train to the end, from the last saved state.
+
+        Raises:
+            Stopped: A signal stopped it.
+        """
+        if not self.exported(name, seed).exists():
+            run_finetune(self.settings(name, seed), resume=True, say=lambda line: None)

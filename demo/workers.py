@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import Stopped, UserError
 
 LOG = "training.log"
 INTERVAL = 0.5  # seconds between checks of the processes
@@ -40,8 +40,8 @@ class Settings(Protocol):
     steps: int
 
 
-def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cores: int) -> bool:
-    """Run all unfinished trainings.  Returns False if a signal stopped them.
+def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cores: int) -> None:
+    """Run all unfinished trainings.
 
     Args:
         trainings: The folder of trainings.
@@ -51,10 +51,11 @@ def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cor
 
     Raises:
         UserError: A training failed.
+        Stopped: A signal stopped them; each has saved its state.
     """
     waiting = [job for job in jobs if not trainings.exported(*job).exists()]
     if not waiting:
-        return True
+        return
     steps = {job: trainings.settings(*job).steps for job in waiting}
     running: dict[Job, subprocess.Popen] = {}
     names = ", ".join(name for name, _ in waiting)
@@ -63,7 +64,7 @@ def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cor
         try:
             while waiting or running:
                 if caught:
-                    return False
+                    raise Stopped(caught[0])
                 while waiting and len(running) < at_a_time:
                     job = waiting.pop(0)
                     running[job] = _start(trainings.out, trainings.folder(*job), job, max(1, cores // at_a_time))
@@ -80,7 +81,6 @@ def run_trainings(trainings: Trainings, jobs: Sequence[Job], at_a_time: int, cor
                 process.terminate()  # saves its state; a second signal would end it without
             for process in running.values():
                 process.wait()
-    return True
 
 
 def _start(out: Path, folder: Path, job: Job, threads: int) -> subprocess.Popen:

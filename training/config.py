@@ -106,7 +106,7 @@ class DataSettings:
         tag_weights: Weight each picture's loss by its tags.
         validation_share: Share of pictures to hold out for validation, chosen by a hash of their keys.
         workers: Processes per GPU that read pictures.
-        max_unusable: Stop the run when a larger share of the pictures cannot be read.
+        max_unusable: Stop the run when a larger share of the pictures, and more than 5, cannot be read.  0 allows none.
     """
 
     sources: tuple[SourceSettings, ...]

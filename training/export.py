@@ -68,6 +68,9 @@ def export_model(
     else:
         _load(Denoiser(networks), weights)
     _describe(networks, objective, latent_scaling)
+    if networks.is_sdxl and settings.data.captions.caption_dropout > 0:
+        # trained without a prompt, on the encoded empty text: guidance has to subtract it, not zeros
+        networks.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     dtype = getattr(torch, settings.export.dtype)
     for parameter in Denoiser(networks).parameters():
         parameter.data = parameter.data.to(dtype)

@@ -24,6 +24,7 @@ class _Pending(NamedTuple):
     norm: torch.Tensor
     batch: Batch
     t: torch.Tensor
+    errors: torch.Tensor | None
 
 
 class StepGuard:
@@ -45,9 +46,18 @@ class StepGuard:
         self._norm: torch.Tensor | None = None
 
     def step(
-        self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, batch: Batch, t: torch.Tensor, step: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        norm: torch.Tensor,
+        batch: Batch,
+        t: torch.Tensor,
+        step: int,
+        errors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Take the optimizer's step if the gradient's norm, (), is finite.  Returns () float32: 1 if it was skipped."""
+        """Take the optimizer's step if the gradient's norm, (), is finite.  Returns () float32: 1 if it was skipped.
+
+        ``errors``, (B,) of this rank's pictures, tell a network without numbers from a gradient without.
+        """
         self._norm = norm
         bad = (~torch.isfinite(norm)).float()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -64,7 +74,7 @@ class StepGuard:
             on_host = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(_Pending(step, on_host, arrived, norm, batch, t))
+        self._pending.append(_Pending(step, on_host, arrived, norm, batch, t, errors))
         return bad
 
     def look(self) -> None:
@@ -98,6 +108,11 @@ class StepGuard:
         self._last_bad = pending.step
         self._skipped += 1
         found = self._write(pending)
+        if pending.step == 0 and _broke(pending):
+            raise UserError(
+                "the network gives numbers that are not finite in the first step, though its pictures and weights are "
+                f"finite; the batch {found}: if model.dtype is float16, the network overflows in it; set float32"
+            )
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"the gradient was not finite in {self._in_a_row} steps in a row, up to step {pending.step}, and "
@@ -117,3 +132,9 @@ class StepGuard:
         except (OSError, UserError):  # a full disk does not end the run
             return "could not be written"
         return f"is in {path}"
+
+
+def _broke(pending: _Pending) -> bool:
+    """Whether the network's output is not finite though what it was given is."""
+    errors, data = pending.errors, pending.batch.data
+    return errors is not None and not bool(errors.isfinite().all()) and bool(data.isfinite().all())

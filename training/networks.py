@@ -76,6 +76,7 @@ def load_networks(model: str | Path, config: str | Path | None = None) -> Networ
     # what an unmarked base is trained as, the objective decides, so any answer will do here
     guess = "v_prediction" if report.zero_terminal_snr else "epsilon"
     pipe = load_pipeline(report.path, config=config, prediction_type=None if report.prediction_type else guess).pipeline
+    check_finite(model, **{name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
     both = isinstance(pipe, StableDiffusionXLPipeline)
     return Networks(
         pipeline=pipe,
@@ -85,6 +86,22 @@ def load_networks(model: str | Path, config: str | Path | None = None) -> Networ
         vae=pipe.vae,
         latent_scaling=LatentScaling.of_vae_config(pipe.vae.config),
     )
+
+
+def check_finite(model: str | Path, **networks: torch.nn.Module) -> None:
+    """Refuse weights that are not finite: with them every step fails, and nothing else would say why.
+
+    Raises:
+        UserError: names the first such tensor, as NETWORK.TENSOR.
+    """
+    for part, network in networks.items():
+        for name, weight in network.named_parameters():
+            # the sum, which needs no memory, is finite only if each number is; large numbers may also overflow it
+            if not weight.detach().sum().isfinite() and not (finite := weight.isfinite()).all():
+                raise UserError(
+                    f"{int((~finite).sum())} of the {weight.numel()} numbers of {part}.{name} in {model} are not "
+                    "finite: the file is damaged, or was trained until it broke; use another copy of the model"
+                )
 
 
 class Tokenize:

@@ -8,12 +8,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
+from ..data.tokens import batch_prompts, encode_prompts
 from ..diagnostics.leak import mean_leak
 from ..diagnostics.leak_run import PROMPTS, parse_prompt
 from ..diagnostics.pipelines import encode, network, vae_to_rgb
 from ..samplers import NoiseSchedule, ZTSNRScheduler
 from .config import WatchSettings
-from .networks import Networks
+from .networks import Networks, Tokenize
 
 LEAK_SEEDS = 4
 LABEL = 14  # pixels
@@ -25,12 +26,24 @@ class Previews:
     Args:
         networks: networks on the device; their pipeline gets a ZTSNRScheduler.
         schedule, prediction_type: schedule and prediction type of the training.
+        tokenize: prompt -> tokens, as captions are trained.
+        empty_text: what guidance subtracts: the encoded empty text, which caption dropout trains and ComfyUI gives; or
+            else zeros, as SDXL's pipeline does by default.
         settings: size, steps, guidance and prompts of the previews.
     """
 
     def __init__(
-        self, networks: Networks, schedule: NoiseSchedule, prediction_type: str, settings: WatchSettings
+        self,
+        networks: Networks,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        settings: WatchSettings,
+        tokenize: Tokenize | None = None,
+        *,
+        empty_text: bool = True,
     ) -> None:
+        self._text_encoders, self._tokenize = networks.text_encoders, tokenize or Tokenize(networks)
+        self._zeros = not empty_text and bool(networks.pipeline.config.get("force_zeros_for_empty_prompt"))
         self._pipe, self._settings = networks.pipeline, settings
         self._schedule, self._prediction_type = schedule, prediction_type
         self._prompts = [prompt for prompt in PROMPTS if prompt.target is not None]
@@ -59,7 +72,7 @@ class Previews:
         noise = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(number))
         height, width = (side * self._pipe.vae_scale_factor for side in self._shape[1:])
         sampled = self._pipe(
-            prompt,
+            **self._encode(prompt),
             latents=noise.to(self._pipe.device, self._pipe.unet.dtype),
             height=height,
             width=width,
@@ -68,6 +81,18 @@ class Previews:
             output_type="latent",
         )
         return cast(Any, sampled).images
+
+    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        """A prompt and the other side of guidance as training encodes captions: of any length, and unescaped."""
+        tokens = batch_prompts([self._tokenize(prompt), self._tokenize("")])  # both of one length
+        states = dict(zip(("", "pooled_"), encode_prompts(tokens, self._text_encoders), strict=True))
+        encoded = {}
+        for name, state in states.items():
+            if state is not None:  # SD 1.x has no pooled state
+                prompted, empty = state.chunk(2)
+                encoded[f"{name}prompt_embeds"] = prompted
+                encoded[f"negative_{name}prompt_embeds"] = torch.zeros_like(empty) if self._zeros else empty
+        return encoded
 
     def _leak(self) -> dict[str, float]:
         """Measure the leak with the empty prompt, which leaves the brightness open."""

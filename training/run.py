@@ -221,5 +221,10 @@ class Run:
         if not self.settings.watch.preview_every:
             return None
         return Previews(
-            self.networks, self.objective.schedule, self.objective.settings.prediction_type, self.settings.watch
+            self.networks,
+            self.objective.schedule,
+            self.objective.settings.prediction_type,
+            self.settings.watch,
+            self.tokenize,
+            empty_text=self.settings.data.captions.caption_dropout > 0,
         )

@@ -1,6 +1,8 @@
 """The data of a run, put together as its settings say: which pictures, in which order, read how."""
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,16 @@ from ..data.captions import CaptionSettings
 from ..data.dataset import Load, PictureDataset, load_picture
 from ..data.epoch_plan import EpochPlan
 from ..data.latent_cache import LatentCache, load_latents
-from ..data.pictures import parse_color
-from ..data.quarantine import Quarantine
+from ..data.pictures import PictureError, open_picture, parse_color
+from ..data.quarantine import Quarantine, allowed_unusable
 from ..data.sources import PictureIndex, Source, build_index, split
 from ..data.tag_weights import PictureWeights, count_tags, frequency_weights, picture_weights, read_tags
 from ..errors import UserError
 from ..world import World
 from .config import DataSettings
 from .networks import Tokenize
+
+DECODED = 1000  # pictures that a dry run decodes; of larger sets it reads the headers alone
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,37 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
         weights=_weights(settings, index),
         fingerprint=_fingerprint(index, plan),
     )
+
+
+def say_undecodable(data: TrainingData, settings: DataSettings, world: World, say: Callable[[str], None]) -> None:
+    """Decode every picture of a small set, so that a dry run names those whose headers alone are sound.
+
+    Raises:
+        UserError: more of them than ``data.max_unusable`` allows, which would end the run.
+    """
+    pictures = np.union1d(np.flatnonzero(data.plan.assignment >= 0), data.held_out).tolist()
+    if data.cache is not None or not world.first:
+        return
+    if len(pictures) > DECODED:
+        say(f"only the headers of the {len(pictures)} pictures were read; up to {DECODED} would be decoded here")
+        return
+
+    def trouble(i: int) -> str | None:
+        try:
+            open_picture(data.index.read(i))
+        except PictureError as error:
+            return f"{data.index.key(i)} cannot be used: {error}"
+
+    with ThreadPoolExecutor() as pool:
+        found = [line for line in pool.map(trouble, pictures) if line]
+    say(f"decoded all {len(pictures)} pictures; {len(found)} of them cannot be used")
+    for line in found:
+        say(line)
+    if len(found) > allowed_unusable(settings.max_unusable, len(pictures)):
+        raise UserError(
+            f"{len(found)} of the {len(pictures)} pictures cannot be used, more than data.max_unusable = "
+            f"{settings.max_unusable:g} allows: mend or remove them, or raise data.max_unusable"
+        )
 
 
 def _nearest_buckets(

@@ -62,7 +62,7 @@ class TrainingStep:
             torch.manual_seed(settings.seed + step)
 
         # Update, unless the norm is not finite.
-        bad = run.guard.step(run.optimizer, norm, batch, t, step)
+        bad = run.guard.step(run.optimizer, norm, batch, t, step, errors)
         if run.loss_scale:
             run.loss_scale.update(bad)
         run.optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,10 @@ ONE_REQUEST = 5.0  # seconds; signals within them are one request, because torch
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added: stop when it is not empty.  A second request stops at once."""
+    """A list to which SIGINT and SIGTERM are added: stop when it is not empty.  A second request stops at once.
+
+    Behind the block raise ``Stopped``.
+    """
     caught: list[int] = []
     before = {}
     first = 0.0
@@ -39,6 +42,11 @@ def stop_signals() -> Iterator[list[int]]:
         yield caught
     finally:
         restore()
+
+
+def stopped_sentence(number: int, step: int) -> str:
+    """What the user reads when a signal has stopped a run behind a step."""
+    return f"stopped by {signal.Signals(number).name} at step {step}; continue with --resume auto"
 
 
 @contextmanager

@@ -5,29 +5,34 @@ files say.  Everything random follows from the seed and the place in the plan, s
 it had never stopped, on any number of processes.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from ..data.dataset import Batch, loader
 from ..data.prefetch import ahead
 from ..data.quarantine import Quarantine
+from ..errors import Stopped, UserError
 from ..files import atomic_write
-from ..world import describe_device, start_world
+from ..world import World, describe_device, start_world
 from .base_hashes import HASHES, base_hashes
 from .config import FinetuneSettings
 from .previews import Previews
 from .progress import Progress
 from .run import Run
+from .run_data import say_undecodable
 from .run_folder import open_run_folder, say_changes
 from .run_state import RunStates
 from .saving import export_run, restore_state, save_snapshots, save_state
 from .settings_file import settings_content, write_settings
 from .step import TrainingStep
-from .stopping import out_of_memory_in_one_sentence, stop_signals
+from .stopping import out_of_memory_in_one_sentence, stop_signals, stopped_sentence
 from .validation import Validation
 from .watch import Watch, written_if_possible
+
+UNREADABLE = 1000  # why a run stops, beside the numbers of signals: a process has no next batch
 
 
 def run_finetune(
@@ -46,10 +51,11 @@ def run_finetune(
         say: called in the first process with each line for the user.
 
     Returns:
-        The exported files and folders.  Empty after a dry run, and if a signal stopped the run, which saves its state.
+        The exported files and folders.  Empty after a dry run.
 
     Raises:
         UserError: what the user can mend.
+        Stopped: a signal stopped the run, which has saved its state.
     """
     with start_world(settings.speed.device) as world, out_of_memory_in_one_sentence(_ways_to_less_memory(settings)):
         states = RunStates(settings.out / "states", settings.keep, settings.keep_every, world)
@@ -67,12 +73,17 @@ def run_finetune(
             if not (dry_run and last):  # a dry run leaves the settings that a run was trained with
                 _write_settings(run)
             if dry_run:
+                say_undecodable(run.data, settings.data, world, say)
                 return []
-            return export_run(run) if train(run, states) else []
+            train(run, states)
+            return export_run(run)
 
 
-def train(run: Run, states: RunStates) -> bool:
-    """Train to the last step.  False if a signal stopped the run; its state is saved either way."""
+def train(run: Run, states: RunStates) -> None:
+    """Train to the last step, or raise Stopped behind the step in which a signal came; the state is saved either way.
+
+    It is saved too before the UserError that ends a run because its pictures cannot be read.
+    """
     settings, world = run.settings, run.world
     take_step = TrainingStep(run)
     take_step.warm_up()
@@ -85,8 +96,12 @@ def train(run: Run, states: RunStates) -> bool:
         closing(batches),
         Progress(run.place.step, settings.steps, run.say, shown=world.first) as progress,
     ):
-        while run.place.step < settings.steps:
-            run.bands.add(*take_step(next(batches)))
+        stopping = 0
+        batch, trouble = _fetched(batches) if run.place.step < settings.steps else (None, None)
+        if world.any(trouble is not None):
+            _end_with(trouble, world)
+        while batch is not None:
+            run.bands.add(*take_step(batch))
             run.guard.look()
             progress.advance()
             run.speed.count(settings.data.batch_size)
@@ -105,7 +120,9 @@ def train(run: Run, states: RunStates) -> bool:
             if due(settings.average.snapshots):
                 with run.speed.paused():
                     save_snapshots(run)
-            stopping = world.any(bool(stopped))  # a signal may reach one process alone; all stop after the same step
+            batch, trouble = _fetched(batches) if step < settings.steps else (None, None)
+            # A signal, or a batch that cannot be had, may be one process's alone; all stop behind the same step.
+            stopping = world.largest(UNREADABLE if trouble else max(stopped, default=0))
             if stopping or due(settings.save_every):
                 run.guard.read()  # raises before a broken state is saved
                 with run.speed.paused():
@@ -115,9 +132,26 @@ def train(run: Run, states: RunStates) -> bool:
     with written_if_possible("the end of the metrics", run.place.step, run.say):
         watch.close()
     if run.place.step < settings.steps:
-        run.say(f"stopped at step {run.place.step}; continue with --resume auto")
-        return False
-    return True
+        if stopping == UNREADABLE:
+            _end_with(trouble, world)
+        run.say(stopped_sentence(stopping, run.place.step))
+        raise Stopped(stopping)
+
+
+def _fetched(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
+    """The next batch, or why there is none."""
+    try:
+        return next(batches), None
+    except UserError as error:
+        return None, error
+
+
+def _end_with(trouble: UserError | None, world: World) -> NoReturn:
+    """End the run in all processes with the message of the one that has trouble."""
+    if trouble is not None:
+        raise trouble
+    world.wait()  # breaks off as that process leaves, and start_world raises its message
+    raise UserError("another process cannot read its pictures: its own output says more")
 
 
 def _is_due(step: int, last: int, every: int) -> bool:

@@ -457,11 +457,11 @@ def test_pictures_of_no_repeats_replace_none(setting):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_stop_the_run(setting, workers):
-    for picture in range(0, 40, 8):
+    for picture in range(0, 40, 7):
         setting.file(picture).write_bytes(b"")
     sentence = (
-        rf"5 of the \d+ pictures seen so far \(\d+\.\d\d%\) cannot be used, more than max_unusable = 10.00%: "
-        rf"5 pictures are listed in {setting.lists} .*; the first are pictures/0\d\d.png: it is empty; .*it is empty$"
+        rf"6 of the \d+ pictures seen so far \(\d+\.\d\d%\) cannot be used, more than data.max_unusable = 0.1 allows: "
+        rf".*; 6 pictures are listed in {setting.lists} .*; the first are pictures/0\d\d.png: it is empty; .*empty$"
     )
     with pytest.raises(ValueError, match=sentence):
         first(20, setting.dataset(), workers=workers, max_unusable=0.1)

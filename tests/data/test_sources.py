@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import re
+import socket
 import tarfile
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ztsnr.data.pictures import PictureError
+from ztsnr.data.pictures import PictureError, picture_size
 from ztsnr.data.sources import CHUNK, SCHEMA, PictureIndex, Source, build_index, parse_source, split
+from ztsnr.data.tars import read_bytes
 
 SIZES = {"a.png": (20, 10), "b.jpg": (16, 24), "c.webp": (8, 8), "d.png": (30, 10)}
 CAPTIONS = {name: (f"caption of {name}", "ünïcode 猫") for name in SIZES}
@@ -218,11 +221,69 @@ def test_captions_beside_a_picture(tmp_path):
 def test_missing_captions(tmp_path):
     write(tmp_path / "set", {f"{n}.png": picture((5, 5)) for n in range(7)} | {"3.txt": "yes", "4.txt": " \n"})
     assert sentence(tmp_path / "set") == (
-        "6 of 7 pictures have no caption, the first are set/0.png, set/1.png, set/2.png: add captions, or set "
+        "6 of 7 pictures have no caption, the first are set/0.png, set/1.png, set/2.png: add captions (in "
+        "NAME.txt, NAME.caption or NAME.json beside NAME.png, or in a metadata.jsonl with file_name and text), or set "
         "allow_missing_captions"
     )
     index, _ = build(tmp_path / "set", allow_missing_captions=True)
     assert [index.captions(i) for i in (3, 4, 5)] == [("yes",), ("",), ("",)]
+
+
+def test_captions_of_other_trainers(tmp_path):
+    """.caption and .TXT; metadata.jsonl of imagefolder; a mask is no picture; films and documents are none either."""
+    names = ["kohya", "shouting", "listed", "both", "below/listed"]
+    files = {f"{name}.png": picture((5, 5)) for name in names}
+    files |= {"kohya-masklabel.png": picture((5, 5)), "a.pdf": b"%PDF", "b.mpg": b"film", "c.h5": b"numbers"}
+    files |= {"kohya.caption": "a cat", "shouting.TXT": "A DOG", "both.txt": "beside"}
+    lines = [{"file_name": "listed.png", "text": "in a list", "weight": 2}, {"file_name": "both.png", "text": "no"}, {}]
+    files["metadata.jsonl"] = "\n".join(map(json.dumps, lines))
+    files["below/metadata.jsonl"] = json.dumps({"file_name": "listed.png", "text": "in another"})
+    index, refused = build(write(tmp_path / "set", files))
+    assert len(refused) == 0
+    found = {index.key(i).removeprefix("set/").removesuffix(".png"): index.captions(i) for i in range(len(index))}
+    expected = ["a cat", "A DOG", "in a list", "beside", "in another"]
+    assert found == {name: (caption,) for name, caption in zip(names, expected, strict=True)}
+    assert index.repeats[keys(index).index("set/listed.png")] == 2
+
+
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_captions_in_other_encodings(tmp_path, in_tar):
+    """UTF-16 with a byte order mark is read; what is not UTF-8 is listed as broken pictures are."""
+    files = {f"{n}.png": picture((5, 5)) for n in range(4)}
+    files |= {"0.txt": "猫".encode("utf-16"), "1.txt": "katze: süß".encode("cp1252"), "2.txt": "plain"}
+    files["3.txt"] = "hund: groß".encode("cp1252")
+    place = write_tar(tmp_path / "set.tar", files) if in_tar else write(tmp_path / "set", files)
+    for options in ({}, {"allow_missing_captions": True}):
+        index, refused = build(place, **options)
+        assert [index.captions(i) for i in range(len(index))] == [("猫",), ("plain",)]
+        assert [key[-5:] for key in refused["key"].to_pylist()] == ["1.png", "3.png"]
+        assert all(re.fullmatch(r".*[13]\.txt.* is not UTF-8 text", line) for line in refused["reason"].to_pylist())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+@pytest.mark.timeout(20)
+def test_what_could_be_waited_for_forever(tmp_path):
+    """FIFOs, sockets and devices with the names of pictures, captions and lists."""
+    folder = write(tmp_path / "set", {f"{n}.png": picture((5, 5)) for n in (1, 2)} | {"1.txt": "one", "4.txt": "four"})
+    os.mkfifo(folder / "2.txt")
+    os.mkfifo(folder / "3.png")
+    (folder / "3.txt").write_text("three")
+    (folder / "4.png").symlink_to("/dev/zero")
+    index, refused = build(folder)
+    assert keys(index) == ["set/1.png"]
+    assert dict(zip(refused["key"].to_pylist(), refused["reason"].to_pylist(), strict=True)) == {
+        "set/2.png": f"{folder / '2.txt'} is a FIFO and not a file: remove it",
+        "set/3.png": "it is a FIFO and not a file",
+        "set/4.png": "it is a device and not a file",
+    }
+    os.mkfifo(tmp_path / "list.jsonl")
+    assert "list.jsonl is a FIFO and not a picture source" in sentence(tmp_path / "list.jsonl")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s.png"))
+        with pytest.raises(PictureError, match="it is a socket"):
+            picture_size(tmp_path / "s.png")
+        with pytest.raises(PictureError, match="it is a socket"):
+            read_bytes(str(tmp_path / "s.png"), 0, -1)
 
 
 def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, PLAIN, STARVE
 from ztsnr.demo.report import WAYS
 from ztsnr.demo.shipped import start_of
 from ztsnr.demo.trainings import QUICK, Recipe, Trainings
+from ztsnr.errors import Stopped
 
 from .synthetic import as_claimed
 
@@ -90,7 +92,8 @@ def command(monkeypatch, tmp_path):
 
         def run(self, seed):
             done.ran.append(seed)
-            return seed != done.stops_at
+            if seed == done.stops_at:
+                raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(module, "Trainings", Fake)
     monkeypatch.setattr(module, "measure", lambda trainings, seed: as_claimed())
@@ -101,7 +104,7 @@ def command(monkeypatch, tmp_path):
 
 
 def test_it_reports_what_was_measured(command, tmp_path):
-    assert command.reproduce(seeds=(4, 5))
+    command.reproduce(seeds=(4, 5))
     assert command.made == [("cpu", None, None)]
     assert command.ran == [4, 5]
     text = "\n".join(command.said)
@@ -117,15 +120,16 @@ def test_it_reports_what_was_measured(command, tmp_path):
 def test_without_matplotlib_there_is_no_sheet(command, monkeypatch):
     monkeypatch.setattr(module, "no_matplotlib", lambda: "No sheet: pip install matplotlib")
     monkeypatch.setattr(module, "write_sheet", None)
-    assert command.reproduce()
+    command.reproduce()
     assert "No sheet: pip install matplotlib" in command.said
 
 
 def test_a_stopped_run_says_how_it_resumes(command, tmp_path):
     command.stops_at = 5
-    assert command.reproduce(seeds=(4, 5, 6)) is False
+    with pytest.raises(Stopped):
+        command.reproduce(seeds=(4, 5, 6))
     assert command.ran == [4, 5]
-    assert command.said[-1] == f"Stopped.  The same command resumes from {tmp_path}."
+    assert command.said[-1] == f"stopped by SIGTERM; the same command resumes from {tmp_path}"
     assert not (tmp_path / "report.html").exists()
 
 
@@ -142,10 +146,16 @@ def test_quick_goes_with_cpu(arguments):
 
 def test_the_command_passes_on_what_it_is_asked(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(module, "reproduce", lambda *arguments, say: asked.append(arguments) or len(asked) == 1)
+
+    def reproduce(*arguments, say):
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "reproduce", reproduce)
     arguments = ["demo", "--train", "cpu", "--quick", "--seed", "3", "--out", str(tmp_path)]
     assert CliRunner().invoke(ztsnr, arguments).exit_code == 0
-    assert CliRunner().invoke(ztsnr, ["demo", "--train", "gpu"]).exit_code == 1  # stopped by a signal
+    assert CliRunner().invoke(ztsnr, ["demo", "--train", "gpu"]).exit_code == 143  # stopped by a signal
     assert asked[0] == (tmp_path, "cpu", True, [3])
     assert (str(asked[1][0]), *asked[1][1:]) == ("ztsnr_reproduction", "gpu", False, [0])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ztsnr.demo.composed import FEW, Sprites
 from ztsnr.demo.objectives import BASE, EPSILON, OBJECTIVES, OURS, PLAIN, STARVED, Start, sdxl_sigma, shift_of
 from ztsnr.demo.small_model import COLOUR_TO_LATENT, SCALING_FACTOR, SIZES
 from ztsnr.demo.trainings import ABOUT, QUICK, RECIPES, Recipe, Trainings
+from ztsnr.errors import Stopped
 from ztsnr.samplers import NoiseSchedule
 from ztsnr.training.objective import Objective
 
@@ -204,7 +206,8 @@ def calls(monkeypatch):
 
     def run_trainings(trainings, jobs, at_a_time, cores):
         made.append((jobs, at_a_time, cores))
-        return len(made) not in stops
+        if len(made) in stops:
+            raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(module, "run_trainings", run_trainings)
     monkeypatch.setattr(Trainings, "prepare", lambda self: None)
@@ -214,12 +217,12 @@ def calls(monkeypatch):
 
 
 def test_the_base_comes_first_and_then_all_others(trainings, calls):
-    assert trainings.run(7)
+    trainings.run(7)
     assert calls[0] == [([(BASE, 7)], 1, 3), ([(name, 7) for name in OBJECTIVES], 3, 3)]
 
 
 def test_a_base_that_is_there_is_not_trained(tmp_path, calls):
-    assert quiet(tmp_path / "out", base=Start("base")).run(7)
+    quiet(tmp_path / "out", base=Start("base")).run(7)
     assert [jobs for jobs, *_ in calls[0]] == [[], [(name, 7) for name in OBJECTIVES]]
 
 
@@ -227,7 +230,8 @@ def test_a_base_that_is_there_is_not_trained(tmp_path, calls):
 def test_a_run_that_is_stopped_does_not_go_on(trainings, calls, stopped):
     made, stops = calls
     stops.add(stopped)
-    assert trainings.run(0) is False
+    with pytest.raises(Stopped):
+        trainings.run(0)
     assert len(made) == stopped
 
 
@@ -240,14 +244,12 @@ def test_a_gpu_trains_one_after_the_other(trainings, calls, monkeypatch):
 def test_a_training_that_was_exported_is_done(trainings, monkeypatch):
     asked = []
     monkeypatch.setattr(module, "run_finetune", lambda settings, **options: asked.append((settings, options)) or [])
-    assert trainings.train(OURS, 0) is False  # nothing was exported: a signal stopped it
+    trainings.train(OURS, 0)
     assert asked[0][0] == trainings.settings(OURS, 0)
     assert asked[0][1]["resume"] is True
-    monkeypatch.setattr(module, "run_finetune", lambda settings, **options: ["a folder"])
-    assert trainings.train(OURS, 0) is True
     monkeypatch.setattr(module, "run_finetune", None)
     trainings.exported(OURS, 0).mkdir(parents=True)
-    assert trainings.train(OURS, 0) is True
+    trainings.train(OURS, 0)
 
 
 def test_what_they_need_is_made_once(trainings):

@@ -13,6 +13,7 @@ import pytest
 
 from ztsnr.demo import workers
 from ztsnr.demo.workers import LOG, run_trainings
+from ztsnr.errors import Stopped
 
 JOBS = [("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 1)]
 
@@ -82,7 +83,7 @@ def test_so_many_run_at_a_time_and_all_in_the_end(trainings, started, monkeypatc
         end(started[running[-1]])  # the one that began last: the order of ending must not matter
 
     instead_of_sleeping(monkeypatch, one_ends)
-    assert run_trainings(trainings, JOBS, at_a_time, cores=4)
+    run_trainings(trainings, JOBS, at_a_time, cores=4)
     assert list(started) == JOBS
     assert alive(started) == []
     # as many as may be, until too few are left
@@ -92,7 +93,7 @@ def test_so_many_run_at_a_time_and_all_in_the_end(trainings, started, monkeypatc
 
 def test_there_is_at_least_one_thread(trainings, started, monkeypatch):
     instead_of_sleeping(monkeypatch, lambda: [end(started[job]) for job in alive(started)])
-    assert run_trainings(trainings, JOBS, 4, cores=2)
+    run_trainings(trainings, JOBS, 4, cores=2)
     assert {process.threads for process in started.values()} == {1}
 
 
@@ -100,12 +101,12 @@ def test_what_is_finished_is_not_done_again(trainings, started, monkeypatch):
     instead_of_sleeping(monkeypatch, lambda: [end(started[job]) for job in alive(started)])
     for job in JOBS[1:4]:
         trainings.exported(*job).mkdir(parents=True)
-    assert run_trainings(trainings, JOBS, 2, 2)
+    run_trainings(trainings, JOBS, 2, 2)
     assert list(started) == [JOBS[0], JOBS[4]]
     for job in JOBS:
         trainings.exported(*job).mkdir(parents=True, exist_ok=True)
     started.clear()
-    assert run_trainings(trainings, JOBS, 2, 2)
+    run_trainings(trainings, JOBS, 2, 2)
     assert not started
 
 
@@ -167,7 +168,7 @@ def test_the_bar_ends_at_all_steps(trainings, started, monkeypatch):
             metrics.write_text(json.dumps({"step": 5}) + "\n")
 
     instead_of_sleeping(monkeypatch, half_and_end)
-    assert run_trainings(trainings, JOBS[:2], 1, 1)
+    run_trainings(trainings, JOBS[:2], 1, 1)
     assert positions == [5, 10, 15, 20]
 
 
@@ -196,11 +197,19 @@ def test_one_training_tells_by_its_status_whether_it_ended(monkeypatch, tmp_path
     from ztsnr.demo import one_training
 
     asked, threads = [], []
-    for ended in (True, False):
-        trainings = SimpleNamespace(train=lambda name, seed, ended=ended: asked.append((name, seed)) or ended)
-        monkeypatch.setattr(one_training, "Trainings", SimpleNamespace(open=lambda out, it=trainings: it))
-        monkeypatch.setattr(one_training.torch, "set_num_threads", threads.append)
-        assert one_training.main(str(tmp_path), "v, plain", "3", "2") == (0 if ended else 1)
+
+    def train(name, seed):
+        asked.append((name, seed))
+        if len(asked) == 2:
+            raise Stopped(signal.SIGTERM)
+
+    trainings = SimpleNamespace(open=lambda out: SimpleNamespace(train=train))
+    monkeypatch.setattr(one_training, "Trainings", trainings)
+    monkeypatch.setattr(one_training.torch, "set_num_threads", threads.append)
+    one_training.main(str(tmp_path), "v, plain", "3", "2")
+    with pytest.raises(SystemExit) as stopped:
+        one_training.main(str(tmp_path), "v, plain", "3", "2")
+    assert stopped.value.code == 143
     assert asked == [("v, plain", 3)] * 2
     assert threads == [2, 2]
 
@@ -237,7 +246,10 @@ trainings = SimpleNamespace(
     exported=lambda name, seed: out / name / "exported",
     settings=lambda name, seed: SimpleNamespace(steps=5),
 )
-print(workers.run_trainings(trainings, [(name, 0) for name in "abc"], 2, 2))
+try:
+    workers.run_trainings(trainings, [(name, 0) for name in "abc"], 2, 2)
+except SystemExit as stopped:
+    print(stopped.code)
 print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 """
 
@@ -267,7 +279,7 @@ def stop_by_signal(place, number, saving=0.0):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_stops_all_and_they_save_their_state(tmp_path, number):
-    assert stop_by_signal(tmp_path, number) == ["False", "True"]
+    assert stop_by_signal(tmp_path, number) == [str(128 + number), "True"]
     assert (tmp_path / "a.saved").exists()
     assert (tmp_path / "b.saved").exists()
     assert not (tmp_path / "c.ready").exists()  # nothing new is begun

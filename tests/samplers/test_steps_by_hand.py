@@ -130,7 +130,7 @@ def test_unipc_across_infinity_is_the_trapezoid_rule():
 
 def test_unipc_after_infinity_corrects_with_two_points():
     """A difference back to infinity has no length in log sigma: the corrector is the one-step one, B(h) = e^h - 1."""
-    _, (_, second), (ratio, third) = multistep_table(unipc_weights, (math.inf, 4.0, 2.0, 1.0))
+    *_, (ratio, third) = multistep_table(unipc_weights, (math.inf, 4.0, 2.0, 1.0))
     h = math.log(2)
     b = 1 - math.exp(-h)
     new = (1 - b / h) / b

@@ -461,3 +461,16 @@ def test_nothing_of_the_weights_is_changed(folders, tmp_path):
     copies = {name: weight.clone() for name, weight in weights.items()}
     export(chosen, tmp_path)
     assert all(torch.equal(weights[name], copies[name]) for name in copies)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_pipeline_subtracts_what_caption_dropout_trained(folders, tmp_path, dropout):
+    """The encoded empty text; without dropout it does as the base does."""
+    made = settings(folders["SDXL"], single_file=False)
+    captions = replace(made.data.captions, caption_dropout=dropout)
+    made = replace(made, data=replace(made.data, captions=captions))
+    networks = load_networks(folders["SDXL"])
+    weights = {name: parameter.detach() for name, parameter in Denoiser(networks).named_parameters()}
+    (folder,) = export_model(weights, tmp_path, "made", made, Objective(made.objective), networks.latent_scaling)
+    assert json.loads((folder / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is (dropout == 0)
+    assert diffusers.DiffusionPipeline.from_pretrained(folder).config.force_zeros_for_empty_prompt is (dropout == 0)

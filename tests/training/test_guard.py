@@ -128,3 +128,22 @@ def test_a_batch_that_cannot_be_written_stops_nothing(tmp_path):
     take(guard, parameters, optimizer, 1, math.nan)
     with pytest.raises(ValueError, match=r"up to step 1, .*; the last batch could not be written: lower"):
         guard.look()
+
+
+@pytest.mark.parametrize("what", ["network", "picture", "gradient", "later"])
+def test_a_first_step_without_numbers_tells_of_the_network(tmp_path, what):
+    """Unless a picture has none, or only the gradient; or the network had numbers before."""
+    parameters, optimizer = make()
+    guard = StepGuard(tmp_path, 10, WORLD)
+    batch = make_batch()
+    if what == "picture":
+        batch.data[0, 0, 0, 0] = math.nan
+    parameters[0].grad = torch.full_like(parameters[0], math.nan)
+    errors = torch.tensor([1.0, math.nan]) if what != "gradient" else torch.ones(2)
+    t, norm = torch.tensor([999, 3]), clip_grad_norm(parameters[:1], 1.0)
+    guard.step(optimizer, norm, batch, t, int(what == "later"), errors)
+    if what == "network":
+        with pytest.raises(ValueError, match=r"^the network gives numbers that are not finite in the first step"):
+            guard.look()
+    else:
+        guard.look()

@@ -1,6 +1,8 @@
 """The networks that training works on, beside the pipelines of diffusers that hold them; tiny, of all three kinds."""
 
+import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,18 +11,20 @@ from safetensors.torch import load_file
 from ztsnr.checkpoints import to_single_file
 from ztsnr.checkpoints.latent_scaling import LatentScaling
 from ztsnr.data.tokens import batch_prompts
+from ztsnr.errors import UserError
 from ztsnr.training.networks import (
     AdapterSettings,
     Denoiser,
     Tokenize,
     add_adapter,
+    check_finite,
     in_groups,
     load_networks,
     trained_names,
 )
 from ztsnr.training.precision import MixedPrecision
 
-from ..checkpoints.tiny_folders import make_tiny_folders
+from ..checkpoints.tiny_folders import make_tiny_folders, rewrite
 from ..tiny_pipelines import make_tiny_sdxl
 
 KINDS = ("SDXL", "SD 1.x", "SD 2.x")
@@ -242,3 +246,26 @@ def test_loading_leaves_the_files_alone_and_everything_in_float32(trained):
     (file,) = (trained / "unet").glob("*.safetensors")
     there = load_file(file)
     assert all(torch.equal(parameter, there[name]) for name, parameter in networks.unet.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [("unet", "conv_in.weight"), ("text_encoder_2", "text_projection.weight"), ("vae", "decoder.conv_out.bias")],
+)
+def test_weights_that_are_not_finite_are_named(trained, tmp_path, part, tensor):
+    folder = shutil.copytree(trained, tmp_path / "broken")
+
+    def spoil(tensors):
+        spoilt = tensors[tensor].clone()
+        spoilt.view(-1)[1] = math.nan
+        return tensors | {tensor: spoilt}
+
+    rewrite(folder, part, spoil)
+    with pytest.raises(UserError, match=rf"^1 of the \d+ numbers of {part}\.{tensor} in .*broken are not finite"):
+        load_networks(folder)
+
+
+def test_large_weights_are_no_broken_ones():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data.fill_(3e38)
+    check_finite("model", unet=layer)

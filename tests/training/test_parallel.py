@@ -177,6 +177,17 @@ def test_what_one_process_knows_ends_both(place, tmp_path):
     assert states(tmp_path / "plain") == [2]
 
 
+def test_pictures_that_cannot_be_read_end_both_behind_a_saved_state(place, tmp_path):
+    """Each reads its own share of a step, so one of them has too many first."""
+    pictures = shutil.copytree(place / "pictures", tmp_path / "pictures")
+    for path in sorted(pictures.glob("*.png"))[:20]:
+        path.write_bytes(path.read_bytes()[:60])
+    changes = {"data__sources": [{"path": str(pictures)}], "steps": 40, "save_every": 100, "data__max_unusable": 0.01}
+    content = make_content(place, tmp_path / "run", **changes)
+    under_torchrun([{"content": content, "raises": "more than data.max_unusable = 0.01 allows"}], 2, tmp_path)
+    assert len(states(tmp_path / "run")) == 1
+
+
 def test_no_room_for_a_snapshot_of_shares(place, tmp_path):
     """The first process, which writes, says so; the other one, which sends its shares, does not wait for ever."""
     content = make_content(

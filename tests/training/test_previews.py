@@ -10,11 +10,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ztsnr.checkpoints.latent_scaling import LatentScaling
+from ztsnr.data.tokens import batch_prompts, encode_prompts
 from ztsnr.demo.small_model import SmallModelSize, write_small_model
 from ztsnr.diagnostics.ideal_models import GaussianCanvas, v_network
 from ztsnr.samplers import NoiseSchedule, ZTSNRScheduler
 from ztsnr.training.config import WatchSettings
-from ztsnr.training.networks import load_networks
+from ztsnr.training.networks import Tokenize, load_networks
 from ztsnr.training.previews import LABEL, Previews
 
 SIDE = 32
@@ -188,3 +189,24 @@ def test_sd_1_with_latents_scaled_channel_by_channel(networks, folder, tmp_path)
     _, metrics = Previews(sd, schedule, "v_prediction", WatchSettings(preview_steps=2, leak=False)).make()
     assert metrics["preview/solid blue background"] == pytest.approx(0, abs=0.6)
     assert metrics["preview/solid white background"] == pytest.approx(170, abs=0.6)
+
+
+@pytest.mark.parametrize("empty_text", [True, False])
+def test_prompts_are_encoded_as_captions_are_trained(networks, empty_text):
+    """Of any length and unescaped; guidance subtracts the encoded empty text, or zeros where no caption is dropped."""
+    settings = WatchSettings(preview_steps=2, leak=False, prompts=("a" + ", solid" * 60, r"solid \(cat\)"))
+    previews = Previews(networks, NoiseSchedule.sdxl(), "v_prediction", settings, empty_text=empty_text)
+    tokenize = Tokenize(networks)
+    with torch.no_grad():
+        for prompt in settings.prompts:
+            hidden, pooled = encode_prompts(batch_prompts([tokenize(prompt)]), networks.text_encoders)
+            empty, empty_pooled = encode_prompts(batch_prompts([tokenize("")]), networks.text_encoders)
+            found = previews._encode(prompt)
+            torch.testing.assert_close(found["prompt_embeds"], hidden)
+            torch.testing.assert_close(found["pooled_prompt_embeds"], pooled)
+            repeated = empty.repeat(1, hidden.shape[1] // 77, 1)
+            torch.testing.assert_close(found["negative_prompt_embeds"], repeated * empty_text)
+            torch.testing.assert_close(found["negative_pooled_prompt_embeds"], empty_pooled * empty_text)
+    assert hidden.shape[1] == 77
+    sheet, _ = previews.make()
+    assert sheet.size == (4 * SIDE, 2 * (SIDE + LABEL))

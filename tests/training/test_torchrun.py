@@ -108,7 +108,7 @@ def test_too_many_broken_pictures_end_both_ranks(place):
 
     for picture in range(0, 40, 4):
         np.zeros(4).tofile(place / "pictures" / f"{picture:03}.png")
-    with pytest.raises(AssertionError, match=r"pictures seen so far[^\n]* more than max_unusable = 5\.00%"):
+    with pytest.raises(AssertionError, match=r"pictures seen so far[^\n]* more than data\.max_unusable = 0\.05 "):
         forked_ranks.run_ranks(load_as_a_rank, place, 0.05, log=place / "said.log")
     assert not (place / "rows.npy").exists()
 

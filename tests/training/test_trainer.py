@@ -22,7 +22,7 @@ import torch
 
 from ztsnr.data.make_latent_cache import run_cache
 from ztsnr.files import lock_folder
-from ztsnr.training import progress, run, step
+from ztsnr.training import progress, run, run_data, step
 from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.trainer import run_finetune
@@ -79,7 +79,7 @@ def test_stopped_and_resumed(place, tmp_path, number, changes):
     with at({4: sends(number)}) as taken:
         assert train(content, say=said.append) == []
     assert taken == [0, 1, 2, 3, 4]
-    assert said[-1] == "stopped at step 5; continue with --resume auto"
+    assert said[-1] == f"stopped by {signal.Signals(number).name} at step 5; continue with --resume auto"
     assert states(parts) == [5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     exported = train(content, resume=True, say=said.append)
@@ -520,3 +520,51 @@ def test_in_the_folder_where_one_is(place, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     assert train(make_content(place, Path(), steps=1)) == [Path("export/mine")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures whose headers alone are sound
+
+
+def with_half_pictures(place, tmp_path, count):
+    """A copy of the set in which some pictures end in the middle."""
+    copied = shutil.copytree(place / "pictures", tmp_path / "pictures")
+    for path in sorted(copied.glob("*.png"))[:count]:
+        path.write_bytes(path.read_bytes()[:60])
+    return {"data__sources": [{"path": str(copied)}]}
+
+
+def test_too_many_end_the_run_behind_a_saved_state(place, tmp_path):
+    """And five of forty do not end it, though they are more than 1 %."""
+    few = with_half_pictures(place, tmp_path / "few", 5)
+    train(make_content(place, tmp_path / "few" / "run", steps=11, **few))
+    assert states(tmp_path / "few" / "run")[-1] == 11
+
+    many = with_half_pictures(place, tmp_path / "many", 6)
+    out = tmp_path / "many" / "run"
+    content = make_content(place, out, save_every=100, **many)
+    with pytest.raises(ValueError, match=r"^6 of .* more than data\.max_unusable = 0\.01 allows"):
+        train(content)
+    (step,) = states(out)
+    assert step == len(losses(out)) > 0
+    content["data"]["max_unusable"] = 0.5
+    said = []
+    train(content, resume=True, say=said.append)
+    assert f"resuming at step {step}" in said
+
+
+def test_a_dry_run_decodes_a_small_set(place, tmp_path, monkeypatch):
+    few = with_half_pictures(place, tmp_path / "few", 1)
+    said = []
+    content = make_content(place, tmp_path / "few" / "run", **few)
+    run_finetune(parse_settings(FinetuneSettings, content), dry_run=True, say=said.append)
+    assert "decoded all 40 pictures; 1 of them cannot be used" in said
+    assert said[-1].startswith("pictures/00.png cannot be used: it cannot be decoded: ")
+
+    many = with_half_pictures(place, tmp_path / "many", 6)
+    content = make_content(place, tmp_path / "many" / "run", **many)
+    with pytest.raises(ValueError, match=r"^6 of the 40 pictures cannot be used, more than data\.max_unusable = 0\.01"):
+        run_finetune(parse_settings(FinetuneSettings, content), dry_run=True, say=said.append)
+    monkeypatch.setattr(run_data, "DECODED", 39)
+    run_finetune(parse_settings(FinetuneSettings, content), dry_run=True, resume=True, say=said.append)
+    assert said[-1] == "only the headers of the 40 pictures were read; up to 39 would be decoded here"

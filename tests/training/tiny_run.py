@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ztsnr.data.dataset import Batch
-from ztsnr.errors import UserError
+from ztsnr.errors import Stopped, UserError
 from ztsnr.training.config import FinetuneSettings
 from ztsnr.training.settings_file import parse_settings
 from ztsnr.training.step import TrainingStep
@@ -77,8 +77,11 @@ def make_content(place: Path, out: Path, **changes) -> dict:
 
 
 def train(content: dict, *, resume: bool = False, say: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """A run in this process."""
-    return run_finetune(parse_settings(FinetuneSettings, content), resume=resume, say=say)
+    """A run in this process; [] if a signal stopped it."""
+    try:
+        return run_finetune(parse_settings(FinetuneSettings, content), resume=resume, say=say)
+    except Stopped:
+        return []
 
 
 def poison(batch: Batch) -> Batch:
@@ -176,7 +179,7 @@ def under_torchrun(jobs: list[dict], processes: int, place: Path, *, machines: i
     if machines == 1:
         commands = [[*command, "--standalone"]]
     else:  # as many groups on this machine
-        meet = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}"]
+        meet = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
         commands = [[*command, *meet, "--rdzv-conf", f"is_host={int(number == 0)}"] for number in range(machines)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started, logs = [], [path.with_suffix(f".{number}.log") for number in range(machines)]
@@ -214,7 +217,7 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]

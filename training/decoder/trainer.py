@@ -22,15 +22,17 @@ from diffusers import AutoencoderKL
 
 from ...checkpoints.vae import hash_encoder, load_vae
 from ...data.dataset import PictureDataset, loader
+from ...errors import Stopped, UserError
 from ...files import atomic_write, check_new
 from ...samplers.devices import send
 from ...world import World, describe_device, find_device
 from ..config import WatchSettings
+from ..networks import check_finite
 from ..progress import Progress
 from ..run_folder import open_run_folder, say_changes
 from ..run_state import RunStates
 from ..settings_file import write_settings
-from ..stopping import out_of_memory_in_one_sentence, stop_signals
+from ..stopping import out_of_memory_in_one_sentence, stop_signals, stopped_sentence
 from ..watch import Watch, written_if_possible
 from .export import is_whole, merge_decoder, save_vae
 from .perceptual import load_lpips
@@ -63,13 +65,13 @@ class VaeDecoderReport:
 
 def run_finetune_vae(
     settings: VaeDecoderSettings, *, resume: bool = False, say: Callable[[str], None] = print
-) -> VaeDecoderReport | None:
+) -> VaeDecoderReport:
     """Fine-tune the decoder of a VAE, measure it, and write it alone and within its model.
 
     The folder ``out`` then holds ``vae`` (a diffusers folder), ``merged`` or ``merged.safetensors``, ``scores.json``,
     ``pictures.png`` (original, before, after), ``metrics.jsonl``, ``config.toml`` with all settings, and the last
-    states of the run.  SIGINT and SIGTERM save the state and end the run.  A resumed run gives the same result as one
-    that never stopped, bit for bit on the same machine on a CPU in float32.
+    states of the run.  SIGINT and SIGTERM save the state and raise ``Stopped``.  A resumed run gives the same result as
+    one that never stopped, bit for bit on the same machine on a CPU in float32.
 
     Args:
         settings: settings of the run.
@@ -77,9 +79,10 @@ def run_finetune_vae(
         say: called with each line for the user.
 
     Returns:
-        What was written; None if a signal stopped the run.
+        What was written.
 
     Raises:
+        Stopped: a signal stopped the run, which has saved its state.
         UserError: pictures, model, boxes or LPIPS are missing; there are too few pictures; ``out`` is in use, or holds
             another run, one that is not to be resumed, or other results; a loss or weight is not finite.
     """
@@ -101,6 +104,7 @@ def run_finetune_vae(
         # The model, the pictures, and the scores of the decoder as it is.
         vae = load_vae(settings.model, config=settings.config, device=device)
         encoder = hash_encoder(vae)
+        check_finite(settings.model, vae=vae)
         perceptual = load_lpips(settings.lpips_backbone).to(device) if settings.lpips_weight else None
         dataset, examples = read_pictures(settings, vae, say)
         before, shown_before = evaluate(vae, examples, perceptual, settings.batch_size)
@@ -119,8 +123,7 @@ def run_finetune_vae(
         with atomic_write(out / SETTINGS) as file:
             file.write(write_settings(settings))
 
-        if not train(training, dataset, states, fixed, world, say):
-            return None
+        train(training, dataset, states, fixed, world, say)
 
         # The average of the weights is the result.
         training.take_average()
@@ -147,8 +150,11 @@ def train(
     fixed: dict,
     world: World,
     say: Callable[[str], None],
-) -> bool:
-    """Train to the last step.  False if a signal stopped the run; its state is saved either way."""
+) -> None:
+    """Train to the last step, or raise Stopped behind the step in which a signal came; the state is saved either way.
+
+    It is saved too before the UserError that ends a run because its pictures cannot be read.
+    """
     settings, plan, device = training.settings, dataset.plan, training.vae.device
     # The epoch that the next step belongs to, and its place there.
     epoch, start = 0, training.steps
@@ -158,7 +164,17 @@ def train(
     watch = Watch(Path(settings.out), WatchSettings(tensorboard=False), world, training.steps)
     begun, seen = time.perf_counter(), 0
     with stop_signals() as stopped, Progress(training.steps, settings.steps, say) as progress:
-        for batch in islice(batches, max(settings.steps - training.steps, 0)):
+        batches = islice(batches, max(settings.steps - training.steps, 0))
+        while True:
+            try:
+                batch = next(batches, None)
+            except UserError:  # too many pictures cannot be read: keep what was learned
+                if training.steps:
+                    training.check()
+                    states.write_or_say(training.steps, training.state(), {"settings": fixed}, say, is_last=False)
+                raise
+            if batch is None:
+                break
             noise = posterior_noise(training.vae, settings, batch.epoch, batch.pictures.tolist())
             losses = training.step(send(batch.data, device), send(noise, device))
             progress.advance()
@@ -179,9 +195,8 @@ def train(
             if stopping:
                 break
     if training.steps < settings.steps:
-        say(f"stopped at step {training.steps}; continue with --resume auto")
-        return False
-    return True
+        say(stopped_sentence(stopped[0], training.steps))
+        raise Stopped(stopped[0])
 
 
 def _line(metrics: dict[str, float]) -> str:

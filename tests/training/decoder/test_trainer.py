@@ -17,6 +17,7 @@ from tests.tiny_pipelines import make_tiny_sdxl, write_single_file
 from ztsnr.checkpoints.vae import hash_encoder, load_vae
 from ztsnr.checkpoints.verify import verify_checkpoint
 from ztsnr.data.sources import Source, build_index, split
+from ztsnr.errors import Stopped
 from ztsnr.files import lock_folder
 from ztsnr.training.decoder import step as decoder_training
 from ztsnr.training.decoder import trainer as vae_decoder
@@ -217,8 +218,11 @@ def state_of(out, step):
 
 
 def finished(settings, say=lambda line: None, **options):
-    report = run_finetune_vae(settings, say=say, **options)
-    return report and (load_vae(report.vae).state_dict(), state_of(report.vae.parent, settings.steps))
+    try:
+        report = run_finetune_vae(settings, say=say, **options)
+    except Stopped:
+        return None
+    return (load_vae(report.vae).state_dict(), state_of(report.vae.parent, settings.steps))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
