@@ -103,7 +103,7 @@ def left_behind(base: str | Path) -> list[str]:
 
     They are the moving average of its weights (``model_ema.``) and the tables of its noise schedule.
     """
-    return sorted(name for name in read_header(base).tensors if name.startswith(_AVERAGE) or name in _TABLES)
+    return sorted(name for name in read_header(Path(base)).tensors if name.startswith(_AVERAGE) or name in _TABLES)
 
 
 def say_left_behind(base: str | Path, say: Callable[[str], None]) -> None:

@@ -1,9 +1,9 @@
 """How many captions are longer than ``data.max_chunks``, and so lose their end."""
 
 import numpy as np
-import pyarrow.compute as pc
 from transformers import CLIPTokenizer
 
+from ..data.arrow_file import pc
 from ..data.captions import join_tags, unescape
 from ..data.tokens import TEXT
 from .config import DataSettings

@@ -131,7 +131,7 @@ def _load(denoiser: Denoiser, weights: Mapping[str, torch.Tensor]) -> None:
 def _describe(networks: Networks, objective: Objective, latent_scaling: LatentScaling) -> None:
     """Record in the configs what the model predicts, its schedule, and the scaling of its latents."""
     pipe, schedule = networks.pipeline, objective.schedule
-    set_scheduler(pipe, objective.settings.prediction_type, schedule.zero_terminal_snr)
+    set_scheduler(pipe, objective.prediction_type, schedule.zero_terminal_snr)
     said = NoiseSchedule.from_config(pipe.scheduler.config).alphas_cumprod
     if said.shape != schedule.alphas_cumprod.shape or not torch.allclose(said, schedule.alphas_cumprod, atol=1e-9):
         # a shifted schedule, or that of another base, can only be given by its betas

@@ -122,6 +122,7 @@ class Objective:
         device: str | torch.device = "cpu",
     ):
         self.settings = settings = settings.with_recipe()
+        self.prediction_type = _said(settings.prediction_type)
         if settings.noise_offset and settings.prediction_type == "v_prediction":
             warnings.warn(
                 "noise_offset with v-prediction teaches the network to read brightness from the mean of the noise, "
@@ -130,9 +131,9 @@ class Objective:
                 stacklevel=2,
             )
         schedule = schedule or NoiseSchedule.sdxl(zero_terminal_snr=False)
-        self.schedule = NoiseSchedule.from_betas(schedule.betas, settings.zero_terminal_snr)
-        if settings.schedule_shift != 1:
-            self.schedule = self.schedule.shifted(settings.schedule_shift)
+        self.schedule = NoiseSchedule.from_betas(schedule.betas, bool(settings.zero_terminal_snr))
+        if (shift := settings.schedule_shift) not in (None, 1):
+            self.schedule = self.schedule.shifted(shift)
         self.probability = _probability(settings, self.schedule)
         self.floor = _floor(settings, self.schedule, self.probability)
         self.weight = _weight(settings, self.schedule, self.floor)
@@ -296,6 +297,11 @@ def _probability(settings: ObjectiveSettings, schedule: NoiseSchedule) -> torch.
     return probability
 
 
+def _said(prediction_type: str | None) -> str:
+    assert prediction_type is not None, "the settings of an objective are complete: with_recipe"
+    return prediction_type
+
+
 def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) -> torch.Tensor:
     """(T + 1,) loss weight of the mean square error of the network's output."""
     abar = schedule.alphas_cumprod
@@ -303,11 +309,11 @@ def _weight(settings: ObjectiveSettings, schedule: NoiseSchedule, floor: float) 
     if settings.weighting in ("constant", "learned"):
         return torch.ones_like(snr)
     if settings.weighting == "min_snr":
-        weight = min_snr_weight(snr, settings.min_snr_gamma, settings.prediction_type)
+        weight = min_snr_weight(snr, settings.min_snr_gamma, _said(settings.prediction_type))
     else:
         # Yu et al. weight the error of epsilon by 1 / sqrt(SNR).  It is SNR times the error of x0, and the error of v
         # is SNR + 1 times the error of x0.
-        weight = snr.sqrt() / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[settings.prediction_type]
+        weight = snr.sqrt() / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[_said(settings.prediction_type)]
     return torch.where(snr < 1, weight.clamp(min=floor), weight)
 
 

@@ -82,7 +82,7 @@ class Previews:
         )
         return cast(Any, sampled).images
 
-    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+    def _encode(self, prompt: str) -> dict[str, Any]:
         """A prompt and the other side of guidance as training encodes captions: of any length, and unescaped."""
         tokens = batch_prompts([self._tokenize(prompt), self._tokenize("")])  # both of one length
         states = dict(zip(("", "pooled_"), encode_prompts(tokens, self._text_encoders), strict=True))

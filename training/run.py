@@ -223,7 +223,7 @@ class Run:
         return Previews(
             self.networks,
             self.objective.schedule,
-            self.objective.settings.prediction_type,
+            self.objective.prediction_type,
             self.settings.watch,
             self.tokenize,
             empty_text=self.settings.data.captions.caption_dropout > 0,

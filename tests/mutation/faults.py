@@ -283,8 +283,8 @@ OBJECTIVE = faults_of(
         ("probability[-1] += settings.terminal_probability", "probability[0] += settings.terminal_probability"),
         ("z = (-2 * torch.log(", "z = (2 * torch.log("),
         ("torch.where(snr < 1, weight.clamp(min=floor), weight)", "weight"),
-        ("NoiseSchedule.from_betas(schedule.betas, settings.zero_terminal_snr)", "schedule"),
-        ("self.schedule = self.schedule.shifted(settings.schedule_shift)", "pass"),
+        ("NoiseSchedule.from_betas(schedule.betas, bool(settings.zero_terminal_snr))", "schedule"),
+        ("self.schedule = self.schedule.shifted(shift)", "pass"),
         (
             "math.ceil(0.9 * (schedule.last_timestep + 1)), None)",
             "math.ceil(0.8 * (schedule.last_timestep + 1)), None)",
