@@ -165,7 +165,7 @@ STOCHASTIC = [
 
 SPECTRAL = faults_of(
     "samplers",
-    "samplers/test_spectral_solver.py samplers/test_spectral.py",
+    "samplers/test_steps_by_hand.py samplers/test_spectral_solver.py samplers/test_spectral.py",
     [
         ("correction[1:].sub_(seen.predicted[:-1])", "correction[1:].sub_(seen.predicted[1:])"),
         ("if step.early:", "if True:"),
@@ -182,7 +182,7 @@ SPECTRAL = faults_of(
 
 GUIDANCE = faults_of(
     "samplers/guidance.py",
-    "samplers/test_guidance.py",
+    "samplers/test_steps_by_hand.py samplers/test_guidance.py",
     [
         ("return torch.lerp(uncond, cond, scale)", "return torch.lerp(uncond, cond, scale - 1)"),
         ("(scale - 1) * difference", "scale * difference"),
@@ -197,7 +197,7 @@ GUIDANCE = faults_of(
 
 SCHEDULER = faults_of(
     "samplers",
-    "samplers/test_diffusers_scheduler.py samplers/test_diffusers_run.py",
+    "samplers/test_steps_by_hand.py samplers/test_diffusers_scheduler.py samplers/test_diffusers_run.py",
     [
         ('(self.config["s_noise"] if s_noise is None else s_noise) * unit', "unit"),
         ("exact + (sample.float() - given.float())", "exact"),

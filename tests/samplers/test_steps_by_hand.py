@@ -8,11 +8,13 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, sample
+from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, rescale_guidance, sample
 from ztsnr.samplers.flow_solvers import _deis_table, angle_weights, multistep_table, unipc_weights
 from ztsnr.samplers.multistep import angle, inverse_sigmas, predictor
 from ztsnr.samplers.prediction import alpha_s, from_denoised
 from ztsnr.samplers.sampling import drive, start_run
+from ztsnr.samplers.spectral import finish_table, spectral_table
+from ztsnr.samplers.spectral_solver import _coarse
 
 STOCHASTIC = (
     "euler_ancestral", "lcm", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde", "sa_solver",
@@ -215,3 +217,72 @@ def test_second_looks_lie_at_geometric_means_and_from_infinity_at_half_the_angle
     for solver, eta in (("dpmpp_sde", 1.0), ("dpmpp_2s_ancestral", 0.0)):
         levels = start_run(solver, (math.inf, 9.0, 4.0, 0.0), eta).levels
         assert levels == pytest.approx((math.inf, 18.0, 9.0, 6.0, 4.0)), solver
+
+
+def test_both_halves_of_an_sde_step_see_one_brownian_path():
+    """With x0 = 0, the part of the fresh noise that the first half has drawn, over all of it."""
+    start, end = 4.0, 1.0
+    middle = math.sqrt(start * end)
+    fresh = iter(torch.eye(3, dtype=torch.float64)[1:].view(2, 1, 3, 1, 1))
+    x = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
+    x = drive(start_run("dpmpp_sde", (start, end), 1.0), x, lambda x, sigma: torch.zeros_like(x), lambda: next(fresh))
+    _, first, second = x.flatten().tolist()
+    # A Brownian motion over 1 / sigma^2: the increment of the first half has this share of the variance of the whole.
+    share = (middle**-2 - start**-2) / (end**-2 - start**-2)
+    assert first / math.hypot(first, second) == pytest.approx(math.sqrt(share), rel=1e-12)
+
+
+def test_a_run_remembers_as_much_as_it_is_asked_to():
+    run = start_run("euler", FINITE)
+    assert [run.remember(value, 2) for value in (1, 2, 3)] == [[1], [2, 1], [3, 2]]
+
+
+def test_half_precision_is_rounded_once_when_noise_is_added():
+    scheduler = ZTSNRScheduler()
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = torch.randn(2, 64, 4, 8, 8, generator=generator).half()
+    t = torch.linspace(1, 998, 64)
+    u = 1 / scheduler.schedule.sigma(t.double())
+    s = (1 + u**2).rsqrt().view(-1, 1, 1, 1)
+    exact = u.view(-1, 1, 1, 1) * s * picture.double() + s * noise.double()
+    found = scheduler.add_noise(picture, noise, t)
+    assert found.dtype == torch.float16
+    spacing = torch.exp2(exact.abs().log2().floor() - 10)  # of float16 there
+    wrong = (found.double() - exact).abs() > 0.51 * spacing
+    assert not wrong[exact.abs() > 0.1].any()
+
+
+def test_the_scheduler_runs_with_the_eta_of_its_config():
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = [math.inf, 4.0, 1.0, 0.0]
+    scheduler = ZTSNRScheduler(solver="euler_ancestral", eta=0.4)
+    scheduler.set_timesteps(sigmas=sigmas)
+    x, generator = noise, torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps:
+        sigma = scheduler.schedule.sigma(float(t))
+        x = scheduler.step(from_denoised(0.3 * x, x, sigma), t, x, generator).prev_sample
+    generator = torch.Generator().manual_seed(1)
+    expected = sample(lambda x, sigma: 0.3 * x, noise, sigmas, "euler_ancestral", eta=0.4, generator=generator)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-3)
+
+
+def test_coarse_blocks_of_the_default_solver():
+    assert _coarse(torch.ones(2, 1, 128, 128)).shape == (2, 12 * 12)  # of 10 x 10, and 8 rows left over
+    assert torch.equal(_coarse(torch.ones(1, 1, 24, 24)), torch.full((1, 144), 4.0))
+    assert _coarse(torch.ones(1, 1, 16, 16)).shape == (1, 256)
+
+
+@pytest.mark.parametrize(("steps", "fitted"), [(9, False), (10, True)])
+def test_the_last_step_is_fitted_from_ten_steps_on(steps, fitted):
+    sigmas = np.array([math.inf, *np.geomspace(640, 0.03, steps - 1), 0.0])
+    predict, correct = spectral_table(sigmas)
+    last = finish_table(sigmas, predict, correct)[-1]
+    assert (not np.array_equal(last, predict[-1])) == fitted
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 1.0])
+def test_rescaling_goes_a_share_of_the_way(phi):
+    cond, guided = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    guided = 3 * guided
+    ratio = cond.std(correction=0) / guided.std(correction=0)
+    torch.testing.assert_close(rescale_guidance(guided, cond, phi), guided * (1 - phi + phi * ratio))
