@@ -125,5 +125,5 @@ class UnusableShare:
 
 
 def allowed_unusable(limit: float, pictures: int) -> float:
-    """How many of so many pictures may be unusable."""
+    """Number of pictures, of this many, that may be unusable."""
     return max(limit * pictures, ALLOWED) if limit > 0 else 0

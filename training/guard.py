@@ -135,6 +135,6 @@ class StepGuard:
 
 
 def _broke(pending: _Pending) -> bool:
-    """Whether the network's output is not finite though what it was given is."""
+    """True if the network's output is not finite although its input is."""
     errors, data = pending.errors, pending.batch.data
     return errors is not None and not bool(errors.isfinite().all()) and bool(data.isfinite().all())

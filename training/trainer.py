@@ -80,7 +80,7 @@ def run_finetune(
 
 
 def train(run: Run, states: RunStates) -> None:
-    """Train to the last step, or raise Stopped behind the step in which a signal came; the state is saved either way.
+    """Train to the last step, or raise Stopped after the step in which a signal came; the state is saved either way.
 
     It is saved too before the UserError that ends a run because its pictures cannot be read.
     """
@@ -121,7 +121,7 @@ def train(run: Run, states: RunStates) -> None:
                 with run.speed.paused():
                     save_snapshots(run)
             batch, trouble = _fetched(batches) if step < settings.steps else (None, None)
-            # A signal, or a batch that cannot be had, may be one process's alone; all stop behind the same step.
+            # A signal, or a batch that cannot be read, may reach one process alone; all stop after the same step.
             stopping = world.largest(UNREADABLE if trouble else max(stopped, default=0))
             if stopping or due(settings.save_every):
                 run.guard.read()  # raises before a broken state is saved

@@ -387,7 +387,7 @@ def test_replaced_in_their_bucket_and_listed_once(setting, reference, workers):
     reasons = Quarantine(setting.lists).listed()
     assert sorted(reasons) == [f"pictures/{i:03}.png" for i in sorted(spoilt)]
     assert reasons["pictures/009.png"] == "it is empty"
-    assert "no longer 37 x 32" in reasons["pictures/016.png"]
+    assert "it was 37 x 32 pixels when it was indexed" in reasons["pictures/016.png"]
     assert "cannot be read" in reasons["pictures/022.png"]
 
 

@@ -306,6 +306,8 @@ def _check_kohyas_format(base, tmp_path):
     merged = load_pipeline(tmp_path / "model").pipeline
     scheduler = partial(ZTSNRScheduler.from_config, merged.scheduler.config)
     pipe = load_pipeline(base).pipeline
+    if "force_zeros_for_empty_prompt" in merged.config:  # the export's: what guidance subtracts, as it was trained
+        pipe.register_to_config(force_zeros_for_empty_prompt=merged.config["force_zeros_for_empty_prompt"])
     without = picture(pipe, scheduler())
     pipe.load_lora_weights(str(tmp_path / "model_lora.safetensors"))
     found, expected = picture(pipe, scheduler()), picture(merged, scheduler())
