@@ -289,7 +289,6 @@ OBJECTIVE = faults_of(
             "math.ceil(0.9 * (schedule.last_timestep + 1)), None)",
             "math.ceil(0.8 * (schedule.last_timestep + 1)), None)",
         ),
-        ('side="right")', 'side="left")'),
         ("noise.add_(offset, alpha=self.settings.noise_offset)", "noise.add_(offset)"),
     ],
 )

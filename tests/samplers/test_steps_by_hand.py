@@ -6,6 +6,7 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from scipy.integrate import quad
 
 from ztsnr.samplers import SOLVERS, NoiseSchedule, ZTSNRScheduler, rescale_guidance, sample
@@ -286,3 +287,11 @@ def test_rescaling_goes_a_share_of_the_way(phi):
     guided = 3 * guided
     ratio = cond.std(correction=0) / guided.std(correction=0)
     torch.testing.assert_close(rescale_guidance(guided, cond, phi), guided * (1 - phi + phi * ratio))
+
+
+def test_another_schedulers_spacing_does_not_stay_in_the_config():
+    """Pipelines read it: it must say what this scheduler does, from infinity on, and not what SDXL's config said."""
+    stock = EulerDiscreteScheduler(
+        timestep_spacing="leading", prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    assert ZTSNRScheduler.from_config(stock.config).config["timestep_spacing"] == "trailing"
