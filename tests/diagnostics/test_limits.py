@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ztsnr.diagnostics.leak import judge_network, judge_sampler
+from ztsnr.diagnostics.checkpoint_verdict import closest_table, judge_network
 from ztsnr.diagnostics.leak_probes import NetworkProbe, SamplerProbe
+from ztsnr.diagnostics.sampler_verdict import judge_sampler
 from ztsnr.samplers import NoiseSchedule
 
 ZERO = NoiseSchedule.sdxl()
@@ -80,3 +81,13 @@ def test_a_slope_that_moves_no_brightness_is_not_judged():
     few, enough = sampler(0.19), sampler(0.21)
     assert judge_sampler(few, few, math.inf).slope_ratio is None
     assert judge_sampler(enough, enough, math.inf).slope_ratio.value == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("nearness", "name"), [(0.6, None), (0.8, "zero SNR")])
+def test_a_table_is_told_if_it_fits_four_times_better(nearness, name):
+    """Responses between those of two tables: their squared misfits are as (1 - nearness)^2 to nearness^2."""
+    tables = {"zero SNR": ZERO, "plain": NoiseSchedule.sdxl(zero_terminal_snr=False)}
+    timesteps = [500.0, 600.0, 700.0, 799.0]
+    logs = [np.log([1 / table.sigma(t) for t in timesteps]) for table in tables.values()]
+    responses = np.exp(nearness * logs[0] + (1 - nearness) * logs[1])
+    assert closest_table(timesteps, responses, tables, 800.0)[0] == name
