@@ -91,3 +91,10 @@ def test_a_table_is_told_if_it_fits_four_times_better(nearness, name):
     logs = [np.log([1 / table.sigma(t) for t in timesteps]) for table in tables.values()]
     responses = np.exp(nearness * logs[0] + (1 - nearness) * logs[1])
     assert closest_table(timesteps, responses, tables, 800.0)[0] == name
+
+
+def test_a_slope_that_these_seeds_cannot_place_is_not_called_exact():
+    uncertain = [sampler(slope, levels=0.0)[seed] for seed, slope in enumerate((1.0, 1.3))]
+    answer = judge_sampler(uncertain, sampler(levels=0.0), math.inf)
+    assert answer.verdict == "cannot tell"
+    assert answer.seeds_needed > 2
