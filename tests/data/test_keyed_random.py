@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from ztsnr.data import keyed_random
-from ztsnr.data.keyed_random import CROP, FLIP, keyed_generator
+from ztsnr.data.keyed_random import CROP, FLIP, NOISE, keyed_generator, keyed_noise
 
 
 def test_what_was_drawn_before_changes_nothing():
@@ -52,3 +53,9 @@ def test_first_numbers_are_uniform_along_each_key(varied):
 def test_numbers_out_of_range(key):
     with pytest.raises(ValueError, match=r"must be whole numbers from 0 to 2\*\*64 - 1, not"):
         keyed_generator(*key)
+
+
+def test_every_slot_has_noise_of_its_own():
+    both = keyed_noise((64,), range(2), 1, 0, 0, NOISE)
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(keyed_noise((64,), range(1, 2), 1, 0, 0, NOISE)[0], both[1])
