@@ -1,5 +1,10 @@
 """What the user can mend, told apart from bugs; and what a signal stops."""
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake in what the user gave, said in one sentence: what is wrong, then what to do.
@@ -22,6 +27,24 @@ class Stopped(SystemExit):
     def __init__(self, number: int, *, told: bool = True):
         super().__init__(128 + number)
         self.signal, self.told = number, told
+
+
+@contextmanager
+def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
+    """Call ``handler(number, frame)`` for SIGINT and SIGTERM within the block; gives what restores the old handlers."""
+    before = {}
+
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    with suppress(ValueError):  # only the main thread gets signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def first_line(error: BaseException) -> str:

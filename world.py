@@ -1,7 +1,7 @@
 """The processes of a run: the rank of this one, its device, and how they exchange values."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +56,19 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(said, 0, self.group)
         return said[0]
+
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """Do something in the first process alone, and give its result, or raise its UserError, in all processes."""
+        trouble = result = None
+        if self.first:
+            try:
+                result = work()
+            except UserError as error:
+                trouble = str(error)
+        trouble, result = self.tell((trouble, result))
+        if trouble is not None:
+            raise UserError(trouble)
+        return result
 
     def any(self, flag: bool) -> bool:
         """True if any rank's flag is set."""

@@ -4,12 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, signals_handled
 from ..extras import IMPORT_ERRORS, explain
 
 if TYPE_CHECKING:
@@ -25,28 +25,19 @@ def _signals_end_it(advice: str) -> Iterator[None]:
     Within training's steps the trainer takes the signals, saves its state and raises ``Stopped`` itself; this holds for
     the time before, behind and without such steps.
     """
-    before = {}
 
     def stop(number: int, frame: Any) -> None:
         restore()  # the next one ends the process at once
         raise Stopped(number, told=False)
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    with suppress(ValueError):  # only the main thread gets signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except Stopped as stopped:
-        if not stopped.told:
-            name = signal.Signals(stopped.signal).name
-            click.echo(f"stopped by {name}{advice and '; '}{advice}", err=True)
-        raise
-    finally:
-        restore()
+    with signals_handled(stop) as restore:
+        try:
+            yield
+        except Stopped as stopped:
+            if not stopped.told:
+                name = signal.Signals(stopped.signal).name
+                click.echo(f"stopped by {name}{advice and '; '}{advice}", err=True)
+            raise
 
 
 @contextmanager

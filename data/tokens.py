@@ -47,12 +47,18 @@ def token_chunks(text: str, tokenizer, pad: int) -> torch.Tensor:
     Returns:
         (chunks, 77) int64; to train on shorter prompts, keep the first chunks.
     """
-    tokens = tokenizer(unescape(text), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    (tokens,) = text_tokens([text], tokenizer)
     chunks = torch.full((max(1, math.ceil(len(tokens) / TEXT)), CHUNK), pad)
     for row, begin in zip(chunks, range(0, max(1, len(tokens)), TEXT), strict=True):
         piece = [tokenizer.bos_token_id, *tokens[begin : begin + TEXT], tokenizer.eos_token_id]
         row[: len(piece)] = torch.tensor(piece)
     return chunks
+
+
+def text_tokens(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    """The tokens of each text by themselves, uncut: escapes are parentheses, and special tokens are plain text."""
+    plain = [unescape(text) for text in texts]
+    return tokenizer(plain, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
 def batch_prompts(prompts: Sequence[Sequence[torch.Tensor]]) -> TokenBatch:

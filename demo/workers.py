@@ -5,7 +5,6 @@ A process (``one_training``) prints nothing: its output goes to its log, its pro
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, signals_handled
 
 LOG = "training.log"
 INTERVAL = 0.5  # seconds between checks of the processes
@@ -118,11 +117,5 @@ def _trouble(folder: Path, job: Job) -> str:
 def _signals() -> Iterator[list[int]]:
     """Within the block, SIGINT and SIGTERM are collected in a list."""
     caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    with signals_handled(lambda number, _: caught.append(number)):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -34,16 +34,7 @@ def base_hashes(base: Path, cache: Path, world: World) -> dict[str, str]:
     Raises:
         UserError: a file cannot be read, or the cache cannot be written; in all processes.
     """
-    found, trouble = {}, None
-    if world.first:
-        try:
-            found = _hash_parts(base, cache)
-        except UserError as error:
-            trouble = str(error)
-    found, trouble = world.tell((found, trouble))
-    if trouble:
-        raise UserError(trouble)
-    return found
+    return world.by_first(lambda: _hash_parts(base, cache))
 
 
 def changed_parts(base: Path, before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -4,8 +4,8 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from ..data.arrow_file import pc
-from ..data.captions import join_tags, unescape
-from ..data.tokens import TEXT
+from ..data.captions import join_tags
+from ..data.tokens import TEXT, text_tokens
 from .config import DataSettings
 from .run_data import TrainingData
 
@@ -31,9 +31,7 @@ def cut_captions(data: TrainingData, settings: DataSettings, tokenizer: CLIPToke
         join_tags((captions.prefix, " ".join(text.split()), captions.suffix), captions.separator)
         for text in texts.take(chosen).to_pylist()
     ]
-    tokens = tokenizer([unescape(text) for text in whole], add_special_tokens=False, split_special_tokens=True,
-                       verbose=False).input_ids  # fmt: skip
-    counts = np.array([len(one) for one in tokens])
+    counts = np.array([len(tokens) for tokens in text_tokens(whole, tokenizer)])
     if not (counts > room).any():
         return ""
     found = round(int((counts > room).sum()) * len(candidates) / len(chosen))

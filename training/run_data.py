@@ -87,18 +87,14 @@ def open_data(settings: DataSettings, seed: int, world: World, index_path: Path)
         raise UserError(
             f"data.batch_size = {settings.batch_size} is not a multiple of the {world.size} processes: change it"
         )
-    # the first process alone reads the headers of all pictures
-    trouble = refused = None
-    if world.first:
-        try:
-            sources = [Source(**vars(source)) for source in settings.sources]
-            index, refused = build_index(sources, allow_missing_captions=settings.allow_missing_captions)
-            index.save(index_path)
-        except UserError as error:
-            trouble = str(error)
-    trouble, refused = world.tell((trouble, refused))
-    if trouble:
-        raise UserError(trouble)
+
+    def read_headers() -> pa.Table:
+        sources = [Source(**vars(source)) for source in settings.sources]
+        index, refused = build_index(sources, allow_missing_captions=settings.allow_missing_captions)
+        index.save(index_path)
+        return refused
+
+    refused = world.by_first(read_headers)
     index = PictureIndex.load(index_path)
 
     cache = LatentCache(settings.latents) if settings.latents else None

@@ -21,20 +21,17 @@ def open_run_folder(out: Path, states: RunStates, resume: bool, world: World) ->
         UserError: the folder cannot be created, is in use, or holds a run that is not to be resumed; in all processes.
     """
     with ExitStack() as held:
-        trouble = None
-        if world.first:
-            try:
-                _create(out)
-                held.enter_context(lock_folder(out))
-                if states.paths() and not resume:
-                    raise UserError(
-                        f"{out} holds a run at step {max(states.paths())}: continue it with --resume auto, or choose "
-                        "another folder"
-                    )
-            except UserError as error:
-                trouble = str(error)
-        if trouble := world.tell(trouble):
-            raise UserError(trouble)
+
+        def take_folder() -> None:
+            _create(out)
+            held.enter_context(lock_folder(out))
+            if states.paths() and not resume:
+                raise UserError(
+                    f"{out} holds a run at step {max(states.paths())}: continue it with --resume auto, or choose "
+                    "another folder"
+                )
+
+        world.by_first(take_folder)
         yield
 
 

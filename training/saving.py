@@ -124,13 +124,8 @@ def export_run(run: Run) -> list[Path]:
             gathered = whole(tensor.detach())  # all processes take part, and the first keeps it
             if run.world.first:
                 weights[name] = gathered.float().cpu()
-        trouble = None
-        if run.world.first:
-            name = folder_name if kind == next(iter(kinds)) else f"{folder_name}_{kind}"
-            try:
-                written += export_model(weights, out, name, run.settings, run.objective, run.latent_scaling, run.say)
-            except UserError as error:
-                trouble = str(error)
-        if trouble := run.world.tell(trouble):  # the others wait for the first, and stop with the same message
-            raise UserError(trouble)
+        name = folder_name if kind == next(iter(kinds)) else f"{folder_name}_{kind}"
+        parts = (weights, out, name, run.settings, run.objective, run.latent_scaling, run.say)
+        exported = run.world.by_first(lambda parts=parts: export_model(*parts))
+        written += exported if run.world.first else []
     return written

@@ -3,12 +3,12 @@
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, signals_handled
 
 ONE_REQUEST = 5.0  # seconds; signals within them are one request, because torchrun passes a signal on
 
@@ -20,7 +20,6 @@ def stop_signals() -> Iterator[list[int]]:
     Behind the block raise ``Stopped``.
     """
     caught: list[int] = []
-    before = {}
     first = 0.0
 
     def note(number: int, frame: Any) -> None:
@@ -31,17 +30,8 @@ def stop_signals() -> Iterator[list[int]]:
             restore()
             signal.raise_signal(number)
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    with suppress(ValueError):  # only the main thread gets signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    try:
+    with signals_handled(note) as restore:
         yield caught
-    finally:
-        restore()
 
 
 def stopped_sentence(number: int, step: int) -> str:
